@@ -1,0 +1,200 @@
+"""From images to batches: an endless seeded stream, the same for any number of workers and ranks.
+
+The stream of a run is a row of positions p = 0, 1, 2, ...; step s takes batch_size of them from
+s · batch_size on. Position p shows image p % n of epoch p // n, each epoch in an order of its own,
+and takes its random numbers from a generator seeded by (seed, p). Nothing else enters, so a run
+resumes by naming a step.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.augment import MultiCrop, draw, normalize, resize, to_unit
+from data.datasets import ImageData, UnreadableImage
+from data.masking import MaskSpec, draw_masks
+
+EPOCH_ORDER, VIEWS, MASKS = range(3)  # purposes of random numbers, so that none repeats another's
+
+
+@dataclass
+class Batch:
+    """One rank's share of a step: b images, crops crop-major."""
+
+    global_crops: Tensor  # (G·b, C, H, W) float32, normalised
+    local_crops: Tensor | None  # (L·b, C, h, w); None when L = 0
+    masks: Tensor | None  # (G·b, N) bool, True = hidden from the student
+    images: list[int]  # indices into the data
+    bad: list[tuple[str, str]]  # (name, reason) of those that could not be read
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        return self._map(Tensor.pin_memory)
+
+    def split(self, micro: int) -> list["Batch"]:
+        """Batches of `micro` images (the last may have fewer), crop-major again; `bad` goes with
+        the first."""
+        def part(tensor: Tensor, chosen: slice) -> Tensor:
+            return tensor.unflatten(0, (-1, len(self.images)))[:, chosen].flatten(0, 1)
+
+        parts = []
+        for start in range(0, len(self.images), micro):
+            chosen = slice(start, start + micro)
+            piece = self._map(lambda tensor: part(tensor, chosen))
+            parts.append(replace(piece, images=self.images[chosen], bad=[] if start else self.bad))
+        return parts
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {field.name: function(value) for field in fields(self)
+                   if isinstance(value := getattr(self, field.name), Tensor)}
+        return replace(self, **tensors)
+
+
+class StepDataset(Dataset):
+    """Item `step` is this rank's batch of that step: a contiguous block of the global batch.
+
+    Args:
+        batch_size: global, a multiple of world_size.
+        masks: None for no masks.
+
+    Raises:
+        ValueError: if the batch cannot be shared evenly, or there is no image.
+    """
+
+    def __init__(self, data: ImageData, multi_crop: MultiCrop, *, batch_size: int, seed: int,
+                 rank: int = 0, world_size: int = 1, masks: MaskSpec | None = None):
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"batch size {batch_size} is not a multiple of {world_size} ranks")
+        if len(data) == 0:
+            raise ValueError("the data set holds no images")
+        self.data, self.multi_crop, self.masks = data, multi_crop, masks
+        self.batch_size, self.seed = batch_size, seed
+        self.share = batch_size // world_size
+        self.block = range(rank * self.share, (rank + 1) * self.share)
+        self.order = (-1, np.empty(0))  # epoch and its permutation, the last one asked for
+
+    @property
+    def repeats_images(self) -> bool:
+        """Whether a batch holds an image more than once, there being fewer images than that."""
+        return len(self.data) < self.batch_size
+
+    def indices(self, step: int) -> np.ndarray:
+        """(batch_size,) image indices of the global batch."""
+        start = step * self.batch_size
+        epochs, places = np.divmod(np.arange(start, start + self.batch_size), len(self.data))
+        return np.concatenate([self._epoch_order(epoch)[places[epochs == epoch]]
+                               for epoch in np.unique(epochs).tolist()])
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self.order[0] != epoch:
+            rng = np.random.default_rng([self.seed, EPOCH_ORDER, epoch])
+            # Every worker holds one of these: four bytes an image.
+            self.order = epoch, rng.permutation(np.arange(len(self.data), dtype=np.int32))
+        return self.order[1]
+
+    def __getitem__(self, step: int) -> Batch:
+        images: list[int] = []
+        bad: dict[str, str] = {}
+        readable = self._read(self.indices(step), images, bad)
+        tables = [self._table(step * self.batch_size + place) for place in self.block]
+        global_crops, local_crops = self.multi_crop(readable, tables)
+        masks = None if self.masks is None else self._draw_masks(step)
+        return Batch(global_crops, local_crops, masks, images, list(bad.items()))
+
+    def _read(self, indices: np.ndarray, images: list[int],
+              bad: dict[str, str]) -> Iterator[Tensor]:
+        """The images of this rank's block. An unreadable one gives its place to the next readable
+        one of the global batch, whichever rank's: that does not depend on the number of ranks."""
+        errors: dict[int, UnreadableImage] = {}
+        for place in self.block:
+            for step in range(len(indices)):
+                index = int(indices[(place + step) % len(indices)])
+                image = None if index in errors else self._try_image(index, errors)
+                if image is not None:
+                    break
+            else:
+                raise ValueError(f"none of the {len(indices)} images of a batch could be read; "
+                                 f"one of them: {errors[index]}")
+            if error := errors.get(int(indices[place])):
+                bad[error.name] = error.reason
+            images.append(index)
+            yield image
+
+    def _try_image(self, index: int, errors: dict[int, UnreadableImage]) -> Tensor | None:
+        try:
+            return self.data.image(index)
+        except UnreadableImage as error:
+            errors[index] = error
+
+    def _table(self, position: int) -> Tensor:
+        # torch seeds its CPU generator with 32 bits; hashing spreads neighbouring positions.
+        hashed = np.random.SeedSequence([self.seed, VIEWS, position]).generate_state(1)
+        return draw(torch.Generator().manual_seed(int(hashed[0])), self.multi_crop.crops)
+
+    def _draw_masks(self, step: int) -> Tensor:
+        views = self.multi_crop.globals
+        rows = [view * self.batch_size + place for view in range(views) for place in self.block]
+        spec = self.masks
+        return draw_masks(views * self.batch_size, spec.grid, spec.probability, spec.ratio,
+                          (self.seed, MASKS, step), rows, spec.fill)
+
+
+def default_workers(device: str, ranks: int = 1) -> int:
+    """Loader processes of a rank: on a GPU machine its share of the cores, at most 16; on the CPU one, for the trainer
+    needs the cores itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, cores // ranks) if device == "cuda" else 1 if cores > 1 else 0
+
+
+def make_loader(data: ImageData, multi_crop: MultiCrop, *, batch_size: int, seed: int,
+                stop_step: int, start_step: int = 0, rank: int = 0, world_size: int = 1,
+                workers: int = 0, masks: MaskSpec | None = None, pin: bool = False) -> DataLoader:
+    """One `Batch` per step from start_step to stop_step - 1; `.dataset` is the `StepDataset`.
+
+    A worker makes whole batches, with one thread. torch's global random state is not touched.
+    """
+    steps = StepDataset(data, multi_crop, batch_size=batch_size, seed=seed, rank=rank,
+                        world_size=world_size, masks=masks)
+    return DataLoader(steps, batch_size=None, sampler=range(start_step, stop_step),
+                      num_workers=workers, persistent_workers=workers > 0, pin_memory=pin,
+                      generator=torch.Generator().manual_seed(0))
+
+
+class EvalDataset(Dataset):
+    """Images as a frozen model wants them: short side to `resize`, centre crop, normalised.
+
+    Item i is (float32 (C, h, w), label or -1, i). Where the crop would reach beyond the resized
+    image, the image is made as much larger as it takes; nothing is padded.
+
+    Args:
+        resize: short side in pixels.
+        size: crop (h, w) in pixels.
+        mean, std: of one or C values, for inputs in [0, 1].
+        interpolation: a mode of torch.nn.functional.interpolate; antialiased where it can be.
+    """
+
+    def __init__(self, data: ImageData, resize: int, size: tuple[int, int], mean: Sequence[float],
+                 std: Sequence[float], interpolation: str = "bicubic"):
+        self.data, self.resize, self.size = data, resize, tuple(size)
+        self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        image, label = self.data[index]
+        height, width = image.shape[-2:]
+        scale = max(self.resize / min(height, width), self.size[0] / height, self.size[1] / width)
+        # The small addend: 256 / 3 * 3 may come out a hair below 256.
+        resized = (int(height * scale + 1e-6), int(width * scale + 1e-6))
+        image = resize(image, resized, self.interpolation)
+        top, left = (round((have - want) / 2) for have, want in zip(resized, self.size))
+        crop = image[:, top : top + self.size[0], left : left + self.size[1]]
+        return normalize(to_unit(crop.clone()), self.mean, self.std), label, index

@@ -1,0 +1,87 @@
+"""What the command lines share: exit statuses, one-sentence errors, evaluation flags, the JSON line."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import torch
+
+DONE, FAILED, MISTAKE = 0, 1, 2
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on through no mistake in its call (exit 1); the message says why."""
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Runs `main(argv)`. A user's mistake is one sentence on standard error and exit 2, without a traceback.
+
+    NANODINO_TRACEBACK=1 shows the traceback all the same.
+    """
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, ImportError, RunFailed, torch.OutOfMemoryError) as error:
+        if os.environ.get("NANODINO_TRACEBACK") == "1":
+            raise
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        sys.exit(FAILED if isinstance(error, RunFailed) else MISTAKE)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def sentence(error: BaseException) -> str:
+    """The message on one line; out of memory says what to lower."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory on the device; lower batch_size or micro_batch_size (--batch-size for evaluations), or the crop sizes"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def config_parser(description: str) -> argparse.ArgumentParser:
+    """`--config NAME key=value ...`"""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="a YAML file, by path or by its name in configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.train=/my/images batch_size=32")
+    return parser
+
+
+def evaluation_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that every evaluation takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a run folder, RUN@step, RUN@best, weights, random:vit_small, pixels ...")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--batch-size", type=int, default=64, help="images a forward pass")
+    parser.add_argument("--workers", type=int, help="loader processes; by default by the number of cores")
+    parser.add_argument("--resize", type=int, help="short side in pixels before the centre crop; by default the model's own")
+    parser.add_argument("--size", type=int, nargs="+", help="centre crop in pixels, one number or height width; by default the model's own")
+    parser.add_argument("--output", type=Path, help="folder for the result as JSON")
+    return parser
+
+
+def preparation(preprocessing: Any, resize: Optional[int], size: Optional[list[int]]) -> dict:
+    """How to prepare images: the model's own preprocessing, unless --resize or --size say otherwise.
+
+    Raises:
+        ValueError: if a size is not positive, or --size has more than two numbers.
+    """
+    values = vars(preprocessing).copy()
+    if size is not None:
+        if len(size) > 2 or min(size) < 1:
+            raise ValueError(f"--size is {' '.join(map(str, size))}; give one number, or height and width, in pixels")
+        values["size"] = (size[0], size[-1])
+        values["resize"] = max(size)  # the whole image, unless --resize says otherwise
+    if resize is not None:
+        if resize < 1:
+            raise ValueError(f"--resize is {resize}; it must be at least 1 pixel")
+        values["resize"] = resize
+    return values
+
+
+def print_result(result: dict, output: Path | None = None) -> None:
+    """ONE line of JSON on standard output, the same in OUTPUT/<task>.json."""
+    print(json.dumps(result), flush=True)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / f"{result['task']}.json").write_text(json.dumps(result, indent=1) + "\n")

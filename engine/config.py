@@ -1,0 +1,348 @@
+"""What can be configured: one dataclass a section, typed, with defaults and refusals.
+
+Each field carries its unit, its origin and when to move it. Fields made with `free(...)` change speed, logging or
+length but not the method; every other field is part of the result and may not change when a run goes on.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any, Literal, Optional, Union
+
+from engine.settings import ConfigError, build, find_config, free, merge, parse_override, read_yaml, section, write_out
+
+Span = Union[int, str]  # a number of steps, or a share of the run such as "10%"
+Size = Union[int, list[int]]  # pixels; a number, or [height, width]
+LENGTHS = ("total_steps", "epochs", "images")
+
+
+@dataclass
+class DataConfig:
+    train: str = "scenes?split=train"  # a DATA spec: folder, list, torchvision name, scenes; labels are never used
+    channels: int = 3  # of the images as the model sees them
+    mean: Optional[list[float]] = None  # per channel, of values in [0, 1]; null: ImageNet's (its average for other counts)
+    std: Optional[list[float]] = None  # as mean
+    workers: Optional[int] = free(None)  # loader processes a rank; null: by the number of cores; 0: none
+    max_bad: Optional[int] = free(None)  # unreadable images before the run stops; null: more than 10 and more than 1 %
+
+
+@dataclass
+class CropsConfig:
+    """Multi-crop (DINO, section 3). Sizes in pixels, scales as shares of the image's area."""
+
+    global_size: Size = 224  # the teacher's view; a multiple of the patch size
+    global_scale: list[float] = field(default_factory=lambda: [0.32, 1.0])  # DINOv2; 0.4 in DINO; higher for small objects
+    global_count: int = 2
+    local_size: Size = 96
+    local_scale: list[float] = field(default_factory=lambda: [0.05, 0.32])  # higher where a small crop loses the object
+    local_count: int = 8  # 0 = no local crops; each costs about a fifth of a global one
+    policy: str = "natural"  # the colour policy's name in data/augment.py; the keys below change it
+    flip: Optional[float] = None  # probability of a left-right flip; 0 where sides matter
+    jitter: Optional[float] = None  # probability of brightness, contrast, saturation, hue together
+    brightness: Optional[float] = None  # each factor from 1 - x to 1 + x
+    contrast: Optional[float] = None
+    saturation: Optional[float] = None  # three channels only
+    hue: Optional[float] = None  # share of the colour circle; three channels only
+    grayscale: Optional[float] = None  # probability; three channels only
+    blur: Optional[list[float]] = None  # probabilities for global crop 1, the other global crops, local crops
+    solarize: Optional[float] = None  # probability, on the second global crop
+
+
+@dataclass
+class ModelConfig:
+    arch: str = "vit_small"  # a preset of models/vit.py, or timm:NAME
+    patch_size: int = 16  # pixels; smaller is better and slower (quadratic)
+    positions: Literal["learned", "rope"] = "learned"  # learned: DINO, DINOv2; rope: DINOv3
+    registers: int = 0  # extra tokens; DINOv3 4; they keep artefacts out of the patch tokens of big models
+    layerscale: Optional[float] = None  # initial value; 1e-5 in DINOv2 and DINOv3; null = none (DINO)
+    drop_path: float = 0.0  # stochastic depth of the student; 0.1 for small, 0.3 to 0.4 for large models
+    drop_path_shape: Literal["uniform", "linear"] = "uniform"  # over depth: linear in DINO, uniform in DINOv2 and v3
+    ffn: Optional[str] = None  # mlp, swiglu, swiglu64, ...; null = the preset's
+    ffn_ratio: Optional[float] = None  # hidden / embedding width; null = the preset's
+    embed_dim: Optional[int] = None  # null = the preset's; so for depth and num_heads
+    depth: Optional[int] = None
+    num_heads: Optional[int] = None
+    qkv_bias: bool = True  # False in DINOv3 7B
+    mask_k_bias: bool = False  # True in DINOv3: no bias on the keys, where it has no effect
+    norm_eps: float = 1e-6  # 1e-5 in DINOv3
+    untie_cls_norm: bool = False  # another final norm for CLS and registers than for patches
+    untie_local_cls_norm: bool = False  # another final norm for CLS and registers of local crops (DINOv3 7B)
+    rope_base: float = 100.0  # longest period; DINOv3
+    rope_shift: Optional[float] = None  # coordinates move by up to this; training only
+    rope_jitter: Optional[float] = None  # each axis is scaled by up to this factor; training only
+    rope_rescale: Optional[float] = None  # both axes are scaled by up to this factor; 2 in DINOv3; training only
+
+
+@dataclass
+class DinoConfig:
+    weight: float = 1.0
+    local_weight: float = 1.0  # of the pairs with a local crop; DINOv3's Gram stage lowers it to 0.5
+    prototypes: int = 65536  # K; a few hundred for small data; a flat loss at ln K means too many or too warm a teacher
+    hidden: int = 2048  # width of the projection head
+    bottleneck: int = 256  # width before the prototypes
+    layers: int = 3  # linear layers of the projection head
+    last_layer: Literal["plain", "weight_norm", "unit_norm"] = "weight_norm"  # DINOv3 plain; DINOv2 weight_norm; DINO
+    #   ViT-B unit_norm (norms held at 1: steadier)
+    centering: Literal["ema", "sinkhorn", "none"] = "sinkhorn"  # ema: DINO; sinkhorn: DINOv2, DINOv3
+    student_temp: float = 0.1
+
+
+@dataclass
+class IbotConfig:
+    weight: float = 0.0  # 1 in iBOT, DINOv2, DINOv3
+    prototypes: Optional[int] = None  # null = the DINO head is shared
+    hidden: int = 2048
+    bottleneck: int = 256
+    layers: int = 3
+    centering: Literal["ema", "sinkhorn", "none"] = "sinkhorn"
+    student_temp: float = 0.1
+    mask_probability: float = 0.5  # share of the global crops that get a mask
+    mask_ratio: list[float] = field(default_factory=lambda: [0.1, 0.5])  # of a masked crop's patches
+
+
+@dataclass
+class KoleoConfig:
+    weight: float = 0.0  # 0.1 in DINOv2 and DINOv3
+    group: int = 16  # images among which the nearest neighbour is sought (DINOv3); micro batches are multiples of it
+
+
+@dataclass
+class LossConfig:
+    dino: DinoConfig = section(DinoConfig)
+    ibot: IbotConfig = section(IbotConfig)
+    koleo: KoleoConfig = section(KoleoConfig)
+
+
+@dataclass
+class OptimConfig:
+    lr_scaling: Literal["none", "linear_256", "sqrt_1024", "sqrt_1024_x4"] = "none"  # factor on schedule.lr's peak and
+    #   end: batch/256 (DINO), sqrt(batch/1024) (DINOv2), 4 sqrt(batch/1024) (DINOv3)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # AdamW; DINOv3 7B 0.9, 0.99
+    clip_grad: Optional[float] = 3.0  # largest L2 norm of a gradient; null = off; 30 in DINOv3 7B
+    clip_per: Literal["module", "tensor"] = "module"  # module: backbone and heads apart (DINOv2, v3); tensor: each alone
+    layer_decay: float = 1.0  # lr factor per block, counted from the top; 0.9 in DINOv2's short recipe
+    patch_embed_lr: float = 1.0  # extra lr factor of the patch embedding; 0.2 in DINOv2 and DINOv3
+    freeze_last_layer: Span = 0  # steps or share of the run in which the prototypes do not move; 1 epoch in DINO
+
+
+@dataclass
+class Schedule:
+    """From start to peak in `warmup` (linear), from peak to end in `decay`, then constant. Spans: steps, or '10%'."""
+
+    peak: float = 0.0
+    start: Optional[float] = None  # null: 0 for lr, peak for the others
+    end: Optional[float] = None  # null: peak
+    warmup: Span = 0
+    decay: Optional[Span] = None  # null: all that is left
+    shape: Literal["constant", "linear", "cosine"] = "cosine"
+
+    @staticmethod
+    def shorthand(value: Any) -> Any:
+        """A schedule written as a number is that number throughout."""
+        if isinstance(value, dict):
+            return value
+        return {"peak": value, "start": None, "end": None, "warmup": 0, "decay": None, "shape": "constant"}
+
+
+def schedule(**values: Any) -> Any:
+    return field(default_factory=lambda: Schedule(**values))
+
+
+@dataclass
+class ScheduleConfig:
+    lr: Schedule = schedule(peak=1e-3, start=0.0, end=1e-6, warmup="10%")  # peak and end before optim.lr_scaling
+    weight_decay: Schedule = schedule(peak=0.04, end=0.4)  # DINO; 0.04 constant in DINOv3 7B
+    ema_momentum: Schedule = schedule(peak=0.992, end=1.0)  # higher for large batches and long runs
+    teacher_temp: Schedule = schedule(start=0.04, peak=0.07, warmup="30%", shape="constant")  # lower if training collapses
+    dino: Optional[Schedule] = None  # these four replace the constant weights of `loss`
+    dino_local: Optional[Schedule] = None
+    ibot: Optional[Schedule] = None
+    koleo: Optional[Schedule] = None
+
+
+@dataclass
+class ProbeConfig:
+    """In-loop quality of the teacher; leaves the run's randomness and losses untouched."""
+
+    every: int = free(0)  # steps; 0 = never; otherwise also at step 0 and at the end
+    train: Optional[str] = free(None)  # DATA specs with labels
+    val: Optional[str] = free(None)
+    knn: bool = free(True)  # weighted k-NN, k = 20
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = free(1000)  # steps; the last step is always kept
+    keep: int = free(2)  # newest checkpoints that stay on disk
+    snapshot: int = free(0)  # steps between teachers that are kept for good; 0 = none
+
+
+@dataclass
+class TrainConfig:
+    output_dir: str = free("runs/default")
+    seed: int = 0
+    overwrite: bool = free(False)  # start afresh where a run already stands
+    device: Literal["auto", "cpu", "cuda", "mps"] = free("auto")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the matrix products; auto: bf16 where it is fast
+    strategy: Literal["none", "ddp"] = free("ddp")  # under torchrun; alone it is none
+    total_steps: Optional[int] = free(None)  # one of the three gives the length
+    epochs: Optional[float] = free(None)  # passes over data.train
+    images: Optional[int] = free(None)
+    batch_size: int = 64  # images a step, over all ranks
+    micro_batch_size: Optional[int] = free(None)  # images a rank and forward, at most; accumulation is exact
+    log_every: int = free(10)  # steps
+    data: DataConfig = section(DataConfig)
+    crops: CropsConfig = section(CropsConfig)
+    model: ModelConfig = section(ModelConfig)
+    loss: LossConfig = section(LossConfig)
+    optim: OptimConfig = section(OptimConfig)
+    schedule: ScheduleConfig = section(ScheduleConfig)
+    probe: ProbeConfig = section(ProbeConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig)
+
+    def __post_init__(self):
+        validate(self)
+
+
+# ----------------------------------------------------------------- what may not be combined
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise ConfigError(sentence)
+
+
+def validate(cfg: TrainConfig) -> None:
+    """Refuse impossible values before any work is done; one sentence each."""
+    for name in ("batch_size", "log_every"):
+        _require(getattr(cfg, name) >= 1, f"{name} is {getattr(cfg, name)}; it must be at least 1")
+    for name in (*LENGTHS, "micro_batch_size"):
+        value = getattr(cfg, name)
+        _require(value is None or value > 0, f"{name} is {value}; it must be more than 0")
+    given = [name for name in LENGTHS if getattr(cfg, name) is not None]
+    _require(len(given) <= 1, f"{' and '.join(given)} say the same length; give one of them")
+    _validate_crops(cfg)
+    _validate_model(cfg.model)
+    _validate_losses(cfg)
+    _validate_optim(cfg)
+    for name in ("every", "keep", "snapshot"):
+        _require(getattr(cfg.checkpoint, name) >= (0 if name == "snapshot" else 1), f"checkpoint.{name} is too small")
+    probe = cfg.probe
+    _require(probe.every >= 0, f"probe.every is {probe.every}; it must be 0 (off) or a number of steps")
+    _require(probe.every == 0 or bool(probe.train and probe.val), "probe.every is set; probe.train and probe.val must be DATA specs with labels")
+
+
+def _validate_crops(cfg: TrainConfig) -> None:
+    crops = cfg.crops
+    for kind in ("global", "local"):
+        low, high = _pair(getattr(crops, f"{kind}_scale"), f"crops.{kind}_scale")
+        _require(0 < low <= high <= 1, f"crops.{kind}_scale is [{low}, {high}]; it must be [low, high] within (0, 1]")
+        size = getattr(crops, f"{kind}_size")
+        if kind == "global" or crops.local_count:
+            _require(
+                min(size_pair(size)) >= cfg.model.patch_size,
+                f"crops.{kind}_size {size} is smaller than model.patch_size {cfg.model.patch_size}",
+            )
+    _require(crops.global_count >= 1, f"crops.global_count is {crops.global_count}; it must be at least 1")
+    _require(crops.local_count >= 0, f"crops.local_count is {crops.local_count}; it must be 0 or more")
+    _require(
+        crops.global_count + crops.local_count >= 2 or cfg.loss.dino.weight == 0,
+        "the DINO loss compares different crops of an image; crops.global_count + crops.local_count must be at least 2",
+    )
+    for name in ("flip", "jitter", "grayscale", "solarize"):
+        value = getattr(crops, name)
+        _require(value is None or 0 <= value <= 1, f"crops.{name} is {value}; a probability lies in [0, 1]")
+    for name, limit in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
+        value = getattr(crops, name)
+        _require(value is None or 0 <= value <= limit, f"crops.{name} is {value}; it must lie in [0, {limit}]")
+    if crops.blur is not None:
+        _require(
+            len(crops.blur) == 3 and all(0 <= p <= 1 for p in crops.blur),
+            f"crops.blur is {crops.blur}; it must be three probabilities: global crop 1, other global crops, local crops",
+        )
+    data = cfg.data
+    _require(data.channels >= 1, f"data.channels is {data.channels}; it must be at least 1")
+    _require(data.workers is None or data.workers >= 0, f"data.workers is {data.workers}; it must be 0 or more")
+    for name in ("mean", "std"):
+        value = getattr(data, name)
+        _require(value is None or len(value) == data.channels, f"data.{name} needs {data.channels} values, one a channel")
+    _require(data.std is None or min(data.std) > 0, "data.std must be positive")
+
+
+def _pair(value: list, name: str) -> tuple:
+    _require(len(value) == 2, f"{name} is {value}; it must have two values")
+    return tuple(value)
+
+
+def _validate_model(model: ModelConfig) -> None:
+    _require(model.patch_size >= 1, f"model.patch_size is {model.patch_size}; it must be at least 1")
+    _require(model.registers >= 0, f"model.registers is {model.registers}; it must be 0 or more")
+    _require(0 <= model.drop_path < 1, f"model.drop_path is {model.drop_path}; it must lie in [0, 1)")
+    for name in ("embed_dim", "depth", "num_heads", "ffn_ratio"):
+        value = getattr(model, name)
+        _require(value is None or value > 0, f"model.{name} is {value}; it must be more than 0")
+
+
+def _validate_losses(cfg: TrainConfig) -> None:
+    loss = cfg.loss
+    _require(loss.dino.weight > 0 or loss.ibot.weight > 0, "loss.dino.weight and loss.ibot.weight are both 0: nothing to learn from")
+    for name in ("dino", "ibot", "koleo"):
+        _require(getattr(loss, name).weight >= 0, f"loss.{name}.weight is negative")
+    for name in ("dino", "ibot"):
+        head = getattr(loss, name)
+        for key in ("prototypes", "hidden", "bottleneck", "layers"):
+            value = getattr(head, key)
+            _require(value is None or value >= 1, f"loss.{name}.{key} is {value}; it must be at least 1")
+        _require(head.student_temp > 0, f"loss.{name}.student_temp is {head.student_temp}; it must be more than 0")
+    low, high = _pair(loss.ibot.mask_ratio, "loss.ibot.mask_ratio")
+    _require(0 <= low <= high < 1, f"loss.ibot.mask_ratio is [{low}, {high}]; it must be [low, high] within [0, 1)")
+    _require(0 <= loss.ibot.mask_probability <= 1, f"loss.ibot.mask_probability is {loss.ibot.mask_probability}; it lies in [0, 1]")
+    _require(loss.koleo.group >= 2, f"loss.koleo.group is {loss.koleo.group}; a nearest neighbour needs at least 2 images")
+
+
+def _validate_optim(cfg: TrainConfig) -> None:
+    optim = cfg.optim
+    _require(optim.clip_grad is None or optim.clip_grad > 0, f"optim.clip_grad is {optim.clip_grad}; it must be more than 0, or null")
+    _require(0 < optim.layer_decay <= 1, f"optim.layer_decay is {optim.layer_decay}; it must lie in (0, 1]")
+    _require(all(0 <= beta < 1 for beta in _pair(optim.betas, "optim.betas")), f"optim.betas are {optim.betas}; each must lie in [0, 1)")
+    spans = {"optim.freeze_last_layer": optim.freeze_last_layer}
+    for name in schedule_names():
+        item = getattr(cfg.schedule, name)
+        if item is not None:
+            spans |= {f"schedule.{name}.warmup": item.warmup, f"schedule.{name}.decay": item.decay}
+            constant = item.shape != "constant" or item.end in (None, item.peak)
+            _require(constant, f"schedule.{name} is constant after its warm-up, but its end {item.end} is not its peak {item.peak}")
+    for name, span in spans.items():
+        _require(span is None or span_is_valid(span), f"{name} is {span}; a span is a number of steps or a share such as 10%")
+    temp = cfg.schedule.teacher_temp
+    _require(min(temp.peak, temp.peak if temp.start is None else temp.start) > 0, "schedule.teacher_temp must be more than 0")
+
+
+def schedule_names() -> list[str]:
+    return [item.name for item in dataclasses.fields(ScheduleConfig)]
+
+
+def size_pair(size: Size) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    return (size, size) if isinstance(size, int) else _pair(size, "a size")
+
+
+def span_is_valid(span: Span) -> bool:
+    if isinstance(span, int):
+        return span >= 0
+    return bool(re.fullmatch(r"\d+(\.\d+)?%", span))
+
+
+# ----------------------------------------------------------------- loading
+
+
+def load_config(config: Optional[str], overrides: list[str]) -> TrainConfig:
+    """Defaults, then the YAML file with its bases, then `key=value` overrides; validated.
+
+    Raises:
+        ConfigError: one sentence naming the key, what was given and what is allowed.
+    """
+    layers = read_yaml(find_config(config)) if config else []
+    layers += [parse_override(argument) for argument in overrides]
+    return build(TrainConfig, reduce(merge, (write_out(TrainConfig, layer) for layer in layers), {}))

@@ -1,0 +1,327 @@
+"""Pictures as PNG files: what patch tokens see (PCA), where CLS looks, crops, curves over a run.
+
+Patch grids are enlarged without smoothing, so that one square is one token; photographs are
+resampled smoothly.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GAP = 6  # pixels between the pictures of a sheet
+COLOURS = ("#2563a8", "#d9711c", "#2e8b57", "#b0357a", "#6a4fb0", "#8a6d3b", "#3aa0b5", "#666666")
+CURVES = (
+    "loss", "loss/", "probe/", "health/", "grad_norm",
+    "lr", "weight_decay", "ema_momentum", "teacher_temp", "images_per_second",
+)  # fmt: skip
+NOISY = ("loss", "health/", "grad_norm", "images_per_second")  # drawn with a running mean
+Picture = np.ndarray  # (H, W, 3) uint8
+
+# Patch tokens as colours.
+
+
+@dataclass
+class PCABasis:
+    """Directions of largest variance of patch tokens, and the range of each that spans a colour."""
+
+    mean: Tensor  # (D,) float64
+    axes: Tensor  # (components, D), unit length; 0 where the tokens have fewer directions than that
+    low: Tensor  # (components,) of the projections: drawn as 0
+    high: Tensor  # drawn as 255
+
+    def project(self, patches: Tensor) -> Tensor:
+        """(n, D) to (n, components), float64 on the CPU."""
+        return (patches.detach().cpu().double() - self.mean) @ self.axes.T
+
+
+def pca_basis(patches: Tensor, components: int = 3) -> PCABasis:
+    """Principal components of patches (n, D), of one or of several images; most variance first.
+
+    The same tokens in any order give the same basis: an axis points to where its largest loading
+    is positive. Colours span the 2nd to the 98th percentile, for a few outlier tokens would leave
+    the rest grey.
+    """
+    points = patches.detach().cpu().double()
+    mean = points.mean(dim=0)
+    centred = points - mean
+    variances, vectors = torch.linalg.eigh(centred.T @ centred / len(points))
+    variances, axes = (item.flip(0)[:components] for item in (variances, vectors.T))
+    largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
+    # What rounding of float32 features leaves of a variance of 0; its directions are chance.
+    rounding = 1e-12 * points.square().sum(dim=1).mean()
+    axes = axes * largest.sign() * (variances > rounding)[:, None]
+    axes = F.pad(axes, (0, 0, 0, components - len(axes)))
+    low, high = torch.quantile(centred @ axes.T, torch.tensor([0.02, 0.98]).double(), dim=0)
+    return PCABasis(mean, axes, low, high)
+
+
+def pca_image(
+    patches: Tensor, grid: tuple[int, int], basis: PCABasis, keep: Optional[Tensor] = None
+) -> Picture:
+    """One pixel a patch: the first three components as red, green and blue.
+
+    Args:
+        patches: (N, D) of one image; grid: (h, w), h * w = N.
+        keep: (N,) bool; the others are black.
+
+    Returns:
+        (h, w, 3) uint8. A component without variance is drawn as 127, mid grey.
+    """
+    span = basis.high - basis.low
+    scaled = (basis.project(patches) - basis.low) / torch.where(span > 0, span, 1.0)
+    scaled = torch.where(span > 0, scaled.clamp(0, 1), 0.5)
+    if keep is not None:
+        scaled = scaled * keep.cpu()[:, None]
+    return (scaled * 255).to(torch.uint8).view(*grid, -1).numpy()
+
+
+def foreground(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(N,) bool: one side of the mean along the first component, as in DINOv2's PCA pictures.
+
+    The sign of a component means nothing; the side that touches the border of the image less is
+    the foreground (ours). Where all patches are alike, all are kept.
+    """
+    side = pca_basis(patches, components=1).project(patches)[:, 0] > 0
+    border = torch.ones(grid, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    border = border.flatten()
+    keep = side if side[border].double().mean() <= 0.5 else ~side
+    return keep if keep.any() else ~keep
+
+
+def attention_image(attention: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+    """What CLS attends to among the patches, each head apart.
+
+    Args:
+        attention: (heads, T, T) of one image, T = prefix + h * w; rows sum to 1.
+        prefix: tokens before the patches: CLS and registers, which are left out of the picture.
+
+    Returns:
+        (heads, h, w); sums to less than 1, for CLS also attends to the prefix.
+    """
+    return attention[:, 0, prefix:].reshape(len(attention), *grid)
+
+
+def heat_picture(values: Tensor) -> Picture:
+    """(h, w) from its least (dark) to its largest value (bright)."""
+    from matplotlib import colormaps
+
+    values = values.detach().cpu().double()
+    span = values.max() - values.min()
+    scaled = (values - values.min()) / span if span > 0 else torch.zeros_like(values)
+    return (colormaps["magma"](scaled.numpy())[..., :3] * 255).astype(np.uint8)
+
+
+def to_picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Picture:
+    """A normalised image (C, H, W) as (H, W, 3) uint8.
+
+    Of 3 channels or more the first three are red, green and blue; fewer are averaged to grey.
+    """
+    mean, std = (torch.tensor(list(values)[:3]).float().view(-1, 1, 1) for values in (mean, std))
+    pixels = image.detach().cpu().float()[:3] * std + mean
+    if len(pixels) < 3:
+        pixels = pixels.mean(dim=0, keepdim=True).expand(3, -1, -1)
+    pixels = pixels.nan_to_num(0.0).clamp(0, 1) * 255
+    return pixels.round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+# Sheets of pictures.
+
+
+def enlarge(picture: Picture, height: int, smooth: bool = True) -> Picture:
+    """To that height in the same aspect; `smooth=False` repeats pixels."""
+    width = max(1, round(picture.shape[1] * height / picture.shape[0]))
+    filter = Image.LANCZOS if smooth else Image.NEAREST
+    return np.asarray(Image.fromarray(picture).resize((width, height), filter))
+
+
+def pack(pictures: Sequence[Picture], rows: int, height: int) -> Picture:
+    """Pictures of one size in reading order, in rows that together are `height` pixels high."""
+    rows = min(rows, len(pictures))
+    pictures = [enlarge(picture, (height - GAP * (rows - 1)) // rows) for picture in pictures]
+    (h, w), columns = pictures[0].shape[:2], math.ceil(len(pictures) / rows)
+    canvas = np.full((height, columns * (w + GAP) - GAP, 3), 255, np.uint8)
+    for number, picture in enumerate(pictures):
+        y, x = (number // columns) * (h + GAP), (number % columns) * (w + GAP)
+        canvas[y : y + h, x : x + w] = picture
+    return canvas
+
+
+def draw_sheet(
+    path: Path, rows: Sequence[Sequence[Picture]], headings: Sequence[str], title: str = ""
+) -> None:
+    """A table on white: columns as wide as their widest, rows as high as their highest picture."""
+    from matplotlib import get_data_path
+
+    font_file = Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    font, title_font = (ImageFont.truetype(str(font_file), size) for size in (13, 16))
+    widths = [math.ceil(font.getlength(text)) for text in headings]
+    for row in rows:
+        widths[: len(row)] = [max(width, cell.shape[1]) for width, cell in zip(widths, row)]
+    heights = [max(cell.shape[0] for cell in row) for row in rows]
+    top = 2 * GAP + (30 if title else 0) + (22 if any(headings) else 0)
+    lefts = [2 * GAP + sum(widths[:i]) + 2 * GAP * i for i in range(len(widths))]
+    size = max(lefts[-1] + widths[-1], math.ceil(2 * GAP + title_font.getlength(title))) + 2 * GAP
+    canvas = Image.new("RGB", (size, top + sum(heights) + GAP * len(heights) + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((2 * GAP, 2 * GAP), title, fill="#222222", font=title_font)
+    for left, heading in zip(lefts, headings):
+        draw.text((left, top - 22), heading, fill="#555555", font=font)
+    for row, height in zip(rows, heights):
+        for left, cell in zip(lefts, row):
+            canvas.paste(Image.fromarray(cell), (left, top))
+        top += height + GAP
+    canvas.save(path, format="PNG")
+
+
+def draw_report(
+    path: Path,
+    images: Sequence[Union[Tensor, Picture]],
+    features: Any = None,
+    crops: Sequence[Sequence[Union[Tensor, Picture]]] = (),
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    attention: Optional[Tensor] = None,
+    title: str = "",
+    basis: Optional[PCABasis] = None,
+    height: int = 144,
+) -> None:
+    """One row an image: image, PCA of its patch tokens, CLS attention, its crops.
+
+    Args:
+        images: n of (C, H, W), normalised with mean and std, or pictures.
+        features: `Features` of the images; None leaves PCA and attention out.
+        crops: those of each image, normalised or pictures; crops of one size stand together,
+            smaller sizes in several rows.
+        attention: (n, heads, T, T), drawn as the mean over heads; None leaves it out.
+        basis: by default that of the images together, so that a colour means the same in every row.
+        height: of a row, in pixels.
+    """
+    rows = [[enlarge(_picture(image, mean, std), height)] for image in images]
+    headings = ["image"]
+    if features is not None:
+        basis = basis or pca_basis(features.patches.flatten(0, 1))
+        headings.append("PCA of patches")
+        for row, patches in zip(rows, features.patches):
+            row.append(enlarge(pca_image(patches, features.grid, basis), height, smooth=False))
+    if features is not None and attention is not None:
+        headings.append("CLS attention")
+        prefix = attention.shape[-1] - features.patches.shape[1]
+        for row, maps in zip(rows, attention):
+            heat = heat_picture(attention_image(maps.float(), features.grid, prefix).mean(dim=0))
+            row.append(enlarge(heat, height, smooth=False))
+    for row, views in zip(rows, crops):
+        row += _crop_cells([_picture(view, mean, std) for view in views], height)
+    if len(crops):
+        headings += _crop_headings(crops[0])
+    draw_sheet(path, rows, headings, title)
+
+
+def _picture(image: Union[Tensor, Picture], mean: Sequence[float], std: Sequence[float]) -> Picture:
+    return to_picture(image, mean, std) if isinstance(image, Tensor) else image
+
+
+def _crop_cells(pictures: Sequence[Picture], height: int) -> list[Picture]:
+    groups = [list(group) for _, group in itertools.groupby(pictures, key=np.shape)]
+    largest = max((len(picture) for picture in pictures), default=0)
+    return [pack(group, max(1, round(largest / len(group[0]))), height) for group in groups]
+
+
+def _crop_headings(views: Sequence[Union[Tensor, Picture]]) -> list[str]:
+    shapes = (view.shape[-2:] if isinstance(view, Tensor) else view.shape[:2] for view in views)
+    groups = [(shape, len(list(group))) for shape, group in itertools.groupby(shapes)]
+    return [f"{n} crops, {h} px" if h == w else f"{n} crops, {h} × {w} px" for (h, w), n in groups]
+
+
+# Curves.
+
+STYLE = {
+    "font.size": 8,
+    "axes.linewidth": 0.6,
+    "axes.edgecolor": "#888888",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "xtick.major.size": 2,
+    "ytick.major.size": 2,
+    "legend.frameon": False,
+}
+
+
+def draw_curves(path: Path, runs: dict[str, list[dict]]) -> None:
+    """Losses, probes, health, schedules and speed over steps, a small panel each, runs overlaid.
+
+    Args:
+        runs: name -> records of its metrics.jsonl. Fields that are missing or null are skipped.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    names = curve_names(runs) or ["loss"]
+    last_step = max([1, *(record["step"] for records in runs.values() for record in records)])
+    columns = min(4, len(names))
+    rows = math.ceil(len(names) / columns)
+    with matplotlib.rc_context(STYLE):
+        inches = (0.4 + 2.5 * columns, 0.5 + 1.7 * rows)
+        figure = Figure(inches, dpi=160, layout="constrained")
+        for number, name in enumerate(names):
+            axes = figure.add_subplot(rows, columns, number + 1)
+            _draw_panel(axes, name, runs)
+            axes.set_xlim(-0.02 * last_step, 1.02 * last_step)
+            if number + columns >= len(names):
+                axes.set_xlabel("step", color="#555555")
+        lines, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside upper left", ncols=max(1, 2 * columns - 2))
+        figure.savefig(path, format="png")
+
+
+def curve_names(runs: dict[str, list[dict]]) -> list[str]:
+    """The fields that any run has numbers of, in the order of CURVES."""
+    records = [record for run in runs.values() for record in run]
+    found = dict.fromkeys(key for record in records for key in record if record[key] is not None)
+    kinds = {key: key.partition("/")[0] + "/" if "/" in key else key for key in found}
+    return [key for kind in CURVES for key in found if kinds[key] == kind]
+
+
+def _draw_panel(axes: Any, name: str, runs: dict[str, list[dict]]) -> None:
+    from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+
+    axes.set_title(name.replace("_", " ").replace("/", ": "), loc="left", fontsize=8.5)
+    for number, (run, records) in enumerate(runs.items()):
+        known = [record for record in records if record.get(name) is not None]
+        steps, values = (np.array([record[key] for record in known]) for key in ("step", name))
+        line = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.2}
+        line["linestyle"] = ("-", "--", ":")[number // len(COLOURS) % 3]
+        if len(values) <= 1 or name.startswith("probe/"):
+            line |= {"marker": "o", "markersize": 2.5}
+        if len(values) >= 100 and name.startswith(NOISY):
+            axes.plot(steps, values, **line | {"linewidth": 0.5, "alpha": 0.3})
+            values = running_mean(values, len(values) // 50 + 1)
+        axes.plot(steps, values, label=run, **line)
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of up to `window` values on either side; fewer at the ends."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    centre = np.arange(len(values))
+    first, last = np.maximum(centre - window, 0), np.minimum(centre + window + 1, len(values))
+    return (total[last] - total[first]) / (last - first)

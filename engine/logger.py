@@ -1,0 +1,133 @@
+"""metrics.jsonl, the progress bar or plain lines, and notices. Only rank 0 writes."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Optional
+
+import torch
+from tqdm import tqdm
+
+from engine import distributed
+
+
+def notice(text: str) -> None:
+    """One line for the user, on standard error, above a progress bar if there is one."""
+    if distributed.is_main():
+        tqdm.write(text, file=sys.stderr)
+
+
+class Logger:
+    """One JSON object per logging interval in RUN/metrics.jsonl; a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, run: Path, total_steps: int, start_step: int, batch_size: int):
+        self.path = run / "metrics.jsonl"
+        self.total_steps, self.batch_size = total_steps, batch_size
+        self.last_step, self.last_time, self.waited = start_step, time.perf_counter(), 0.0
+        self.began, self.began_step, self.said = self.last_time, start_step, float("-inf")
+        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=not distributed.is_main() or not sys.stderr.isatty())
+        if distributed.is_main():
+            truncate_metrics(self.path, start_step)
+
+    def speed(self, step: int) -> dict:
+        """Images per second, waiting and memory since the clock was started."""
+        if step <= self.last_step:
+            return {}
+        seconds = max(time.perf_counter() - self.last_time, 1e-9)
+        return {
+            "images_per_second": (step - self.last_step) * self.batch_size / seconds,
+            "data_wait_fraction": min(self.waited / seconds, 1.0),
+            "memory_gib": memory_gib(),
+        }
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        record = {"step": step, "images_seen": step * self.batch_size, "stage": None} | values
+        if distributed.is_main():
+            with self.path.open("a") as file:
+                file.write(json.dumps({name: _rounded(value) for name, value in record.items()}) + "\n")
+            self._show(step, record, time.perf_counter())
+
+    def restart_clock(self, step: int) -> None:
+        """Speed is measured from here on (probes and pictures do not count)."""
+        self.last_step, self.last_time, self.waited = step, time.perf_counter(), 0.0
+
+    def _show(self, step: int, record: dict, now: float) -> None:
+        shown = {name: f"{record[name]:.4g}" for name in ("loss", "probe/knn", "images_per_second") if name in record}
+        if not self.bar.disable:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif now - self.said > 5 or "probe/knn" in record or step == self.total_steps:
+            self.said = now
+            done = step - self.began_step
+            left = (now - self.began) / done * (self.total_steps - step) if done else None
+            words = "  ".join(f"{name} {value}" for name, value in shown.items())
+            ending = "" if left is None else f"  {left / 60:.1f} min left"
+            print(f"step {step}/{self.total_steps}  {words}{ending}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _rounded(value: Optional[float]) -> Optional[float]:
+    """Six significant digits; what is not a number becomes null, for JSON has no NaN."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if value - value == 0 else None
+    return value
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; a last line cut by a kill is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drops what comes after `step`: the run goes on from there and will write it again."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step] if step else []
+    beside = path.with_name(path.name + ".unfinished")
+    beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    beside.replace(path)
+
+
+def memory_gib() -> float:
+    """Peak device memory, or on the CPU this process's peak resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class BadImages:
+    """What could not be read: counted, listed in RUN/bad_images.txt, and too many of them end the run."""
+
+    def __init__(self, run: Path, images: int, limit: Optional[int]):
+        self.path = run / "bad_images.txt"
+        self.limit = max(10, images // 100) if limit is None else limit
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        self.seen = dict(line.split("\t", 1) for line in lines if "\t" in line)
+
+    def add(self, bad: list[tuple[str, str]]) -> None:
+        """
+        Raises:
+            ValueError: when more different images than the limit could not be read.
+        """
+        new = {name: reason for name, reason in bad if name not in self.seen}
+        if not new:
+            return
+        self.seen |= new
+        with self.path.open("a") as file:
+            file.writelines(f"{name}\t{reason}\n" for name, reason in new.items())
+        if len(self.seen) > self.limit:
+            raise ValueError(
+                f"{len(self.seen)} images could not be read, more than data.max_bad {self.limit}; they are listed in {self.path}"
+            )

@@ -1,0 +1,161 @@
+"""Schedules as functions of the step, parameter groups, gradient clipping, the optimiser's step."""
+
+import math
+from typing import Callable, Iterable, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+Span = Union[int, str]
+
+
+# ----------------------------------------------------------------- schedules
+
+
+def span_steps(span: Span, total_steps: int) -> int:
+    """A span in steps: a number as it is, "10%" of the run rounded to the nearest step."""
+    return span if isinstance(span, int) else round(float(span.rstrip("%")) / 100 * total_steps)
+
+
+def make_schedule(
+    total_steps: int,
+    *,
+    peak: float,
+    start: Optional[float] = None,
+    end: Optional[float] = None,
+    warmup: Span = 0,
+    decay: Optional[Span] = None,
+    shape: str = "cosine",
+    factor: float = 1.0,
+) -> Callable[[int], float]:
+    """step -> value: linear from start to peak, then to end by `shape`, then constant (DINOv3's `schedules:` form).
+
+    The warm-up excludes its end point, the decay includes both, so it is at `end` in the last of its steps.
+
+    Args:
+        peak: value after the warm-up; `start` and `end` are the peak where not given.
+        warmup, decay: steps or share of the run; the default decay is all that is left.
+        shape: constant (stays at the peak), linear or cosine.
+        factor: multiplies peak and end, not start (the learning rate's scaling).
+    """
+    end = factor * (peak if end is None else end)
+    peak = factor * peak
+    start = peak if start is None else start
+    rise = min(span_steps(warmup, total_steps), total_steps)
+    fall = total_steps - rise if decay is None else min(span_steps(decay, total_steps), total_steps - rise)
+
+    def value(step: int) -> float:
+        if step < rise:
+            return start + (peak - start) * step / rise
+        if shape == "constant":
+            return peak
+        if step >= rise + fall - 1:
+            return end
+        share = (step - rise) / (fall - 1)
+        return peak + (end - peak) * (share if shape == "linear" else (1 - math.cos(math.pi * share)) / 2)
+
+    return value
+
+
+def lr_factor(scaling: str, batch_size: int) -> float:
+    """What multiplies the peak and end of the learning rate. DINO: G/256; DINOv2: sqrt(G/1024); DINOv3: 4 sqrt(G/1024)."""
+    return {
+        "none": 1.0,
+        "linear_256": batch_size / 256,
+        "sqrt_1024": math.sqrt(batch_size / 1024),
+        "sqrt_1024_x4": 4 * math.sqrt(batch_size / 1024),
+    }[scaling]
+
+
+# ----------------------------------------------------------------- parameter groups
+
+
+def layer_multiplier(name: str, depth: int, decay: float) -> float:
+    """Layer-wise decay (DINOv2): decay^(depth + 1 - layer); tokens and patch embedding are layer 0, the norm the last.
+
+    `name` is the parameter's within the backbone.
+    """
+    if name.startswith("blocks."):
+        layer = int(name.split(".")[1]) + 1
+    elif any(part in name for part in ("patch_embed", "cls_token", "mask_token", "pos_embed", "register")):
+        layer = 0
+    else:
+        layer = depth + 1
+    return decay ** (depth + 1 - layer)
+
+
+def is_decayed(name: str) -> bool:
+    """No weight decay on biases, norms and LayerScale; tokens and positions are decayed, as in the authors' code."""
+    return not (name.endswith("bias") or "norm" in name or "gamma" in name)
+
+
+def parameter_groups(model: nn.Module, layer_decay: float = 1.0, patch_embed_lr: float = 1.0) -> list[dict]:
+    """Trainable parameters of `model` (backbone.*, *_head.*) by learning rate and weight decay.
+
+    Each group holds `lr_scale` and `weight_decay_scale`, by which `set_rates` multiplies the schedules' values.
+    """
+    depth = len(getattr(model.backbone, "blocks", []))
+    groups: dict[tuple, dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = 1.0
+        if name.startswith("backbone."):
+            scale = layer_multiplier(name.removeprefix("backbone."), depth, layer_decay)
+            scale *= patch_embed_lr if "patch_embed" in name else 1.0
+        key = (scale, float(is_decayed(name)))
+        group = groups.setdefault(key, {"params": [], "lr_scale": key[0], "weight_decay_scale": key[1]})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def make_optimizer(groups: list[dict], betas: Iterable[float]) -> torch.optim.AdamW:
+    """AdamW whose state exists from the start, so that a checkpoint of any step holds the same tensors."""
+    kind = groups[0]["params"][0].device.type
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), weight_decay=0.0, fused=kind in ("cpu", "cuda"))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay * group["weight_decay_scale"]
+
+
+# ----------------------------------------------------------------- gradients
+
+
+def clip_gradients(model: nn.Module, max_norm: Optional[float], per: str) -> Tensor:
+    """Scales gradients down in place; returns the L2 norm of all of them before.
+
+    Args:
+        per: "module" holds each top-level sub-module (backbone, heads) to `max_norm` (DINOv2, DINOv3); "tensor" each
+            parameter tensor alone (DINO, iBOT).
+    """
+    norms = []
+    for child in model.children():
+        gradients = [parameter.grad for parameter in child.parameters() if parameter.grad is not None]
+        if not gradients:
+            continue
+        tensor_norms = torch.stack(torch._foreach_norm(gradients))
+        norms.append(torch.linalg.vector_norm(tensor_norms))
+        if max_norm is None:
+            continue
+        limits = tensor_norms if per == "tensor" else norms[-1].expand(len(gradients))
+        scales = (max_norm / (limits + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, list(scales))
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def drop_last_layer_gradients(model: nn.Module) -> None:
+    """Keeps the prototypes where they are in this step, moments included (DINO's freeze of the last layer)."""
+    for name, parameter in model.named_parameters():
+        if "last_layer" in name:
+            parameter.grad = None

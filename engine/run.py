@@ -1,0 +1,151 @@
+"""The life of a run: its folder opened or gone on with, steps timed and logged, the teacher probed, saved and drawn.
+
+What to probe, save and draw is handed in as functions, so that one student of many is a run like any other.
+"""
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Optional
+
+from engine import checkpoint, distributed
+from engine.cli import RunFailed
+from engine.figures import draw_curves
+from engine.logger import BadImages, Logger, notice, read_metrics
+
+LEFT_BY_A_RUN = (
+    "config.yaml", "metrics.jsonl", "checkpoints", "snapshots", "teacher", "best", "curves.png", "report.png", "bad_images.txt"
+)
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often, in steps; 0 = never."""
+
+    log: int
+    probe: int
+    every: int  # checkpoints
+    snapshot: int  # teachers kept for good
+    keep: int  # checkpoints on disk
+
+
+class Run:
+    """One output folder over one length. `start_step` is 0 or where the newest checkpoint stands."""
+
+    def __init__(self, folder: Path, total_steps: int, batch_size: int, cadence: Cadence):
+        self.folder, self.total_steps, self.batch_size, self.cadence = folder, total_steps, batch_size, cadence
+        self.start_step = 0
+
+    def open(self, config: str, check: Callable[[Path], None], overwrite: bool) -> bool:
+        """Makes or re-opens the folder; False if there is nothing left to do.
+
+        Args:
+            config: the resolved configuration's text, written as config.yaml.
+            check: raises ValueError if the config.yaml of the run so far forbids going on.
+            overwrite: removes what an earlier run left, and nothing else.
+        """
+        if overwrite and distributed.is_main():
+            for name in LEFT_BY_A_RUN:
+                path = self.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        distributed.barrier()
+        self.start_step = checkpoint.latest_step(self.folder) or 0
+        if self.start_step:
+            check(self.folder / "config.yaml")
+        if self.start_step >= self.total_steps:
+            notice(
+                f"{self.folder} is finished: {self.start_step} of {self.total_steps} steps are done. A larger total_steps "
+                "prolongs the run, overwrite=true starts afresh."
+            )
+            return False
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_atomically(self.folder / "config.yaml", config)
+        if self.start_step:
+            notice(f"{self.folder}: going on from step {self.start_step}")
+        return True
+
+    def start(
+        self,
+        state: dict,
+        *,
+        bad_images: BadImages,
+        export: Callable[[Path], None],
+        report: Callable[[Path], None],
+        probe: Optional[Callable[[], dict[str, float]]],
+    ) -> None:
+        """Loads the checkpoint, if there is one, into `state`, and probes at step 0.
+
+        Args:
+            state: live tensors of the training state (engine.checkpoint.training_state).
+            bad_images: the count of what could not be read.
+            export: writes the teacher's weights into a folder.
+            report: draws the teacher's features into a PNG.
+            probe: measures the teacher, on all ranks together.
+        """
+        self.state, self.export, self.report, self.probe = state, export, report, probe
+        if self.start_step:
+            checkpoint.load_checkpoint(self.folder, self.start_step, state)
+        self.logger = Logger(self.folder, self.total_steps, self.start_step, self.batch_size)
+        self.bad_images = bad_images
+        self.best = max((r["probe/knn"] for r in read_metrics(self.folder / "metrics.jsonl") if "probe/knn" in r), default=-math.inf)
+        if self.start_step == 0 and self._due(0, self.cadence.probe):
+            self._log(0, {})
+
+    def steps(self, loader: Iterable) -> Iterator[tuple[int, Any]]:
+        """(step, batch), with the wait for data timed and unreadable images counted."""
+        self.logger.restart_clock(self.start_step)
+        waiting_since = time.perf_counter()
+        for step, batch in enumerate(loader, self.start_step):
+            self.logger.waited += time.perf_counter() - waiting_since
+            self.bad_images.add(batch.bad)
+            yield step, batch
+            waiting_since = time.perf_counter()
+        self.logger.close()
+
+    def step_done(self, step: int, metrics: Callable[[], dict]) -> None:
+        """Logs, probes and saves where due. `step` counts the updates done; `metrics` is only called to be logged."""
+        last = step == self.total_steps
+        if last or self._due(step, self.cadence.log) or self._due(step, self.cadence.probe):
+            self._log(step, metrics())
+        if last or self._due(step, self.cadence.every):
+            self._save(step)
+            self.logger.restart_clock(step)
+
+    def _due(self, step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _log(self, step: int, values: dict) -> None:
+        values = {name: float(value) for name, value in values.items()}
+        if not math.isfinite(values.get("loss", 0.0)):
+            culprits = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+            raise RunFailed(
+                f"not finite at step {step}: {culprits}; the last checkpoint is untouched; lower schedule.lr.peak, or set precision=fp32"
+            )
+        values |= self.logger.speed(step)
+        if self.probe and (self._due(step, self.cadence.probe) or step == self.total_steps):
+            values |= self.probe()
+        self.logger.log(step, values)
+        if values.get("probe/knn", -math.inf) > self.best:
+            self.best = values["probe/knn"]
+            self._on_main(lambda: checkpoint.save_folder(self.folder / "best", self.export))
+        self.logger.restart_clock(step)
+
+    def _save(self, step: int) -> None:
+        """The checkpoint comes last: where it stands, everything else of that step does too."""
+        self._on_main(lambda: self._save_teacher(step))
+        checkpoint.save_checkpoint(self.folder, step, self.state, self.cadence.keep)
+
+    def _save_teacher(self, step: int) -> None:
+        checkpoint.save_folder(self.folder / "teacher", self.export)
+        if self._due(step, self.cadence.snapshot):
+            checkpoint.save_folder(self.folder / "snapshots" / str(step), self.export)
+        draw_curves(self.folder / "curves.png", {self.folder.name: read_metrics(self.folder / "metrics.jsonl")})
+        self.report(self.folder / "report.png")
+
+    def _on_main(self, work: Callable[[], None]) -> None:
+        if distributed.is_main():
+            work()
+        distributed.barrier()

@@ -1,0 +1,148 @@
+"""From teacher logits to targets: a moving centre or Sinkhorn-Knopp, against collapse.
+
+Collectives are handed in: functions that take a tensor and return it reduced over all ranks. By
+default there is one rank and they return what they got. All ranks call them in the same order,
+also a rank without rows.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Reduce = Callable[[Tensor], Tensor]
+
+MODES = ("ema", "sinkhorn", "none")
+MIN_EXPONENT = -70.0  # so that no sum is 0 and 1e8 rows, each scaled by e^70, are still finite
+
+
+def identity(tensor: Tensor) -> Tensor:
+    """The reduction over one rank."""
+    return tensor
+
+
+@torch.no_grad()
+def sinkhorn_knopp(
+    logits: Tensor,
+    temp: float,
+    iterations: int = 3,
+    *,
+    all_reduce_sum: Reduce = identity,
+    all_reduce_max: Reduce = identity,
+) -> Tensor:
+    """Softmax targets whose prototypes are used about equally (SwAV, arXiv 2006.09882; DINOv2).
+
+    Starts from Q = exp(logits / temp); each iteration scales the prototypes (columns, over the
+    rows of all ranks) to equal sums, then the rows to sum 1. Rows were scaled last, so prototypes
+    are balanced only approximately, and with few iterations or a sharp temperature not nearly.
+
+    All scalings together are one factor per row times one per prototype. So Q is filled once, each
+    half-iteration is a matrix-vector product that only reads it, and the factors are applied at
+    the end. The authors also divide by the numbers of rows and prototypes, which cancels: the
+    row count of all ranks is not needed.
+
+    Huge logits stay finite: each row's maximum is taken out before `exp` and enters as that row's
+    first factor, so that exponents count from the row's own maximum, and are cut at -70.
+
+    Args:
+        logits: (B, K) of this rank, any float type; computed in float32. B may be 0 and may differ
+            between ranks.
+        temp: teacher temperature, > 0.
+        iterations: number of iterations, at least 1.
+        all_reduce_sum: sum over ranks; called `iterations` times with (K,).
+        all_reduce_max: maximum over ranks; called once with a scalar.
+
+    Returns:
+        (B, K) float32 without gradient; rows sum to 1.
+
+    Raises:
+        ValueError: if iterations is below 1.
+    """
+    if iterations < 1:
+        raise ValueError(f"Sinkhorn-Knopp needs at least 1 iteration, got {iterations}")
+    with torch.autocast(logits.device.type, enabled=False):
+        row_max = logits.amax(dim=1).float()  # (B,)
+        batch_max = row_max.amax() if len(row_max) > 0 else row_max.new_full((), float("-inf"))
+        row_scale = ((row_max - all_reduce_max(batch_max)) / temp).exp()
+        # Adding a float32 column widens half precision without a second (B, K) copy.
+        scores = torch.sub(logits, row_max[:, None]).float()
+        scores.div_(temp).clamp_(min=MIN_EXPONENT).exp_()
+        for iteration in range(iterations):
+            if iteration > 0:
+                row_scale = 1 / torch.mv(scores, prototype_scale)
+            prototype_scale = 1 / all_reduce_sum(torch.mv(scores.mT, row_scale))
+            prototype_scale /= prototype_scale.amax()  # a common factor, which rows take out again
+        scores.mul_(prototype_scale)
+        # The last row factor comes from sum(): over 1e5 prototypes mv is off by 1e-4 on a CPU.
+        return scores.div_(scores.sum(dim=1, keepdim=True))
+
+
+class Centering(nn.Module):
+    """Teacher logits to targets, the same way for the DINO and the iBOT head.
+
+    "ema" subtracts a moving mean of the logits before the softmax (DINO, arXiv 2104.14294),
+    "sinkhorn" balances the prototypes within the batch, "none" is the softmax alone. Each head has
+    an instance of its own. Computing targets leaves the centre where it is: `update` moves it,
+    once the targets of a step are made.
+
+    Args:
+        prototypes: K, the width of the logits.
+        mode: "ema", "sinkhorn" or "none".
+        momentum: m in center <- m·center + (1 - m)·mean; "ema" only.
+        iterations: of Sinkhorn-Knopp; "sinkhorn" only.
+
+    Raises:
+        ValueError: if mode is unknown.
+    """
+
+    def __init__(
+        self, prototypes: int, mode: str, momentum: float = 0.9, iterations: int = 3
+    ) -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"centering must be one of {', '.join(MODES)}, got {mode!r}")
+        self.mode = mode
+        self.momentum = momentum
+        self.iterations = iterations
+        if mode == "ema":
+            self.register_buffer("center", torch.zeros(prototypes))
+
+    @torch.no_grad()
+    def forward(
+        self,
+        logits: Tensor,
+        temp: float,
+        all_reduce_sum: Reduce = identity,
+        all_reduce_max: Reduce = identity,
+    ) -> Tensor:
+        """(B, K) logits, any float type -> (B, K) float32 targets, no gradient; rows sum to 1."""
+        if self.mode == "sinkhorn":
+            return sinkhorn_knopp(
+                logits,
+                temp,
+                self.iterations,
+                all_reduce_sum=all_reduce_sum,
+                all_reduce_max=all_reduce_max,
+            )
+        scores = logits.float()
+        if self.mode == "ema":
+            scores = scores - self.center
+        return F.softmax(scores / temp, dim=-1)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, all_reduce_sum: Reduce = identity) -> None:
+        """Move the centre towards the mean of the (B, K) logits over all rows of all ranks.
+
+        Sum and count are reduced together. B may be 0 on a rank; without any row on any rank the
+        centre stays. Does nothing, and reduces nothing, unless the mode is "ema".
+        DINOv2's patch centre averages over an image's patches first; here all rows count alike.
+        """
+        if self.mode != "ema":
+            return
+        row_sum = logits.sum(dim=0, dtype=torch.float32)
+        count = row_sum.new_full((1,), len(logits))
+        sums = all_reduce_sum(torch.cat([row_sum, count]))
+        total = sums[-1]
+        mean = sums[:-1] / total.clamp(min=1)
+        self.center.lerp_(mean, (1 - self.momentum) * (total > 0))

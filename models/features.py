@@ -1,0 +1,70 @@
+"""What every backbone returns, and how images must be prepared for it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Features:
+    """A backbone's view of B images, everything after its final norm.
+
+    Attributes:
+        cls: (B, D) one vector an image.
+        registers: (B, R, D), R = 0 where the backbone has none.
+        patches: (B, N, D), row-major over the grid.
+        grid: (h, w) with h · w = N.
+    """
+
+    cls: Tensor
+    registers: Tensor
+    patches: Tensor
+    grid: tuple[int, int]
+
+
+# FSDP and the exporters look for tensors inside outputs; without this they would not see these.
+torch.export.register_dataclass(Features)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image with values in [0, 1] to a backbone's input: resize, centre crop, normalise.
+
+    Attributes:
+        size: (height, width) in pixels of the centre crop.
+        resize: short side in pixels before the crop.
+        mean, std: one number a channel, for values in [0, 1].
+        interpolation: nearest, lanczos, bilinear or bicubic.
+    """
+
+    size: tuple[int, int]
+    resize: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+
+
+def check_images(images: Tensor, channels: int, smallest: int) -> None:
+    """Refuses what a convolution would report less kindly.
+
+    Raises:
+        ValueError: unless `images` is a float (B, `channels`, H, W), H and W at least `smallest`.
+    """
+    if images.ndim != 4 or images.shape[1] != channels:
+        shape = tuple(images.shape)
+        raise ValueError(
+            f"images of shape {shape} given; this backbone takes (B, {channels}, H, W)"
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"images of {images.dtype} given; backbones take normalised floats")
+    if min(images.shape[-2:]) < smallest:
+        height, width = images.shape[-2:]
+        raise ValueError(
+            f"images of {height} x {width} pixels given; the least is {smallest} a side"
+        )
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")

@@ -1,0 +1,97 @@
+"""Projection head: an MLP to a small normalised vector, compared with K prototypes (DINO)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.features import check_choice
+from models.layers import init_module
+
+LAST_LAYERS = ("plain", "weight_norm", "unit_norm")
+
+
+class NormalizedLinear(nn.Module):
+    """Linear layer without bias whose rows have norm 1, or a learned norm that starts at 1."""
+
+    def __init__(self, in_features: int, out_features: int, learn_norm: bool):
+        super().__init__()
+        self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight_g = nn.Parameter(torch.empty(out_features, 1)) if learn_norm else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.weight_v, std=0.02)
+        if self.weight_g is not None:
+            nn.init.ones_(self.weight_g)
+
+    @property
+    def weight(self) -> Tensor:
+        """(K, in_features), the rows that are in effect."""
+        rows = F.normalize(self.weight_v, dim=1)
+        return rows if self.weight_g is None else rows * self.weight_g
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class ProjectionHead(nn.Module):
+    """Logits over K prototypes for CLS or patch vectors.
+
+    The last layer is "plain" (DINOv3), "weight_norm" (DINOv2: the norm of each row is learned) or
+    "unit_norm" (DINO and iBOT with `norm_last_layer`: rows stay at norm 1).
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        prototypes: int,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        layers: int = 3,
+        last_layer: str = "plain",
+    ):
+        """
+        Args:
+            in_dim: D.
+            prototypes: K.
+            layers: linear layers before the prototypes, at least 1, with GELU between them.
+
+        Raises:
+            ValueError: for fewer layers or another `last_layer`.
+        """
+        super().__init__()
+        check_choice("last_layer", last_layer, LAST_LAYERS)
+        if layers < 1:
+            raise ValueError(f"a projection head needs at least 1 layer; {layers} given")
+        widths = [in_dim, *[hidden] * (layers - 1), bottleneck]
+        steps: list[nn.Module] = []
+        for width, following in zip(widths, widths[1:]):
+            steps += [nn.Linear(width, following), nn.GELU()]
+        self.mlp = nn.Sequential(*steps[:-1])
+        if last_layer == "plain":
+            self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)
+        else:
+            learn_norm = last_layer == "weight_norm"
+            self.last_layer = NormalizedLinear(bottleneck, prototypes, learn_norm)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draws every parameter anew; also valid after `to_empty()` from the meta device."""
+        for module in self.modules():
+            init_module(module)
+        if isinstance(self.last_layer, NormalizedLinear):
+            self.last_layer.reset_parameters()
+
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., bottleneck) of L2 norm 1."""
+        x = self.mlp(x)
+        # In float32, because the eps of 1e-12 is 0 in half precision.
+        return F.normalize(x.float(), dim=-1).to(x.dtype)
+
+    def prototypes(self, z: Tensor) -> Tensor:
+        """(..., bottleneck) -> (..., K) logits."""
+        return self.last_layer(z)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., K) logits."""
+        return self.prototypes(self.bottleneck(x))

@@ -1,0 +1,372 @@
+"""Vision transformer that covers DINO, iBOT, DINOv2 and DINOv3, and the table of its sizes.
+
+Read top-down: sizes, block, model. What differs between the four is an argument of the model.
+"""
+
+import inspect
+from typing import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.features import Features, check_choice, check_images
+from models.layers import Attention, DropPath, LayerScale, init_module, make_ffn
+from models.rope import RotaryPositions, Rotation
+
+# Sizes of DINO (tiny), DINOv2 (giant) and DINOv3 (the others); vit_nano is ours, for CPUs.
+# A gated net of ratio 6 is as wide as an MLP of ratio 4.
+PRESETS = {
+    "vit_nano": dict(embed_dim=128, depth=6, num_heads=4),
+    "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
+    "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
+    "vit_small_plus": dict(embed_dim=384, depth=12, num_heads=6, ffn="swiglu", ffn_ratio=6.0),
+    "vit_base": dict(embed_dim=768, depth=12, num_heads=12),
+    "vit_large": dict(embed_dim=1024, depth=24, num_heads=16),
+    "vit_large_plus": dict(embed_dim=1024, depth=24, num_heads=16, ffn="swiglu", ffn_ratio=6.0),
+    "vit_so400m": dict(embed_dim=1152, depth=27, num_heads=18, ffn_ratio=3.777777778),
+    "vit_huge_plus": dict(embed_dim=1280, depth=32, num_heads=20, ffn="swiglu", ffn_ratio=6.0),
+    "vit_giant": dict(embed_dim=1536, depth=40, num_heads=24, ffn="swiglu"),
+    "vit_7b": dict(embed_dim=4096, depth=40, num_heads=32, ffn="swiglu64", ffn_ratio=3.0),
+}
+
+NUMBERS = ("ffn_ratio", "layerscale", "drop_path", "norm_eps", "rope_base", "rope_shift")
+NUMBERS += ("rope_jitter", "rope_rescale")
+
+
+class Block(nn.Module):
+    """x + LayerScale(attention(norm(x))), then the same with the feed-forward net."""
+
+    def __init__(
+        self,
+        attn: Attention,
+        ffn: nn.Module,
+        *,
+        dim: int,
+        layerscale: float | None,
+        drop_path: float,
+        norm_eps: float,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, norm_eps)
+        self.attn = attn
+        self.ls1 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
+        self.norm2 = nn.LayerNorm(dim, norm_eps)
+        self.mlp = ffn
+        self.ls2 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); `rotation` holds rotary positions, if there are any."""
+        x = self.drop_path(x, lambda kept: self.ls1(self.attn(self.norm1(kept), rotation)))
+        return self.drop_path(x, lambda kept: self.ls2(self.mlp(self.norm2(kept))))
+
+
+class VisionTransformer(nn.Module):
+    """Patches, CLS and registers through a stack of blocks, with learned or rotary positions.
+
+    `config` holds the arguments, so `VisionTransformer(**model.config)` is the same architecture.
+
+    Args:
+        embed_dim, depth, num_heads: D, blocks, and heads of D / num_heads dimensions.
+        ffn: "mlp", or gated: "swiglu", "swiglu32", "swiglu64", "swiglu128" (width rounded up to a
+            multiple of 8, 32, 64, 128).
+        ffn_ratio: hidden width over D of the MLP; gated nets take 2/3 of it.
+        patch_size: p in pixels.
+        image_size: side, or (height, width), that learned positions are made for; every model takes
+            any size.
+        positions: "learned" (DINO, DINOv2) or "rope" (DINOv3).
+        interpolation: of learned positions at other sizes, all bicubic: by the scale factor
+            (target + 0.1) / native ("offset": DINO, DINOv2), to the exact size ("size"), or to that
+            with "antialias" (DINOv2 with registers).
+        registers: R extra tokens without position (4 in DINOv3 and in DINOv2 with registers).
+        mask_token: whether patches can be hidden.
+        mask_k_bias: holds the bias of the keys at 0 (DINOv3).
+        layerscale: initial factor of the residual branches, None for no LayerScale.
+        drop_path: rate of stochastic depth in [0, 1).
+        drop_path_shape: "uniform", or "linear" from 0 in the first block to the rate in the last.
+        untie_cls_norm: a final norm of their own for CLS and registers.
+        untie_local_cls_norm: the same for those of local crops in training (DINOv3 7B).
+        rope_base, rope_normalize, rope_shift, rope_jitter, rope_rescale: see `RotaryPositions`.
+        fit: where p does not divide a side, "crop" the rest or "pad" with zeros, right and bottom.
+
+    Raises:
+        ValueError: for an argument out of range, with what is allowed.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        ffn: str = "mlp",
+        ffn_ratio: float = 4.0,
+        patch_size: int = 16,
+        in_channels: int = 3,
+        image_size: int | Sequence[int] = 224,
+        positions: str = "learned",
+        interpolation: str = "offset",
+        registers: int = 0,
+        mask_token: bool = True,
+        qkv_bias: bool = True,
+        mask_k_bias: bool = False,
+        proj_bias: bool = True,
+        ffn_bias: bool = True,
+        layerscale: float | None = None,
+        drop_path: float = 0.0,
+        drop_path_shape: str = "uniform",
+        norm_eps: float = 1e-6,
+        untie_cls_norm: bool = False,
+        untie_local_cls_norm: bool = False,
+        rope_base: float = 100.0,
+        rope_normalize: str = "separate",
+        rope_shift: float | None = None,
+        rope_jitter: float | None = None,
+        rope_rescale: float | None = None,
+        fit: str = "crop",
+    ):
+        config = dict(locals())
+        super().__init__()
+        self.config = {name: config[name] for name in _options()}
+        self.config["image_size"] = _pair(image_size)
+        _check_config(self.config)
+        self.embed_dim = embed_dim
+        self.depth = depth
+        self.num_heads = num_heads
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.num_registers = registers
+        self.native_grid = self._grid(*self.config["image_size"])
+
+        self.patch_embed = nn.Conv2d(in_channels, embed_dim, patch_size, stride=patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.register_tokens = self.mask_token = self.pos_embed = self.rope = None
+        if registers:
+            self.register_tokens = nn.Parameter(torch.empty(1, registers, embed_dim))
+        if mask_token:
+            self.mask_token = nn.Parameter(torch.empty(1, embed_dim))
+        if positions == "learned":
+            count = self.native_grid[0] * self.native_grid[1]
+            self.pos_embed = nn.Parameter(torch.empty(1, 1 + count, embed_dim))
+        else:
+            augmentation = (rope_shift, rope_jitter, rope_rescale)
+            head_dim = embed_dim // num_heads
+            self.rope = RotaryPositions(head_dim, rope_base, rope_normalize, *augmentation)
+
+        self.blocks = nn.ModuleList(_make_block(self.config, index) for index in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, norm_eps)
+        self.cls_norm = nn.LayerNorm(embed_dim, norm_eps) if untie_cls_norm else None
+        self.local_cls_norm = nn.LayerNorm(embed_dim, norm_eps) if untie_local_cls_norm else None
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draws every parameter and sets every buffer anew.
+
+        Also valid after `to_empty()`, for a model that was built on the meta device.
+        """
+        for module in self.modules():
+            init_module(module)
+        nn.init.normal_(self.cls_token, std=0.02)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=0.02)
+        if self.mask_token is not None:
+            nn.init.zeros_(self.mask_token)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, images: Tensor, masks: Tensor | None = None, local: bool = False) -> Features:
+        """
+        Args:
+            images: (B, C, H, W) normalised floats, any size of at least one patch.
+            masks: (B, N) bool, True = the mask token replaces the patch before positions are added.
+            local: whether these are local crops, whose CLS may have a norm of its own in training.
+
+        Raises:
+            ValueError: if the images or the masks have another shape, or there is no mask token.
+        """
+        x, grid = self._embed(images, masks)  # (B, 1 + R + N, D)
+        for block, rotation in zip(self.blocks, self._rotations(grid)):
+            x = block(x, rotation)
+        return self._normed(x, grid, local)
+
+    def intermediate(self, images: Tensor, layers: int | Sequence[int]) -> list[Features]:
+        """Features of the last `layers` blocks or of those with these indices, each normed.
+
+        Raises:
+            ValueError: if there are no such blocks.
+        """
+        if isinstance(layers, int):
+            layers = range(-layers, 0)
+        wanted = [self._index(layer) for layer in layers]
+        if not wanted:
+            raise ValueError("no block is asked for; give how many of the last ones, or indices")
+        x, grid = self._embed(images)
+        found = {}
+        for index, rotation in zip(range(max(wanted) + 1), self._rotations(grid)):
+            x = self.blocks[index](x, rotation)
+            if index in wanted:
+                found[index] = self._normed(x, grid)
+        return [found[index] for index in wanted]
+
+    def attention(self, images: Tensor, layer: int = -1) -> Tensor:
+        """softmax(q kᵀ / √d) (B, heads, T, T) of one block; rows sum to 1.
+
+        The T = 1 + R + N tokens are CLS, registers, patches. Computed on demand: `forward` never
+        holds this matrix.
+
+        Raises:
+            ValueError: if there is no such block.
+        """
+        layer = self._index(layer)
+        x, grid = self._embed(images)
+        rotations = iter(self._rotations(grid))
+        for block in self.blocks[:layer]:
+            x = block(x, next(rotations))
+        block = self.blocks[layer]
+        return block.attn.weights(block.norm1(x), next(rotations))
+
+    def _embed(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (B, 1 + R + N, D) in the order CLS, registers, patches, and the patches' grid."""
+        check_images(
+            images, self.in_channels, 1 if self.config["fit"] == "pad" else self.patch_size
+        )
+        grid = h, w = self._grid(*images.shape[-2:])
+        bottom = h * self.patch_size - images.shape[-2]
+        right = w * self.patch_size - images.shape[-1]
+        if bottom > 0 or right > 0:  # "pad"; with "crop" the convolution leaves the remainder out
+            images = F.pad(images, (0, right, 0, bottom))
+        patches = self.patch_embed(images).flatten(2).mT  # (B, N, D)
+        cls = self.cls_token
+        if masks is not None:
+            patches = self._hide(patches, masks)
+        elif self.mask_token is not None:
+            cls = cls + 0 * self.mask_token  # in the graph, for DDP waits for every gradient
+        if self.pos_embed is not None:
+            positions = self._positions(grid)
+            cls, patches = cls + positions[:, :1], patches + positions[:, 1:]
+        prefix = [cls] if self.register_tokens is None else [cls, self.register_tokens]
+        prefix = [token.expand(len(patches), -1, -1) for token in prefix]
+        return torch.cat([*prefix, patches], dim=1), grid
+
+    def _hide(self, patches: Tensor, masks: Tensor) -> Tensor:
+        if self.mask_token is None:
+            raise ValueError("masks are given, but this backbone was built with mask_token=False")
+        if masks.shape != patches.shape[:2]:
+            shape, wanted = tuple(masks.shape), tuple(patches.shape[:2])
+            raise ValueError(f"masks of shape {shape} given; these images have (B, N) = {wanted}")
+        return torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """Learned positions (1, 1 + N, D) for `grid`; at the native grid the parameter itself."""
+        if grid == self.native_grid:
+            return self.pos_embed
+        maps = self.pos_embed[:, 1:].float().unflatten(1, self.native_grid).permute(0, 3, 1, 2)
+        if self.config["interpolation"] == "offset":
+            # The authors' guard against rounding down. It moves the samples a little, so the
+            # released weights are only right with it.
+            scale = [(new + 0.1) / old for new, old in zip(grid, self.native_grid)]
+            maps = F.interpolate(maps, scale_factor=scale, mode="bicubic")
+        else:
+            antialias = self.config["interpolation"] == "antialias"
+            maps = F.interpolate(maps, size=grid, mode="bicubic", antialias=antialias)
+        resized = maps.flatten(2).mT.to(self.pos_embed.dtype)
+        return torch.cat([self.pos_embed[:, :1], resized], dim=1)
+
+    def _rotations(self, grid: tuple[int, int]) -> Iterable[Rotation | None]:
+        """One for each block: all the same, or drawn anew where they are augmented, or None."""
+        if self.rope is None:
+            return [None] * self.depth
+        if self.rope.augments:
+            return (self._rotation(grid) for _ in range(self.depth))
+        return [self._rotation(grid)] * self.depth
+
+    def _rotation(self, grid: tuple[int, int]) -> Rotation:
+        """Sine and cosine (1 + R + N, d): CLS and registers turn by 0, so no token is set apart."""
+        sin, cos = self.rope(grid)
+        prefix = (0, 0, 1 + self.num_registers, 0)
+        return F.pad(sin, prefix, value=0.0), F.pad(cos, prefix, value=1.0)
+
+    def _normed(self, x: Tensor, grid: tuple[int, int], local: bool = False) -> Features:
+        counts = (1 + self.num_registers, grid[0] * grid[1])
+        cls_norm = self.cls_norm
+        if local and self.training and self.local_cls_norm is not None:
+            cls_norm = self.local_cls_norm
+        if cls_norm is None:
+            first, patches = self.norm(x).split(counts, dim=1)
+        else:
+            first, patches = x.split(counts, dim=1)
+            first, patches = cls_norm(first), self.norm(patches)
+        return Features(cls=first[:, 0], registers=first[:, 1:], patches=patches, grid=grid)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        p, spare = self.patch_size, self.patch_size - 1 if self.config["fit"] == "pad" else 0
+        return (height + spare) // p, (width + spare) // p
+
+    def _index(self, layer: int) -> int:
+        if not -self.depth <= layer < self.depth:
+            raise ValueError(f"block {layer} is asked for; this backbone has {self.depth}")
+        return layer % self.depth
+
+
+def _make_block(config: dict, index: int) -> Block:
+    dim, drop_path = config["embed_dim"], config["drop_path"]
+    if config["drop_path_shape"] == "linear":
+        drop_path *= index / max(config["depth"] - 1, 1)
+    biases = {name: config[name] for name in ("qkv_bias", "mask_k_bias", "proj_bias")}
+    attn = Attention(dim, config["num_heads"], **biases)
+    ffn = make_ffn(config["ffn"], dim, config["ffn_ratio"], config["ffn_bias"])
+    scale, eps = config["layerscale"], config["norm_eps"]
+    return Block(attn, ffn, dim=dim, layerscale=scale, drop_path=drop_path, norm_eps=eps)
+
+
+def _options() -> list[str]:
+    return list(inspect.signature(VisionTransformer).parameters)
+
+
+def _pair(side: int | Sequence[int]) -> list[int]:
+    return [side, side] if isinstance(side, int) else list(side)
+
+
+def _check_config(config: dict) -> None:
+    """Raises ValueError for the first argument out of range."""
+    at_least_one = ("embed_dim", "depth", "num_heads", "patch_size", "in_channels")
+    for name, least in [*((name, 1) for name in at_least_one), ("registers", 0)]:
+        if not isinstance(config[name], int) or config[name] < least:
+            raise ValueError(
+                f"{name} is {config[name]!r}; it must be a whole number from {least} on"
+            )
+    dim, heads = config["embed_dim"], config["num_heads"]
+    if dim % heads:
+        raise ValueError(f"embed_dim {dim} is not a multiple of num_heads {heads}")
+    size, patch = config["image_size"], config["patch_size"]
+    if len(size) != 2 or not all(isinstance(side, int) and side >= patch for side in size):
+        raise ValueError(f"image_size is {size}; it must be one or two numbers from {patch} on")
+    for name in NUMBERS:
+        if config[name] is not None and not isinstance(config[name], (int, float)):
+            raise ValueError(f"{name} is {config[name]!r}; it must be a number")
+    check_choice("positions", config["positions"], ("learned", "rope"))
+    check_choice("interpolation", config["interpolation"], ("offset", "size", "antialias"))
+    check_choice("drop_path_shape", config["drop_path_shape"], ("uniform", "linear"))
+    check_choice("fit", config["fit"], ("crop", "pad"))
+    if not 0 <= config["drop_path"] < 1:
+        raise ValueError(f"drop_path is {config['drop_path']}; it must lie in [0, 1)")
+
+
+def build_backbone(arch: str, **options) -> nn.Module:
+    """A preset with options of `VisionTransformer`, or "timm:NAME" with those of `TimmBackbone`.
+
+    Raises:
+        ValueError: for an unknown name or option, with the known ones.
+    """
+    if arch.startswith("timm:"):
+        from models.timm_backbone import TimmBackbone  # here, because importing timm takes seconds
+
+        return TimmBackbone(arch.removeprefix("timm:"), **options)
+    if arch not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise ValueError(f"unknown backbone {arch!r}; known are {known} and timm:NAME")
+    unknown = ", ".join(sorted(set(options) - set(_options())))
+    if unknown:
+        raise ValueError(f"unknown option {unknown} for {arch}; known are {', '.join(_options())}")
+    return VisionTransformer(**{**PRESETS[arch], **options})
