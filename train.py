@@ -27,7 +27,7 @@ from data.loader import Batch, EvalDataset, default_workers, make_loader
 from data.masking import MaskSpec
 from engine import checkpoint, distributed
 from engine.cli import config_parser, run_script
-from engine.config import LossConfig, TrainConfig, load_config, size_pair
+from engine.config import LossConfig, TrainConfig, load_config, schedule_names, size_pair
 from engine.distributed import all_reduce_max, all_reduce_sum, mean_over_ranks
 from engine.figures import draw_report
 from engine.health import health
@@ -195,7 +195,8 @@ def build_schedules(cfg: TrainConfig, total_steps: int) -> dict[str, Callable[[i
     terms = {name: getattr(cfg.loss, name).weight for name in ("dino", "ibot", "koleo")}
     constants = terms | {"dino_local": cfg.loss.dino.local_weight}
     schedules = {}
-    for name, item in vars(cfg.schedule).items():
+    for name in schedule_names():
+        item = getattr(cfg.schedule, name)
         if item is not None:
             factor = lr_factor(cfg.optim.lr_scaling, cfg.batch_size) if name == "lr" else 1.0
             schedules[name] = make_schedule(total_steps, **vars(item), factor=factor)

@@ -5,10 +5,12 @@
     teacher/ snapshots/<step>/ best/    backbone as a folder that load_backbone opens, heads beside it
 """
 
+import contextlib
 import os
 import shutil
+import warnings
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, Iterator, Optional
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -44,7 +46,8 @@ def latest_step(run: Path) -> Optional[int]:
 
 def load_checkpoint(run: Path, step: int, state: dict) -> None:
     """Fills `state`'s tensors in place."""
-    dcp.load(state, checkpoint_id=run / "checkpoints" / str(step), no_dist=not distributed.active())
+    with _quietly():
+        dcp.load(state, checkpoint_id=run / "checkpoints" / str(step), no_dist=not distributed.active())
 
 
 def save_checkpoint(run: Path, step: int, state: dict, keep: int) -> None:
@@ -60,13 +63,22 @@ def save_checkpoint(run: Path, step: int, state: dict, keep: int) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
-    dcp.save(state, checkpoint_id=unfinished, no_dist=not distributed.active())
+    with _quietly():
+        dcp.save(state, checkpoint_id=unfinished, no_dist=not distributed.active())
     if distributed.is_main():
         shutil.rmtree(folder / str(step), ignore_errors=True)
         os.replace(unfinished, folder / str(step))
         write_atomically(folder / "latest", str(step))
         _prune(folder, keep)
     distributed.barrier()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the warning that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _refuse_non_finite(weights: dict, step: int) -> None:

@@ -331,6 +331,8 @@ def test_a_folder_smaller_than_the_batch_repeats_after_all_were_seen(folder):
     assert [sorted(batch.images[k : k + 3]) for k in (0, 3)] == [[0, 1, 2]] * 2
     again = [k for k in range(8) if batch.images[k] == 0]
     assert not torch.equal(*batch.global_crops[again[:2]])  # other crops each time
+    first, second = loader_of(open_data(f"{folder}?size=1"), batch_size=2, steps=2)
+    assert not torch.equal(first.global_crops, second.global_crops)  # and at every step
 
 
 def test_unreadable_images_are_replaced_and_reported(folder):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from models import load_backbone
 from models.features import Preprocessing
 from models.head import ProjectionHead
-from models.layers import DropPath
+from models.layers import DropPath, SwiGLU
 from models.pretrained import save_backbone
 from models.rope import RotaryPositions, rotate
 from models.timm_backbone import TimmBackbone
@@ -81,6 +81,14 @@ def test_every_feed_forward_net_runs_without_its_biases(ffn):
     assert model(images(1, 3, 16, 16)).cls.shape == (1, 32)
     biases = {name for name, _ in model.blocks.named_parameters() if name.endswith("bias")}
     assert all("norm" in name for name in biases)
+
+
+def test_swiglu_takes_its_gate_from_the_first_rows():
+    net = SwiGLU(4, 8)
+    x = images(3, 4)
+    gate, up = net.w12.weight[:8], net.w12.weight[8:]
+    hidden = F.silu(x @ gate.T + net.w12.bias[:8]) * (x @ up.T + net.w12.bias[8:])
+    assert torch.allclose(net(x), hidden @ net.w3.weight.T + net.w3.bias, atol=1e-6)
 
 
 def test_unsuitable_images_are_refused_in_a_sentence():
@@ -325,6 +333,16 @@ def test_rope_augmentation_is_drawn_anew_for_each_block():
         block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1][0]))
     model(images(1, 3, 32, 32))
     assert len(seen) == 2 and not torch.allclose(seen[0], seen[1])
+
+
+def test_cls_and_registers_are_not_rotated_and_every_patch_is_by_its_own_place():
+    model = tiny(positions="rope", registers=3)
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[1]))
+    model(images(1, 3, 16, 32))
+    for table, expected, neutral in zip(seen, model.rope((2, 4)), (0.0, 1.0)):
+        assert (table[:4] == neutral).all()
+        assert torch.equal(table[4:], expected)
 
 
 def test_learned_positions_are_untouched_at_their_native_size():

@@ -64,6 +64,10 @@ def test_boxes_are_distributed_as_random_resized_crop(size, scale):
     theirs = np.array([[box[k] for k in ("top", "left", "height", "width")] for box in boxes])
     ours = crop_boxes(draw(seeded(1), n), *size, CropSpec((8, 8), scale, n))
     assert (ours >= 0).all() and (ours[:, :2] + ours[:, 2:] <= size).all()
+    room = np.array(size) - ours[:, 2:]
+    free = (room > 4).all(1)  # enough of it on both axes: then one says nothing about the other
+    if free.sum() > n / 2:
+        assert abs(np.corrcoef((ours[free, :2] / room[free]).T)[0, 1]) < 0.1
     measures = [lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0],
                 lambda b: b[:, 1]]
     for measure in measures:

@@ -1,0 +1,55 @@
+"""Fixtures: a tiny configuration that trains in seconds, and folders of generated images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+# Two cores are shared by pytest and the processes it starts; tiny tensors gain nothing from threads.
+torch.set_num_threads(1)
+
+TINY = [
+    "device=cpu",
+    "precision=fp32",
+    "total_steps=4",
+    "batch_size=8",
+    "log_every=1",
+    "data.train=scenes?size=40",
+    "data.workers=0",
+    "crops.global_size=32",
+    "crops.local_size=16",
+    "crops.local_count=2",
+    "model.arch=vit_nano",
+    "model.embed_dim=32",
+    "model.depth=2",
+    "model.num_heads=2",
+    "model.patch_size=8",
+    "loss.dino.prototypes=32",
+    "loss.dino.hidden=32",
+    "loss.dino.bottleneck=16",
+    "loss.ibot.weight=1",
+    "loss.koleo.weight=0.1",
+    "loss.koleo.group=4",
+    "checkpoint.every=2",
+]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The overrides of a run of four steps in its own folder; more may be appended, the last one wins."""
+    return [*TINY, f"output_dir={tmp_path / 'run'}"]
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """A flat folder of 12 PNGs of odd sizes, grey and colour, without labels."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        shape = (50, 97) if number % 3 else (33 + number, 41)
+        pixels = rng.integers(0, 256, (*shape, 3) if number % 2 else shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder

@@ -1,0 +1,78 @@
+"""Who may import whom (the layout that README.md describes), and that importing changes nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("models", "losses", "data", "engine")
+SCRIPTS = [path.stem for path in ROOT.glob("*.py") if path.stem != "conftest"]
+FILES = [path for folder in PACKAGES for path in (ROOT / folder).glob("*.py")] + [ROOT / f"{name}.py" for name in SCRIPTS]
+# What each package may import besides the standard library and itself.
+ALLOWED = {
+    "models": {"torch", "timm", "safetensors", "huggingface_hub"},
+    "losses": {"torch"},
+    "data": {"torch", "torchvision", "numpy", "PIL", "engine.distributed"},
+    "engine": {"torch", "numpy", "PIL", "matplotlib", "tqdm", "yaml"},
+}
+STEP_IS_TAKEN_FROM_TRAIN = {"distill", "bench"}
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {item.name for item in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | ({f"engine.{item.name}" for item in node.names} if node.module == "engine" else set())
+    return names - {"engine"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_what_they_may(package):
+    for path in (ROOT / package).glob("*.py"):
+        for name in imports_of(path):
+            root = name.split(".")[0]
+            allowed = root in sys.stdlib_module_names or root == package or ALLOWED[package] & {root, name}
+            assert allowed, f"{path.name} imports {name}"
+
+
+def test_scripts_import_no_scripts_but_the_step():
+    for path in FILES:
+        taken = imports_of(path) & set(SCRIPTS)
+        assert taken <= ({"train"} if path.stem in STEP_IS_TAKEN_FROM_TRAIN else set()), path.name
+
+
+def test_only_scripts_import_the_configuration():
+    for path in FILES:
+        if path.parent != ROOT:
+            assert "engine.config" not in imports_of(path) or path.name == "config.py", path.name
+
+
+def test_importing_every_module_changes_no_global_state():
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if path.name != "__init__.py"]
+    code = f"""
+import importlib, logging, os, random, signal, sys, warnings
+import torch, torchvision, timm, matplotlib
+def state():
+    return (dict(os.environ), len(logging.getLogger().handlers), torch.get_rng_state().sum().item(), random.getstate(),
+            torch.get_num_threads(), torch.get_default_dtype(), signal.getsignal(signal.SIGTERM), matplotlib.get_backend(auto_select=False))
+before = state()
+for name in {modules!r}:
+    importlib.import_module(name)
+assert state() == before, "an import left a trace"
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_and_functions_stay_short():
+    for path in FILES:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 450, f"{path.name} is past 450 lines: a room is missing"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno - node.lineno < 80, f"{path.name}:{node.name} is past 80 lines"
