@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data.datasets import open_labelled
 from data.loader import EvalDataset, default_workers
 from engine import distributed
-from engine.cli import evaluation_parser, print_result, run_script
+from engine.cli import evaluation_parser, preparation, print_result, run_script
 from engine.probes import extract_cls, knn_accuracy
 from models.pretrained import load_backbone
 

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from data.augment import channel_statistics, multi_crop_from
 from data.datasets import ImageData, open_data, open_labelled
-from data.loader import Batch, EvalDataset, default_workers, make_loader
+from data.loader import Batch, EvalDataset, first_readable, make_loader
 from data.masking import MaskSpec
 from engine import checkpoint, distributed
 from engine.cli import config_parser, run_script
-from engine.config import LossConfig, TrainConfig, load_config, schedule_names, size_pair
+from engine.config import LossConfig, TrainConfig, length_in_steps, load_config, micro_batch_size, schedule_names, size_pair
 from engine.distributed import all_reduce_max, all_reduce_sum, mean_over_ranks
 from engine.figures import draw_report
 from engine.health import health
@@ -77,7 +77,8 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     teacher = make_teacher(student)
     centering = build_centering(cfg.loss, schedules).to(device)
     optimizer = make_optimizer(parameter_groups(student, cfg.optim.layer_decay, cfg.optim.patch_embed_lr), cfg.optim.betas)
-    loader, micro_batch = build_loader(cfg, images, student.backbone.patch_size, schedules, run.start_step, total_steps, device)
+    micro_batch = micro_batch_size(cfg, distributed.world_size(), grouped="koleo" in schedules)
+    loader = build_loader(cfg, images, student.backbone.patch_size, schedules, run.start_step, total_steps, device)
     run.start(
         checkpoint.training_state(student, teacher, centering, optimizer),
         bad_images=BadImages(run.folder, len(images), cfg.data.max_bad),
@@ -86,7 +87,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     parallel = distributed.wrap(student, cfg.strategy, device, all_used="dino" in schedules)
 
     freeze_steps = span_steps(cfg.optim.freeze_last_layer, total_steps)
-    autocast, scaler = choose_precision(cfg.precision, device)
+    autocast, scaler = distributed.choose_precision(cfg.precision, device)
     for step, batch in run.steps(loader):
         distributed.seed_step(cfg.seed, step)
         now = {name: schedule(step) for name, schedule in schedules.items()}
@@ -180,16 +181,6 @@ def compute_losses(
 # ----------------------------------------------------------------- what the loop is made of
 
 
-def length_in_steps(cfg: TrainConfig, images: int) -> int:
-    """total_steps, epochs or images as optimiser steps, at least 1."""
-    if cfg.total_steps is not None:
-        return cfg.total_steps
-    if cfg.epochs is None and cfg.images is None:
-        raise ValueError("how long? give total_steps, epochs or images")
-    wanted = cfg.images if cfg.images is not None else cfg.epochs * images
-    return max(1, round(wanted / cfg.batch_size))
-
-
 def build_schedules(cfg: TrainConfig, total_steps: int) -> dict[str, Callable[[int], float]]:
     """step -> value for lr, weight_decay, ema_momentum, teacher_temp and the weight of every term in use."""
     terms = {name: getattr(cfg.loss, name).weight for name in ("dino", "ibot", "koleo")}
@@ -224,39 +215,16 @@ def build_centering(loss: LossConfig, terms: Iterable[str]) -> nn.ModuleDict:
     return nn.ModuleDict(modules)
 
 
-def choose_precision(name: str, device: torch.device) -> tuple[Callable, torch.amp.GradScaler]:
-    """A context for the forward passes, and the scaler that fp16 gradients need (idle otherwise)."""
-    if name == "auto":
-        name = "bf16" if distributed.has_fast_bf16(device) else "fp32"
-    kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    autocast = partial(torch.autocast, device.type, dtype=kind, enabled=kind is not None)
-    return autocast, torch.amp.GradScaler(device.type, enabled=name == "fp16")
-
-
 def build_loader(
     cfg: TrainConfig, images: ImageData, patch_size: int, terms: Iterable[str], start_step: int, stop_step: int,
     device: torch.device,
-) -> tuple[Iterable[Batch], int]:
-    """This rank's batches of the steps from start to stop, and how many images go through the student at once.
-
-    Raises:
-        ValueError: if ranks, micro batches and KoLeo groups do not divide the batch evenly.
-    """
-    ranks, group = distributed.world_size(), cfg.loss.koleo.group
-    if cfg.batch_size % ranks:
-        raise ValueError(f"batch_size {cfg.batch_size} is not a multiple of the {ranks} processes")
-    local = cfg.batch_size // ranks
-    micro = min(cfg.micro_batch_size or local, local)
-    if "koleo" in terms and (micro % group or local % micro % group):
-        raise ValueError(
-            f"loss.koleo.group {group} does not divide the {micro} images that go through a rank's student at once "
-            f"(of {local}); change batch_size, micro_batch_size or loss.koleo.group"
-        )
+) -> Iterable[Batch]:
+    """This rank's batches of the steps from start to stop."""
     if len(images) < cfg.batch_size:
         notice(f"{cfg.data.train} has {len(images)} images, fewer than batch_size {cfg.batch_size}: they repeat after all were seen")
     grid = tuple(side // patch_size for side in size_pair(cfg.crops.global_size))
     masks = MaskSpec(grid, cfg.loss.ibot.mask_probability, cfg.loss.ibot.mask_ratio) if "ibot" in terms else None
-    loader = make_loader(
+    return make_loader(
         images,
         multi_crop_from(cfg.crops, *channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)),
         batch_size=cfg.batch_size,
@@ -264,12 +232,11 @@ def build_loader(
         start_step=start_step,
         stop_step=stop_step,
         rank=distributed.rank(),
-        world_size=ranks,
-        workers=default_workers(device.type, ranks) if cfg.data.workers is None else cfg.data.workers,
+        world_size=distributed.world_size(),
+        workers=cfg.data.workers,
         masks=masks,
-        pin=device.type == "cuda",
+        device=device.type,
     )
-    return loader, micro
 
 
 # ----------------------------------------------------------------- what comes out
@@ -298,9 +265,9 @@ def teacher_outputs(cfg: TrainConfig, images: ImageData, teacher: SSLModel, devi
     @torch.inference_mode()
     def report(path: Path) -> None:
         data = val if probed else images
-        first = range(min(4, len(data)))
-        inputs = torch.stack([prepare(data)[index][0] for index in first]).to(device)
-        crops = multi_crop_from(cfg.crops, mean, std).examples([data.image(index) for index in first], cfg.seed)
+        shown = first_readable(data, 4)
+        inputs = torch.stack([prepare(data)[index][0] for index in shown]).to(device)
+        crops = multi_crop_from(cfg.crops, mean, std).examples([data.image(index) for index in shown], cfg.seed)
         attention = backbone.attention(inputs) if hasattr(backbone, "attention") else None
         draw_report(path, inputs, backbone(inputs), crops, mean=mean, std=std, attention=attention, title=path.parent.name)
 

@@ -155,16 +155,35 @@ def default_workers(device: str, ranks: int = 1) -> int:
 
 def make_loader(data: ImageData, multi_crop: MultiCrop, *, batch_size: int, seed: int,
                 stop_step: int, start_step: int = 0, rank: int = 0, world_size: int = 1,
-                workers: int = 0, masks: MaskSpec | None = None, pin: bool = False) -> DataLoader:
+                workers: int | None = 0, masks: MaskSpec | None = None,
+                device: str = "cpu") -> DataLoader:
     """One `Batch` per step from start_step to stop_step - 1; `.dataset` is the `StepDataset`.
 
     A worker makes whole batches, with one thread. torch's global random state is not touched.
+
+    Args:
+        workers: processes; None = `default_workers` for the `device` that the batches go to.
     """
+    workers = default_workers(device, world_size) if workers is None else workers
     steps = StepDataset(data, multi_crop, batch_size=batch_size, seed=seed, rank=rank,
                         world_size=world_size, masks=masks)
     return DataLoader(steps, batch_size=None, sampler=range(start_step, stop_step),
-                      num_workers=workers, persistent_workers=workers > 0, pin_memory=pin,
+                      num_workers=workers, persistent_workers=workers > 0, pin_memory=device == "cuda",
                       generator=torch.Generator().manual_seed(0))
+
+
+def first_readable(data: ImageData, count: int) -> list[int]:
+    """Indices of the first `count` images that can be read, fewer where there are not so many."""
+    found = []
+    for index in range(len(data)):
+        try:
+            data.image(index)
+        except UnreadableImage:
+            continue
+        found.append(index)
+        if len(found) == count:
+            break
+    return found
 
 
 class EvalDataset(Dataset):

@@ -1,12 +1,12 @@
 """Draws the generated scenes of `data/scenes.py` with numpy: shapes, textures, background, camera.
 
-Every picture, instance mask, depth map and point correspondence comes from `render` and the two maps
-`to_scene` and `to_object`, so they agree by construction. The design is ours.
+Every picture, instance mask, depth map and point correspondence comes from `render` and the two
+maps `to_scene` and `to_object`, so they agree by construction. The design is ours.
 
-Coordinates: a scene is the unit square, x to the right and y down. An object has its own frame (u, v),
-where its outline is the level 1 of a gauge: a function that scales with (u, v), so that 0.7 of a point
-of the outline is inside. All objects narrow towards -v; without that the corners of a square could not
-be told apart.
+Coordinates: a scene is the unit square, x to the right and y down. An object has its own frame
+(u, v), where its outline is the level 1 of a gauge: a function that scales with (u, v), so that 0.7
+of a point of the outline is inside. All objects are wider at -v; without that the corners of a
+square could not be told apart.
 """
 
 import math
@@ -249,7 +249,7 @@ def _draw_body(body, number, canvas, instance, depth):
     u, v = _object_frame(body, x, y)
     gauge = KINDS[body.label].shape(u, v)
     signal = KINDS[body.label].texture(u, v, gauge, body.frequency, body.phase)
-    pixels = resolution * body.radius / REACH[body.label]  # per unit of (u, v): edges one pixel soft
+    pixels = resolution * body.radius / REACH[body.label]  # per unit of (u, v): soft edges
     tone = np.clip(0.5 + signal * (pixels / body.frequency), 0, 1)
     cover = np.clip(0.5 + (1 - gauge) * pixels, 0, 1)
     dome = 1 - gauge * gauge

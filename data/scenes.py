@@ -1,9 +1,10 @@
 """The embedded data set: small generated scenes with every annotation a probe needs, no download.
 
 A scene is one large textured object, up to two smaller and farther ones of other classes, and a
-cluttered background. A class is a pair of shape and texture ("striped disc"); place, size, rotation,
-colours, contrast polarity and background say nothing about it. Everything is a pure function of
-(seed, split, index). Annotations are in pixels; the centre of the top left pixel is (0.5, 0.5).
+cluttered background. A class is a pair of shape and texture ("striped disc"); place, size,
+rotation, colours, contrast polarity and background say nothing about it. Everything is a pure
+function of (seed, split, index). Annotations are in pixels; the centre of the top left pixel is
+(0.5, 0.5).
 """
 
 import math
@@ -35,7 +36,7 @@ TO_PALETTE = np.array([[1, 0, 0, 0], [-1, 1, 0, 0], [-1, 0, 1, 0], [1, -1, -1, 1
 
 
 class Scenes(Dataset):
-    """Generated scenes of ten classes; the label is the class of the main, largest and nearest object.
+    """Generated scenes of ten classes; the label is that of the main (largest, nearest) object.
 
     Args:
         split: "train" or "val", two unrelated streams of scenes.
@@ -89,13 +90,13 @@ class Scenes(Dataset):
         """What is where in `image(i)`.
 
         Returns:
-            boxes: (n, 4) float32 x0, y0, x1, y1 around what is visible of each object, the main one first.
+            boxes: (n, 4) float32 x0, y0, x1, y1 around the visible part of each, main object first.
             box_labels: (n,) int64 classes.
             mask: (H, W) uint8, 0 = background, else 1 + class.
             instance: (H, W) uint8, 0 = background, else 1 + row of `boxes`.
             depth: (H, W) float32, metres, above 0.
-            keypoints: (KEYPOINTS, 3) float32 x, y and visible (0 or 1) of the main object: row k is the
-                same place in the frame of its class in every scene.
+            keypoints: (KEYPOINTS, 3) float32 x, y and visible (0 or 1) of the main object: row k is
+                the same place in the frame of its class in every scene.
         """
         bodies, background = self._scene(i)
         _, instance, depth = self._render(bodies, background)
@@ -117,7 +118,7 @@ class Scenes(Dataset):
         Returns:
             image_a, image_b: (3, H, W) uint8; the first is `image(i)`.
             points_a, points_b: (PAIR_POINTS, 2) float32 x, y: the same places on objects in both.
-            visible: (PAIR_POINTS,) bool: in view b inside the image and not hidden; all are in view a.
+            visible: (PAIR_POINTS,) bool: inside view b and not hidden there; all are in view a.
         """
         bodies, background = self._scene(i)
         stream = Stream(self._world, SECOND_VIEW, i, 64)
@@ -138,7 +139,7 @@ class Scenes(Dataset):
         return *images, points_a.astype(np.float32), points_b.astype(np.float32), visible
 
     def clip(self, i: int) -> tuple[Tensor, np.ndarray]:
-        """(T, 3, H, W) uint8 frames and (T, H, W) uint8 instances, numbered as in `annotations(i)`."""
+        """(T, 3, H, W) uint8 frames and (T, H, W) uint8 instances, as in `annotations(i)`."""
         bodies, background = self._scene(i)
         stream = Stream(self._world, MOTION, i, 64)
         pan = stream.array(-1, 1, 2, 2).tolist()
@@ -163,10 +164,11 @@ class Scenes(Dataset):
 def uniforms(world: int, purpose: int, index: np.ndarray, count: int) -> np.ndarray:
     """(len(index), count) numbers in [0, 1), each a hash of (world, purpose, index, column).
 
-    A hash and no generator: 20,000 labels are one call, and no library's streams have to stay as they
-    are. The steps are those of splitmix64 (Steele, Lea, Flood 2014).
+    A hash and no generator: 20,000 labels are one call, and no library's streams have to stay as
+    they are. The steps are those of splitmix64 (Steele, Lea, Flood 2014).
     """
-    rows = _mix(_mix(index.astype(np.uint64) + _mix(np.array([world], np.uint64))) + np.uint64(purpose))
+    rows = _mix(index.astype(np.uint64) + _mix(np.array([world], np.uint64)))
+    rows = _mix(rows + np.uint64(purpose))
     columns = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return (_mix(rows[:, None] + columns) >> np.uint64(11)) * 2.0**-53
 
@@ -211,7 +213,7 @@ def compose(stream: Stream, label: int) -> tuple[list[Body], Background]:
 
 
 def _free_spot(bodies, radius, spots):
-    """The first spot outside every object, so that half of what is put there is seen, or a corner."""
+    """The first spot outside every object, so half of what is put there is seen, or a corner."""
 
     def room(spot):
         return min(math.hypot(spot[0] - b.x, spot[1] - b.y) - b.radius for b in bodies)

@@ -334,6 +334,29 @@ def span_is_valid(span: Span) -> bool:
     return bool(re.fullmatch(r"\d+(\.\d+)?%", span))
 
 
+def length_in_steps(cfg: TrainConfig, images: int) -> int:
+    """total_steps, epochs or images as optimiser steps, at least 1."""
+    if cfg.total_steps is not None:
+        return cfg.total_steps
+    if cfg.epochs is None and cfg.images is None:
+        raise ConfigError("how long? give total_steps, epochs or images")
+    wanted = cfg.images if cfg.images is not None else cfg.epochs * images
+    return max(1, round(wanted / cfg.batch_size))
+
+
+def micro_batch_size(cfg: TrainConfig, ranks: int, grouped: bool) -> int:
+    """Images that go through a rank's student at once; `grouped`: whether KoLeo groups must fit into them."""
+    _require(cfg.batch_size % ranks == 0, f"batch_size {cfg.batch_size} is not a multiple of the {ranks} processes")
+    local, group = cfg.batch_size // ranks, cfg.loss.koleo.group
+    micro = min(cfg.micro_batch_size or local, local)
+    _require(
+        not grouped or (micro % group == 0 and local % micro % group == 0),
+        f"loss.koleo.group {group} does not divide the {micro} images that go through a rank's student at once (of {local}); "
+        "change batch_size, micro_batch_size or loss.koleo.group",
+    )
+    return micro
+
+
 # ----------------------------------------------------------------- loading
 
 

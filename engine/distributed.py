@@ -5,7 +5,8 @@ Nothing here is needed on one process, where no process group exists. `torchrun`
 
 import contextlib
 import os
-from typing import Any, Iterator
+from functools import partial
+from typing import Any, Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,15 @@ def has_fast_bf16(device: torch.device) -> bool:
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of recent versions
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return False
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[Callable, torch.amp.GradScaler]:
+    """A context for the forward passes, and the scaler that fp16 gradients need (idle otherwise)."""
+    if name == "auto":
+        name = "bf16" if has_fast_bf16(device) else "fp32"
+    kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    autocast = partial(torch.autocast, device.type, dtype=kind, enabled=kind is not None)
+    return autocast, torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
 
 @contextlib.contextmanager

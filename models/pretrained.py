@@ -79,52 +79,6 @@ def find_folder(spec: str) -> Path:
     return path
 
 
-def load_tensors(backbone: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Gives `backbone`, which may be on the meta device, copies of `tensors` in its own types.
-
-    `source` is what messages call them.
-
-    Raises:
-        ValueError: unless names and shapes are the same on both sides, with those that differ.
-    """
-    own = backbone.state_dict()
-    missing = [name for name in own if name not in tensors]
-    unexpected = [name for name in tensors if name not in own]
-    misshapen = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
-    _report(source, len(own) - len(missing) - len(misshapen), len(own))
-    if missing or unexpected or misshapen:
-        shapes = [(name, list(tensors[name].shape), list(own[name].shape)) for name in misshapen]
-        shapes = [f"{name} {found} instead of {needed}" for name, found, needed in shapes]
-        groups = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-        faults = "; ".join(
-            f"{title}: {_shorten(names)}" for title, names in groups.items() if names
-        )
-        raise ValueError(f"{source} does not hold the weights of this backbone; {faults}")
-    state = {name: tensors[name].to(own[name].dtype, copy=True) for name in own}
-    backbone.load_state_dict(state, assign=True)
-
-
-def read_preprocessing(folder: Path) -> Preprocessing:
-    """From `preprocessor_config.json`, an image processor of the Hugging Face kind.
-
-    Raises:
-        FileNotFoundError: if it is missing.
-        ValueError: if it is not of the form that `save_backbone` writes.
-    """
-    path = folder / "preprocessor_config.json"
-    values = _read_json(path)
-    try:
-        return Preprocessing(
-            size=(values["crop_size"]["height"], values["crop_size"]["width"]),
-            resize=values["size"]["shortest_edge"],
-            mean=tuple(values["image_mean"]),
-            std=tuple(values["image_std"]),
-            interpolation={number: name for name, number in RESAMPLE.items()}[values["resample"]],
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not of the form that we write: {error!r}") from error
-
-
 def _read_own(folder: Path) -> nn.Module:
     path = folder / "config.json"
     try:
@@ -142,10 +96,6 @@ def _build_empty(type: str, **options) -> nn.Module:
         raise ValueError(f"architecture.type is {type!r}; it must be vit or timm")
     with torch.device("meta"):  # the file has every tensor, and drawing billions first is slow
         return VisionTransformer(**options)
-
-
-# One reader for each model_type of a config.json.
-READERS: dict[str, Callable[[Path], nn.Module]] = {MODEL_TYPE: _read_own}
 
 
 # ----------------------------------------------------------------- save
@@ -171,23 +121,6 @@ def save_backbone(backbone: nn.Module, folder: str | Path, preprocessing: Prepro
     _write_json(folder / "preprocessor_config.json", _processor_config(preprocessing))
     weights = folder / "model.safetensors"
     _replace(weights, lambda scratch: save_file(state, scratch, metadata={"format": "pt"}))
-
-
-def _processor_config(preprocessing: Preprocessing) -> dict:
-    height, width = preprocessing.size
-    return {
-        "image_processor_type": "BitImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": preprocessing.resize},
-        "do_center_crop": True,
-        "crop_size": {"height": height, "width": width},
-        "resample": RESAMPLE[preprocessing.interpolation],
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(preprocessing.mean),
-        "image_std": list(preprocessing.std),
-    }
 
 
 # ----------------------------------------------------------------- specs
@@ -255,54 +188,3 @@ def _kept_folder(run: Path, mark: str) -> Path:
         kept = ", ".join(map(str, sorted(steps))) or "none (checkpoint.snapshot sets how often)"
         raise FileNotFoundError(f"run {run} has no snapshot {mark!r}; kept are {kept}")
     return steps[int(mark)]
-
-
-# ----------------------------------------------------------------- files
-
-
-def _model_type(folder: Path) -> str:
-    path = folder / "config.json"
-    found = _read_json(path).get("model_type")
-    if found not in READERS:
-        raise ValueError(f"{path} has model_type {found!r}; readable are {', '.join(READERS)}")
-    return found
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return values
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _write_json(path: Path, values: dict) -> None:
-    _replace(path, lambda scratch: scratch.write_text(json.dumps(values, indent=2) + "\n"))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    write(scratch)
-    os.replace(scratch, path)
-
-
-def _report(source: str, matched: int, total: int) -> None:
-    print(f"{source}: matched {matched} / {total} tensors", file=sys.stderr)
-
-
-def _shorten(names: list[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more

@@ -161,10 +161,10 @@ def test_a_flat_folder_of_odd_sizes_without_labels_trains(tiny, images):
 
 
 def test_an_unreadable_image_is_skipped_and_listed(tiny, images):
-    (images / "broken.png").write_bytes((images / "0.png").read_bytes()[:60])
+    (images / "0-broken.png").write_bytes((images / "0.png").read_bytes()[:60])
     train.main([*tiny, f"data.train={images}"])
     listed = (folder_of(tiny) / "bad_images.txt").read_text().splitlines()
-    assert len(listed) == 1 and "broken.png" in listed[0]
+    assert len(listed) == 1 and "0-broken.png" in listed[0]
     with pytest.raises(ValueError, match="max_bad"):
         train.main([*tiny, f"data.train={images}", "data.max_bad=0", "overwrite=true"])
 
@@ -222,7 +222,7 @@ def test_no_gradient_reaches_the_teacher(tiny):
     student = train.build_student(cfg, masked=True)
     teacher = train.make_teacher(student)
     schedules = train.build_schedules(cfg, 4)
-    loader, micro = train.build_loader(cfg, train.open_data(cfg.data.train), 8, schedules, 0, 1, torch.device("cpu"))
+    loader = train.build_loader(cfg, train.open_data(cfg.data.train), 8, schedules, 0, 1, torch.device("cpu"))
     batch = next(iter(loader))
     now = {name: schedule(1) for name, schedule in schedules.items()}
     targets = train.teacher_targets(teacher, [batch], train.build_centering(cfg.loss, schedules), 0.05)
