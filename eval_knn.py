@@ -41,7 +41,9 @@ def main(argv: Optional[list[str]] = None) -> None:
         progress = partial(tqdm, desc=f"features of {name}", unit="batch", disable=not sys.stderr.isatty())
         items = EvalDataset(data, **preparation(backbone.preprocessing, arguments.resize, arguments.size))
         workers = default_workers(device.type) if arguments.workers is None else arguments.workers
-        features += extract_cls(backbone, items, device, batch_size=arguments.batch_size, workers=workers, progress=progress)
+        features += extract_cls(
+            backbone, items, device, batch_size=arguments.batch_size, workers=workers, progress=progress
+        )
     accuracy = knn_accuracy(*features, ks=arguments.k, temperature=arguments.temperature)
     result = {"task": "knn", "model": arguments.model, "k": {str(k): value for k, value in accuracy.items()}}
     result |= {"top1": max(accuracy.values()), "n_train": len(train), "n_val": len(val)}

@@ -25,23 +25,21 @@ from data.augment import channel_statistics, multi_crop_from
 from data.datasets import ImageData, open_data, open_labelled
 from data.loader import Batch, EvalDataset, first_readable, make_loader
 from data.masking import MaskSpec
-from engine import checkpoint, distributed
+from engine import checkpoint, distributed, optim
 from engine.cli import config_parser, run_script
-from engine.config import LossConfig, TrainConfig, length_in_steps, load_config, micro_batch_size, schedule_names, size_pair
+from engine.config import (
+    LossConfig,
+    TrainConfig,
+    length_in_steps,
+    load_config,
+    micro_batch_size,
+    schedule_names,
+    size_pair,
+)
 from engine.distributed import all_reduce_max, all_reduce_sum, mean_over_ranks
 from engine.figures import draw_report
 from engine.health import health
 from engine.logger import BadImages, notice
-from engine.optim import (
-    clip_gradients,
-    drop_last_layer_gradients,
-    lr_factor,
-    make_optimizer,
-    make_schedule,
-    parameter_groups,
-    set_rates,
-    span_steps,
-)
 from engine.probes import knn_probe
 from engine.run import Cadence, Run
 from engine.settings import provenance, refuse_changes, to_yaml
@@ -76,7 +74,9 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     student = build_student(cfg, masked="ibot" in schedules).to(device)
     teacher = make_teacher(student)
     centering = build_centering(cfg.loss, schedules).to(device)
-    optimizer = make_optimizer(parameter_groups(student, cfg.optim.layer_decay, cfg.optim.patch_embed_lr), cfg.optim.betas)
+    optimizer = optim.make_optimizer(
+        optim.parameter_groups(student, cfg.optim.layer_decay, cfg.optim.patch_embed_lr), cfg.optim.betas
+    )
     micro_batch = micro_batch_size(cfg, distributed.world_size(), grouped="koleo" in schedules)
     loader = build_loader(cfg, images, student.backbone.patch_size, schedules, run.start_step, total_steps, device)
     run.start(
@@ -86,7 +86,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     )
     parallel = distributed.wrap(student, cfg.strategy, device, all_used="dino" in schedules)
 
-    freeze_steps = span_steps(cfg.optim.freeze_last_layer, total_steps)
+    freeze_steps = optim.span_steps(cfg.optim.freeze_last_layer, total_steps)
     autocast, scaler = distributed.choose_precision(cfg.precision, device)
     for step, batch in run.steps(loader):
         distributed.seed_step(cfg.seed, step)
@@ -115,9 +115,9 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
         # 4. The student follows the gradient.
         scaler.unscale_(optimizer)
         if step < freeze_steps:
-            drop_last_layer_gradients(student)
-        totals["grad_norm"] = clip_gradients(student, cfg.optim.clip_grad, cfg.optim.clip_per)
-        set_rates(optimizer, now["lr"], now["weight_decay"])
+            optim.drop_last_layer_gradients(student)
+        totals["grad_norm"] = optim.clip_gradients(student, cfg.optim.clip_grad, cfg.optim.clip_per)
+        optim.set_rates(optimizer, now["lr"], now["weight_decay"])
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -189,8 +189,8 @@ def build_schedules(cfg: TrainConfig, total_steps: int) -> dict[str, Callable[[i
     for name in schedule_names():
         item = getattr(cfg.schedule, name)
         if item is not None:
-            factor = lr_factor(cfg.optim.lr_scaling, cfg.batch_size) if name == "lr" else 1.0
-            schedules[name] = make_schedule(total_steps, **vars(item), factor=factor)
+            factor = optim.lr_factor(cfg.optim.lr_scaling, cfg.batch_size) if name == "lr" else 1.0
+            schedules[name] = optim.make_schedule(total_steps, **vars(item), factor=factor)
         elif constants[name] > 0 or name not in terms:
             schedules[name] = lambda step, value=constants[name]: value
     return schedules
@@ -216,12 +216,19 @@ def build_centering(loss: LossConfig, terms: Iterable[str]) -> nn.ModuleDict:
 
 
 def build_loader(
-    cfg: TrainConfig, images: ImageData, patch_size: int, terms: Iterable[str], start_step: int, stop_step: int,
+    cfg: TrainConfig,
+    images: ImageData,
+    patch_size: int,
+    terms: Iterable[str],
+    start_step: int,
+    stop_step: int,
     device: torch.device,
 ) -> Iterable[Batch]:
     """This rank's batches of the steps from start to stop."""
     if len(images) < cfg.batch_size:
-        notice(f"{cfg.data.train} has {len(images)} images, fewer than batch_size {cfg.batch_size}: they repeat after all were seen")
+        notice(
+            f"{cfg.data.train} has {len(images)} images, fewer than batch_size {cfg.batch_size}: they repeat after all were seen"
+        )
     grid = tuple(side // patch_size for side in size_pair(cfg.crops.global_size))
     masks = MaskSpec(grid, cfg.loss.ibot.mask_probability, cfg.loss.ibot.mask_ratio) if "ibot" in terms else None
     return make_loader(
@@ -250,7 +257,9 @@ def metrics(totals: dict[str, Tensor], now: dict[str, float]) -> dict:
     return named | rates | {"grad_norm": totals["grad_norm"]}
 
 
-def teacher_outputs(cfg: TrainConfig, images: ImageData, teacher: SSLModel, device: torch.device) -> dict[str, Callable]:
+def teacher_outputs(
+    cfg: TrainConfig, images: ImageData, teacher: SSLModel, device: torch.device
+) -> dict[str, Callable]:
     """How to export, draw and probe the teacher; see `Run.start`."""
     backbone, size = teacher.backbone, size_pair(cfg.crops.global_size)
     mean, std = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
@@ -269,7 +278,9 @@ def teacher_outputs(cfg: TrainConfig, images: ImageData, teacher: SSLModel, devi
         inputs = torch.stack([prepare(data)[index][0] for index in shown]).to(device)
         crops = multi_crop_from(cfg.crops, mean, std).examples([data.image(index) for index in shown], cfg.seed)
         attention = backbone.attention(inputs) if hasattr(backbone, "attention") else None
-        draw_report(path, inputs, backbone(inputs), crops, mean=mean, std=std, attention=attention, title=path.parent.name)
+        draw_report(
+            path, inputs, backbone(inputs), crops, mean=mean, std=std, attention=attention, title=path.parent.name
+        )
 
     def probe() -> dict[str, float]:
         return {"probe/knn": knn_probe(backbone, prepare(train), prepare(val), device)}

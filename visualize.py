@@ -132,9 +132,7 @@ def pca_pictures(features: Sequence[Features], joint: bool, without_background: 
 
 def crops(arguments: argparse.Namespace) -> dict:
     # --images takes whatever follows it, a key=value too; in a spec, = comes after a question mark.
-    is_path = [
-        Path(text).exists() or "=" not in text.partition("?")[0] for text in arguments.images
-    ]
+    is_path = [Path(text).exists() or "=" not in text.partition("?")[0] for text in arguments.images]
     paths = list(compress(arguments.images, is_path))
     swallowed = [text for text in arguments.images if text not in paths]
     cfg = load_config(arguments.config, arguments.overrides + swallowed)
@@ -161,9 +159,7 @@ def curves(arguments: argparse.Namespace) -> dict:
 def load_images(specs: Sequence[str], channels: int, count: int) -> Iterator[Tensor]:
     """(channels, H, W) in the stored type, the first `count` of each spec."""
     if count < 1 or not specs:
-        raise ValueError(
-            f"--count is {count} and --images names {len(specs)}; give at least 1 of both"
-        )
+        raise ValueError(f"--count is {count} and --images names {len(specs)}; give at least 1 of both")
     for spec in specs:
         data = open_data(spec, channels)
         yield from (data.image(i) for i in range(min(count, len(data))))

@@ -134,8 +134,15 @@ def resized_crop(image: Tensor, box: Sequence[int], size: tuple[int, int], flip:
 
 
 @torch.no_grad()
-def photometric(crops: Tensor, u: Tensor, policy: AugmentPolicy, blur_p: Tensor, solarize_p: Tensor,
-                mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def photometric(
+    crops: Tensor,
+    u: Tensor,
+    policy: AugmentPolicy,
+    blur_p: Tensor,
+    solarize_p: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
     """Colour jitter, grayscale, blur, solarisation, normalisation, in the order of main_dino.py.
 
     Each operation equals torchvision's on a float image; there is no rounding to 8 bits between
@@ -225,8 +232,7 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Shift the hue in HSV. Value and chroma stay, so only the hue, in sixths of a turn, is made.
-    """
+    """Shift the hue in HSV. Value and chroma stay, so only the hue, in sixths of a turn, is made."""
     r, g, b = x.unbind(1)
     low, high = x.amin(1), x.amax(1)
     chroma = high - low
@@ -269,8 +275,14 @@ class MultiCrop:
     Rows of a table: the global crops, then the local ones. `local_spec` may be None.
     """
 
-    def __init__(self, global_spec: CropSpec, local_spec: CropSpec | None, policy: AugmentPolicy,
-                 mean: Sequence[float], std: Sequence[float]):
+    def __init__(
+        self,
+        global_spec: CropSpec,
+        local_spec: CropSpec | None,
+        policy: AugmentPolicy,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
         self.specs = [s for s in (global_spec, local_spec) if s is not None and s.count > 0]
         self.policy, self.mean, self.std = policy, tuple(mean), tuple(std)
         self.globals = global_spec.count
@@ -288,18 +300,21 @@ class MultiCrop:
             held = list(islice(images, len(table)))
             for k, u in enumerate(table.split([spec.count for spec in self.specs], 1)):
                 crops[k] += self._cut(held, u.flatten(0, 1), self.specs[k])
-        return [_stack([crop for view in range(spec.count) for crop in cut[view :: spec.count]])
-                for spec, cut in zip(self.specs, crops)]
+        return [
+            _stack([crop for view in range(spec.count) for crop in cut[view :: spec.count]])
+            for spec, cut in zip(self.specs, crops)
+        ]
 
     def _cut(self, images: list[Tensor], u: Tensor, spec: CropSpec) -> list[Tensor]:
         sizes = np.array([image.shape[-2:] for image in images]).repeat(spec.count, 0)
         boxes = crop_boxes(u, sizes[:, 0], sizes[:, 1], spec).tolist()
         flips = (u[:, FLIP] < self.policy.flip).tolist()
-        return [resized_crop(images[k // spec.count], box, spec.size, flip)
-                for k, (box, flip) in enumerate(zip(boxes, flips))]
+        return [
+            resized_crop(images[k // spec.count], box, spec.size, flip)
+            for k, (box, flip) in enumerate(zip(boxes, flips))
+        ]
 
-    def __call__(self, images: Iterable[Tensor],
-                 tables: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, images: Iterable[Tensor], tables: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Normalised float32 (G·B, C, H, W) and (L·B, C, h, w); None in its place when L = 0."""
         views = self.views(images, tables)
         u = torch.stack(list(tables), 1)  # (crops, B, NUMBERS)
@@ -312,16 +327,14 @@ class MultiCrop:
         """The normalised views of each image, globals first: for pictures of what training sees."""
         generator = torch.Generator().manual_seed(seed)
         pairs = [self([image], [draw(generator, self.crops)]) for image in images]
-        return [[*global_crops, *(() if local_crops is None else local_crops)]
-                for global_crops, local_crops in pairs]
+        return [[*global_crops, *(() if local_crops is None else local_crops)] for global_crops, local_crops in pairs]
 
     def _photometric(self, crops: Tensor, u: Tensor, first: bool) -> Tensor:
         blur, solarize = torch.full(u.shape[:2], self.policy.blur[2]), torch.zeros(u.shape[:2])
         if first:
             blur[0], blur[1:] = self.policy.blur[0], self.policy.blur[1]
             solarize[1:] = self.policy.solarize
-        return photometric(crops, u.flatten(0, 1), self.policy, blur.flatten(), solarize.flatten(),
-                           self.mean, self.std)
+        return photometric(crops, u.flatten(0, 1), self.policy, blur.flatten(), solarize.flatten(), self.mean, self.std)
 
 
 def _stack(crops: list[Tensor]) -> Tensor:
@@ -347,8 +360,9 @@ def multi_crop_from(crops, mean: Sequence[float], std: Sequence[float]) -> Multi
     if crops.policy not in POLICIES:
         raise ValueError(f"unknown crops.policy {crops.policy!r}; choose from {', '.join(POLICIES)}")
     given = {item.name: getattr(crops, item.name, None) for item in fields(AugmentPolicy)}
-    given = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in given.items() if value is not None}
+    given = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
+    }
     specs = [
         CropSpec(_pair(crops.global_size), tuple(crops.global_scale), crops.global_count),
         CropSpec(_pair(crops.local_size), tuple(crops.local_scale), crops.local_count),
@@ -356,15 +370,14 @@ def multi_crop_from(crops, mean: Sequence[float], std: Sequence[float]) -> Multi
     return MultiCrop(*specs, replace(POLICIES[crops.policy], **given), mean, std)
 
 
-def channel_statistics(channels: int, mean: Sequence[float] | None,
-                       std: Sequence[float] | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(
+    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """mean and std, one value a channel, for values in [0, 1]; in place of None ImageNet's for
     three channels, and their average for any other number."""
     pairs = ((mean, IMAGENET_MEAN), (std, IMAGENET_STD))
     return tuple(
-        tuple(given) if given is not None
-        else imagenet if channels == 3
-        else (sum(imagenet) / 3,) * channels
+        tuple(given) if given is not None else imagenet if channels == 3 else (sum(imagenet) / 3,) * channels
         for given, imagenet in pairs
     )
 

@@ -24,8 +24,7 @@ import torchvision.datasets
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.pictures import (EXTENSIONS, UnreadableImage, error_text, fit_channels,
-                           picture_to_tensor, read_image)
+from data.pictures import EXTENSIONS, UnreadableImage, error_text, fit_channels, picture_to_tensor, read_image
 
 KEYS = {
     "folder": ("split", "size", "labels"),
@@ -34,11 +33,7 @@ KEYS = {
 }
 TORCHVISION_KEYS = ("split", "size", "download")
 # What a data set may call the split that is asked for, best first.
-SPLITS = {
-    "train": ("train", "trainval"),
-    "val": ("val", "valid", "validation", "test"),
-    "test": ("test",),
-}
+SPLITS = {"train": ("train", "trainval"), "val": ("val", "valid", "validation", "test"), "test": ("test",)}
 
 
 class ImageData(Dataset):
@@ -72,8 +67,14 @@ class ImageData(Dataset):
 class FileImages(ImageData):
     """Image files; `names` are class names, or None where there is none."""
 
-    def __init__(self, root: Path, files: list[str], names: list[str | None] | None = None,
-                 channels: int | None = 3, size: int | None = None):
+    def __init__(
+        self,
+        root: Path,
+        files: list[str],
+        names: list[str | None] | None = None,
+        channels: int | None = 3,
+        size: int | None = None,
+    ):
         self.root, self.channels = root, channels
         # Bytes in one array: a list of strings would be copied into every worker as it is read.
         self.files = np.array([os.fsencode(file) for file in files[:size]])
@@ -98,8 +99,7 @@ class TorchvisionImages(ImageData):
     """A torchvision data set. One that holds its images as an array is read without going through
     PIL, which is most of the cost of a 28-pixel image."""
 
-    def __init__(self, dataset: Dataset, name: str, channels: int | None = 3,
-                 size: int | None = None):
+    def __init__(self, dataset: Dataset, name: str, channels: int | None = 3, size: int | None = None):
         self.title, self.channels = name, channels
         self.pixels = _pixels_of(dataset)
         self.dataset = dataset if self.pixels is None else None
@@ -121,8 +121,7 @@ class TorchvisionImages(ImageData):
             picture = self.dataset[index][0]
         except Exception as error:  # whatever a decoder makes of broken bytes
             raise UnreadableImage(self.name(index), error_text(error)) from error
-        return fit_channels(picture_to_tensor(picture, self.channels), self.channels,
-                            self.name(index))
+        return fit_channels(picture_to_tensor(picture, self.channels), self.channels, self.name(index))
 
     def name(self, index: int) -> str:
         return f"{self.title}/{index}"
@@ -192,8 +191,9 @@ def match_classes(train: ImageData, val: ImageData) -> np.ndarray | None:
     ids = {name: k for k, name in enumerate(_class_names(train))}
     names = _class_names(val)
     if not ids.keys() & names:
-        raise ValueError(f"no class in common: train has {', '.join(list(ids)[:5])} ..., "
-                         f"val has {', '.join(names[:5])} ...")
+        raise ValueError(
+            f"no class in common: train has {', '.join(list(ids)[:5])} ..., val has {', '.join(names[:5])} ..."
+        )
     table = np.array([ids.get(name, -1) for name in names] + [-1])  # the last serves label -1
     return table[val.labels]
 
@@ -207,7 +207,9 @@ def open_labelled(train: str, val: str, channels: int | None = 3) -> tuple[Image
     both = open_data(train, channels), open_data(val, channels)
     for spec, data in zip((train, val), both):
         if data.labels is None:
-            raise ValueError(f"{spec} has no labels; a probe needs folders named by class, labels=FILE.csv, or a labelled data set")
+            raise ValueError(
+                f"{spec} has no labels; a probe needs folders named by class, labels=FILE.csv, or a labelled data set"
+            )
     both[1].labels = match_classes(*both)
     return both
 
@@ -230,8 +232,9 @@ def _parse(spec: str) -> tuple[str, str, dict]:
     for item in filter(None, query.split("&")):
         key, _, value = item.partition("=")
         if key not in allowed:
-            raise ValueError(f"unknown key {key!r} in {spec!r}{_nearest(key, allowed)}; "
-                             f"{kind} takes {', '.join(allowed)}")
+            raise ValueError(
+                f"unknown key {key!r} in {spec!r}{_nearest(key, allowed)}; {kind} takes {', '.join(allowed)}"
+            )
         options[key] = _value(key, value, spec)
     return kind, path, options
 
@@ -243,12 +246,10 @@ def _known_kind(kind: str, spec: str, colon: bool) -> str:
         if name.replace("_", "") == kind.replace("_", "").lower():
             return name
     nearest = _nearest(kind, known)
-    kinds = (f"{', '.join(KEYS)}, or a torchvision.datasets class in snake case such as "
-             "cifar10, fashion_mnist, stl10")
+    kinds = f"{', '.join(KEYS)}, or a torchvision.datasets class in snake case such as cifar10, fashion_mnist, stl10"
     if (colon and len(kind) > 1 and os.sep not in kind) or nearest:
         raise ValueError(f"unknown kind {kind!r} in {spec!r}{nearest}; kinds are {kinds}")
-    raise FileNotFoundError(f"no folder or file {spec.partition('?')[0]!r}; other kinds of data "
-                            f"are {kinds}")
+    raise FileNotFoundError(f"no folder or file {spec.partition('?')[0]!r}; other kinds of data are {kinds}")
 
 
 def _nearest(given: str, allowed) -> str:
@@ -268,8 +269,9 @@ def _value(key: str, text: str, spec: str) -> str | int | bool:
     return int(text)
 
 
-def _open_folder(root: Path, channels: int | None, split: str | None = None,
-                 size: int | None = None, labels: str | None = None) -> FileImages:
+def _open_folder(
+    root: Path, channels: int | None, split: str | None = None, size: int | None = None, labels: str | None = None
+) -> FileImages:
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {str(root)!r}")
     if split is not None:
@@ -280,8 +282,7 @@ def _open_folder(root: Path, channels: int | None, split: str | None = None,
             raise FileNotFoundError(f"no folder {split!r} in {str(below)!r} for split={split}")
     files = sorted(_walk(root))
     if not files:
-        raise FileNotFoundError(f"no image in {str(root)!r}; extensions are "
-                                f"{' '.join(sorted(EXTENSIONS))}")
+        raise FileNotFoundError(f"no image in {str(root)!r}; extensions are {' '.join(sorted(EXTENSIONS))}")
     if labels is None:
         names = [file.partition("/")[0] if "/" in file else None for file in files]
     else:
@@ -290,8 +291,9 @@ def _open_folder(root: Path, channels: int | None, split: str | None = None,
         label_of = {Path(row["file"]).as_posix(): row["label"] or None for row in rows}
         names = [label_of.get(file) for file in files]
         if not any(names):
-            raise ValueError(f"{labels!r} names no image of {str(root)!r}; its column file holds "
-                             "paths relative to that folder")
+            raise ValueError(
+                f"{labels!r} names no image of {str(root)!r}; its column file holds paths relative to that folder"
+            )
     return FileImages(root, files, names, channels, size)
 
 
@@ -335,8 +337,9 @@ def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         reader = csv.DictReader(file)
         missing = [name for name in columns if name not in (reader.fieldnames or ())]
         if missing:
-            raise ValueError(f"{str(path)!r} has no column {missing[0]!r}; its first line must "
-                             f"name the columns {', '.join(columns)}")
+            raise ValueError(
+                f"{str(path)!r} has no column {missing[0]!r}; its first line must name the columns {', '.join(columns)}"
+            )
         return list(reader)
 
 

@@ -41,6 +41,7 @@ class Batch:
     def split(self, micro: int) -> list["Batch"]:
         """Batches of `micro` images (the last may have fewer), crop-major again; `bad` goes with
         the first."""
+
         def part(tensor: Tensor, chosen: slice) -> Tensor:
             return tensor.unflatten(0, (-1, len(self.images)))[:, chosen].flatten(0, 1)
 
@@ -52,8 +53,11 @@ class Batch:
         return parts
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {field.name: function(value) for field in fields(self)
-                   if isinstance(value := getattr(self, field.name), Tensor)}
+        tensors = {
+            field.name: function(value)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
         return replace(self, **tensors)
 
 
@@ -68,8 +72,17 @@ class StepDataset(Dataset):
         ValueError: if the batch cannot be shared evenly, or there is no image.
     """
 
-    def __init__(self, data: ImageData, multi_crop: MultiCrop, *, batch_size: int, seed: int,
-                 rank: int = 0, world_size: int = 1, masks: MaskSpec | None = None):
+    def __init__(
+        self,
+        data: ImageData,
+        multi_crop: MultiCrop,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        masks: MaskSpec | None = None,
+    ):
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch size {batch_size} is not a multiple of {world_size} ranks")
         if len(data) == 0:
@@ -89,8 +102,9 @@ class StepDataset(Dataset):
         """(batch_size,) image indices of the global batch."""
         start = step * self.batch_size
         epochs, places = np.divmod(np.arange(start, start + self.batch_size), len(self.data))
-        return np.concatenate([self._epoch_order(epoch)[places[epochs == epoch]]
-                               for epoch in np.unique(epochs).tolist()])
+        return np.concatenate(
+            [self._epoch_order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
+        )
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self.order[0] != epoch:
@@ -108,8 +122,7 @@ class StepDataset(Dataset):
         masks = None if self.masks is None else self._draw_masks(step)
         return Batch(global_crops, local_crops, masks, images, list(bad.items()))
 
-    def _read(self, indices: np.ndarray, images: list[int],
-              bad: dict[str, str]) -> Iterator[Tensor]:
+    def _read(self, indices: np.ndarray, images: list[int], bad: dict[str, str]) -> Iterator[Tensor]:
         """The images of this rank's block. An unreadable one gives its place to the next readable
         one of the global batch, whichever rank's: that does not depend on the number of ranks."""
         errors: dict[int, UnreadableImage] = {}
@@ -120,8 +133,9 @@ class StepDataset(Dataset):
                 if image is not None:
                     break
             else:
-                raise ValueError(f"none of the {len(indices)} images of a batch could be read; "
-                                 f"one of them: {errors[index]}")
+                raise ValueError(
+                    f"none of the {len(indices)} images of a batch could be read; one of them: {errors[index]}"
+                )
             if error := errors.get(int(indices[place])):
                 bad[error.name] = error.reason
             images.append(index)
@@ -142,8 +156,9 @@ class StepDataset(Dataset):
         views = self.multi_crop.globals
         rows = [view * self.batch_size + place for view in range(views) for place in self.block]
         spec = self.masks
-        return draw_masks(views * self.batch_size, spec.grid, spec.probability, spec.ratio,
-                          (self.seed, MASKS, step), rows, spec.fill)
+        return draw_masks(
+            views * self.batch_size, spec.grid, spec.probability, spec.ratio, (self.seed, MASKS, step), rows, spec.fill
+        )
 
 
 def default_workers(device: str, ranks: int = 1) -> int:
@@ -153,10 +168,20 @@ def default_workers(device: str, ranks: int = 1) -> int:
     return min(16, cores // ranks) if device == "cuda" else 1 if cores > 1 else 0
 
 
-def make_loader(data: ImageData, multi_crop: MultiCrop, *, batch_size: int, seed: int,
-                stop_step: int, start_step: int = 0, rank: int = 0, world_size: int = 1,
-                workers: int | None = 0, masks: MaskSpec | None = None,
-                device: str = "cpu") -> DataLoader:
+def make_loader(
+    data: ImageData,
+    multi_crop: MultiCrop,
+    *,
+    batch_size: int,
+    seed: int,
+    stop_step: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int | None = 0,
+    masks: MaskSpec | None = None,
+    device: str = "cpu",
+) -> DataLoader:
     """One `Batch` per step from start_step to stop_step - 1; `.dataset` is the `StepDataset`.
 
     A worker makes whole batches, with one thread. torch's global random state is not touched.
@@ -165,11 +190,18 @@ def make_loader(data: ImageData, multi_crop: MultiCrop, *, batch_size: int, seed
         workers: processes; None = `default_workers` for the `device` that the batches go to.
     """
     workers = default_workers(device, world_size) if workers is None else workers
-    steps = StepDataset(data, multi_crop, batch_size=batch_size, seed=seed, rank=rank,
-                        world_size=world_size, masks=masks)
-    return DataLoader(steps, batch_size=None, sampler=range(start_step, stop_step),
-                      num_workers=workers, persistent_workers=workers > 0, pin_memory=device == "cuda",
-                      generator=torch.Generator().manual_seed(0))
+    steps = StepDataset(
+        data, multi_crop, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, masks=masks
+    )
+    return DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(start_step, stop_step),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device == "cuda",
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 def first_readable(data: ImageData, count: int) -> list[int]:
@@ -199,8 +231,15 @@ class EvalDataset(Dataset):
         interpolation: a mode of torch.nn.functional.interpolate; antialiased where it can be.
     """
 
-    def __init__(self, data: ImageData, resize: int, size: tuple[int, int], mean: Sequence[float],
-                 std: Sequence[float], interpolation: str = "bicubic"):
+    def __init__(
+        self,
+        data: ImageData,
+        resize: int,
+        size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str = "bicubic",
+    ):
         self.data, self.resize, self.size = data, resize, tuple(size)
         self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
 

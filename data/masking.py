@@ -24,8 +24,7 @@ class MaskSpec:
     fill: bool = True  # exactly that many (DINOv3); False leaves masks a little short (DINOv2)
 
 
-def block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator,
-               fill: bool = True) -> np.ndarray:
+def block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator, fill: bool = True) -> np.ndarray:
     """Rectangles at random places until `count` patches are hidden.
 
     Args:
@@ -75,9 +74,15 @@ def _add_block(mask: np.ndarray, limit: float, rng: np.random.Generator) -> int:
     return 0
 
 
-def draw_masks(crops: int, grid: tuple[int, int], probability: float, ratio: tuple[float, float],
-               seed_key: Sequence[int], rows: Sequence[int] | slice = slice(None),
-               fill: bool = True) -> Tensor:
+def draw_masks(
+    crops: int,
+    grid: tuple[int, int],
+    probability: float,
+    ratio: tuple[float, float],
+    seed_key: Sequence[int],
+    rows: Sequence[int] | slice = slice(None),
+    fill: bool = True,
+) -> Tensor:
     """Masks of some of the G·B global crops of a batch.
 
     int(crops · probability) of them get a mask, of int(N · edge) patches with the edges evenly

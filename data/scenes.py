@@ -14,18 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.renderer import (
-    KINDS,
-    Background,
-    Body,
-    Rendering,
-    View,
-    outline,
-    render,
-    seen,
-    to_object,
-    to_scene,
-)
+from data.renderer import KINDS, Background, Body, Rendering, View, outline, render, seen, to_object, to_scene
 
 SIZES = {"train": 20_000, "val": 4_000}
 KEYPOINTS = 8
@@ -50,12 +39,7 @@ class Scenes(Dataset):
     """
 
     def __init__(
-        self,
-        split: str = "train",
-        size: int | None = None,
-        seed: int = 0,
-        resolution: int = 64,
-        frames: int = 1,
+        self, split: str = "train", size: int | None = None, seed: int = 0, resolution: int = 64, frames: int = 1
     ):
         if split not in SIZES:
             raise ValueError(f"scenes have no split {split!r}; choose from {', '.join(SIZES)}")

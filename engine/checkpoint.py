@@ -1,8 +1,8 @@
 """The run folder: checkpoints written whole or not at all, the teacher's weights, going on where a run stopped.
 
-    checkpoints/<step>/   training state, PyTorch's distributed format (any number of ranks may read it)
-    checkpoints/latest    a text file with the newest complete step
-    teacher/ snapshots/<step>/ best/    backbone as a folder that load_backbone opens, heads beside it
+checkpoints/<step>/   training state, PyTorch's distributed format (any number of ranks may read it)
+checkpoints/latest    a text file with the newest complete step
+teacher/ snapshots/<step>/ best/    backbone as a folder that load_backbone opens, heads beside it
 """
 
 import contextlib

@@ -43,19 +43,30 @@ def config_parser(description: str) -> argparse.ArgumentParser:
     """`--config NAME key=value ...`"""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="a YAML file, by path or by its name in configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.train=/my/images batch_size=32")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example data.train=/my/images batch_size=32"
+    )
     return parser
 
 
 def evaluation_parser(description: str) -> argparse.ArgumentParser:
     """The flags that every evaluation takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a run folder, RUN@step, RUN@best, weights, random:vit_small, pixels ...")
+    parser.add_argument(
+        "--model", required=True, help="a run folder, RUN@step, RUN@best, weights, random:vit_small, pixels ..."
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--batch-size", type=int, default=64, help="images a forward pass")
     parser.add_argument("--workers", type=int, help="loader processes; by default by the number of cores")
-    parser.add_argument("--resize", type=int, help="short side in pixels before the centre crop; by default the model's own")
-    parser.add_argument("--size", type=int, nargs="+", help="centre crop in pixels, one number or height width; by default the model's own")
+    parser.add_argument(
+        "--resize", type=int, help="short side in pixels before the centre crop; by default the model's own"
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        help="centre crop in pixels, one number or height width; by default the model's own",
+    )
     parser.add_argument("--output", type=Path, help="folder for the result as JSON")
     return parser
 

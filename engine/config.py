@@ -21,7 +21,9 @@ LENGTHS = ("total_steps", "epochs", "images")
 class DataConfig:
     train: str = "scenes?split=train"  # a DATA spec: folder, list, torchvision name, scenes; labels are never used
     channels: int = 3  # of the images as the model sees them
-    mean: Optional[list[float]] = None  # per channel, of values in [0, 1]; null: ImageNet's (its average for other counts)
+    mean: Optional[list[float]] = (
+        None  # per channel, of values in [0, 1]; null: ImageNet's (its average for other counts)
+    )
     std: Optional[list[float]] = None  # as mean
     workers: Optional[int] = free(None)  # loader processes a rank; null: by the number of cores; 0: none
     max_bad: Optional[int] = free(None)  # unreadable images before the run stops; null: more than 10 and more than 1 %
@@ -32,7 +34,9 @@ class CropsConfig:
     """Multi-crop (DINO, section 3). Sizes in pixels, scales as shares of the image's area."""
 
     global_size: Size = 224  # the teacher's view; a multiple of the patch size
-    global_scale: list[float] = field(default_factory=lambda: [0.32, 1.0])  # DINOv2; 0.4 in DINO; higher for small objects
+    global_scale: list[float] = field(
+        default_factory=lambda: [0.32, 1.0]
+    )  # DINOv2; 0.4 in DINO; higher for small objects
     global_count: int = 2
     local_size: Size = 96
     local_scale: list[float] = field(default_factory=lambda: [0.05, 0.32])  # higher where a small crop loses the object
@@ -120,7 +124,9 @@ class OptimConfig:
     #   end: batch/256 (DINO), sqrt(batch/1024) (DINOv2), 4 sqrt(batch/1024) (DINOv3)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # AdamW; DINOv3 7B 0.9, 0.99
     clip_grad: Optional[float] = 3.0  # largest L2 norm of a gradient; null = off; 30 in DINOv3 7B
-    clip_per: Literal["module", "tensor"] = "module"  # module: backbone and heads apart (DINOv2, v3); tensor: each alone
+    clip_per: Literal["module", "tensor"] = (
+        "module"  # module: backbone and heads apart (DINOv2, v3); tensor: each alone
+    )
     layer_decay: float = 1.0  # lr factor per block, counted from the top; 0.9 in DINOv2's short recipe
     patch_embed_lr: float = 1.0  # extra lr factor of the patch embedding; 0.2 in DINOv2 and DINOv3
     freeze_last_layer: Span = 0  # steps or share of the run in which the prototypes do not move; 1 epoch in DINO
@@ -154,7 +160,9 @@ class ScheduleConfig:
     lr: Schedule = schedule(peak=1e-3, start=0.0, end=1e-6, warmup="10%")  # peak and end before optim.lr_scaling
     weight_decay: Schedule = schedule(peak=0.04, end=0.4)  # DINO; 0.04 constant in DINOv3 7B
     ema_momentum: Schedule = schedule(peak=0.992, end=1.0)  # higher for large batches and long runs
-    teacher_temp: Schedule = schedule(start=0.04, peak=0.07, warmup="30%", shape="constant")  # lower if training collapses
+    teacher_temp: Schedule = schedule(
+        start=0.04, peak=0.07, warmup="30%", shape="constant"
+    )  # lower if training collapses
     dino: Optional[Schedule] = None  # these four replace the constant weights of `loss`
     dino_local: Optional[Schedule] = None
     ibot: Optional[Schedule] = None
@@ -230,7 +238,10 @@ def validate(cfg: TrainConfig) -> None:
         _require(getattr(cfg.checkpoint, name) >= (0 if name == "snapshot" else 1), f"checkpoint.{name} is too small")
     probe = cfg.probe
     _require(probe.every >= 0, f"probe.every is {probe.every}; it must be 0 (off) or a number of steps")
-    _require(probe.every == 0 or bool(probe.train and probe.val), "probe.every is set; probe.train and probe.val must be DATA specs with labels")
+    _require(
+        probe.every == 0 or bool(probe.train and probe.val),
+        "probe.every is set; probe.train and probe.val must be DATA specs with labels",
+    )
 
 
 def _validate_crops(cfg: TrainConfig) -> None:
@@ -266,7 +277,9 @@ def _validate_crops(cfg: TrainConfig) -> None:
     _require(data.workers is None or data.workers >= 0, f"data.workers is {data.workers}; it must be 0 or more")
     for name in ("mean", "std"):
         value = getattr(data, name)
-        _require(value is None or len(value) == data.channels, f"data.{name} needs {data.channels} values, one a channel")
+        _require(
+            value is None or len(value) == data.channels, f"data.{name} needs {data.channels} values, one a channel"
+        )
     _require(data.std is None or min(data.std) > 0, "data.std must be positive")
 
 
@@ -286,7 +299,10 @@ def _validate_model(model: ModelConfig) -> None:
 
 def _validate_losses(cfg: TrainConfig) -> None:
     loss = cfg.loss
-    _require(loss.dino.weight > 0 or loss.ibot.weight > 0, "loss.dino.weight and loss.ibot.weight are both 0: nothing to learn from")
+    _require(
+        loss.dino.weight > 0 or loss.ibot.weight > 0,
+        "loss.dino.weight and loss.ibot.weight are both 0: nothing to learn from",
+    )
     for name in ("dino", "ibot", "koleo"):
         _require(getattr(loss, name).weight >= 0, f"loss.{name}.weight is negative")
     for name in ("dino", "ibot"):
@@ -297,26 +313,44 @@ def _validate_losses(cfg: TrainConfig) -> None:
         _require(head.student_temp > 0, f"loss.{name}.student_temp is {head.student_temp}; it must be more than 0")
     low, high = _pair(loss.ibot.mask_ratio, "loss.ibot.mask_ratio")
     _require(0 <= low <= high < 1, f"loss.ibot.mask_ratio is [{low}, {high}]; it must be [low, high] within [0, 1)")
-    _require(0 <= loss.ibot.mask_probability <= 1, f"loss.ibot.mask_probability is {loss.ibot.mask_probability}; it lies in [0, 1]")
-    _require(loss.koleo.group >= 2, f"loss.koleo.group is {loss.koleo.group}; a nearest neighbour needs at least 2 images")
+    _require(
+        0 <= loss.ibot.mask_probability <= 1,
+        f"loss.ibot.mask_probability is {loss.ibot.mask_probability}; it lies in [0, 1]",
+    )
+    _require(
+        loss.koleo.group >= 2, f"loss.koleo.group is {loss.koleo.group}; a nearest neighbour needs at least 2 images"
+    )
 
 
 def _validate_optim(cfg: TrainConfig) -> None:
     optim = cfg.optim
-    _require(optim.clip_grad is None or optim.clip_grad > 0, f"optim.clip_grad is {optim.clip_grad}; it must be more than 0, or null")
+    _require(
+        optim.clip_grad is None or optim.clip_grad > 0,
+        f"optim.clip_grad is {optim.clip_grad}; it must be more than 0, or null",
+    )
     _require(0 < optim.layer_decay <= 1, f"optim.layer_decay is {optim.layer_decay}; it must lie in (0, 1]")
-    _require(all(0 <= beta < 1 for beta in _pair(optim.betas, "optim.betas")), f"optim.betas are {optim.betas}; each must lie in [0, 1)")
+    _require(
+        all(0 <= beta < 1 for beta in _pair(optim.betas, "optim.betas")),
+        f"optim.betas are {optim.betas}; each must lie in [0, 1)",
+    )
     spans = {"optim.freeze_last_layer": optim.freeze_last_layer}
     for name in schedule_names():
         item = getattr(cfg.schedule, name)
         if item is not None:
             spans |= {f"schedule.{name}.warmup": item.warmup, f"schedule.{name}.decay": item.decay}
             constant = item.shape != "constant" or item.end in (None, item.peak)
-            _require(constant, f"schedule.{name} is constant after its warm-up, but its end {item.end} is not its peak {item.peak}")
+            _require(
+                constant,
+                f"schedule.{name} is constant after its warm-up, but its end {item.end} is not its peak {item.peak}",
+            )
     for name, span in spans.items():
-        _require(span is None or span_is_valid(span), f"{name} is {span}; a span is a number of steps or a share such as 10%")
+        _require(
+            span is None or span_is_valid(span), f"{name} is {span}; a span is a number of steps or a share such as 10%"
+        )
     temp = cfg.schedule.teacher_temp
-    _require(min(temp.peak, temp.peak if temp.start is None else temp.start) > 0, "schedule.teacher_temp must be more than 0")
+    _require(
+        min(temp.peak, temp.peak if temp.start is None else temp.start) > 0, "schedule.teacher_temp must be more than 0"
+    )
 
 
 def schedule_names() -> list[str]:

@@ -64,9 +64,7 @@ def pca_basis(patches: Tensor, components: int = 3) -> PCABasis:
     return PCABasis(mean, axes, low, high)
 
 
-def pca_image(
-    patches: Tensor, grid: tuple[int, int], basis: PCABasis, keep: Optional[Tensor] = None
-) -> Picture:
+def pca_image(patches: Tensor, grid: tuple[int, int], basis: PCABasis, keep: Optional[Tensor] = None) -> Picture:
     """One pixel a patch: the first three components as red, green and blue.
 
     Args:
@@ -156,9 +154,7 @@ def pack(pictures: Sequence[Picture], rows: int, height: int) -> Picture:
     return canvas
 
 
-def draw_sheet(
-    path: Path, rows: Sequence[Sequence[Picture]], headings: Sequence[str], title: str = ""
-) -> None:
+def draw_sheet(path: Path, rows: Sequence[Sequence[Picture]], headings: Sequence[str], title: str = "") -> None:
     """A table on white: columns as wide as their widest, rows as high as their highest picture."""
     from matplotlib import get_data_path
 

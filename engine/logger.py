@@ -26,7 +26,12 @@ class Logger:
         self.total_steps, self.batch_size = total_steps, batch_size
         self.last_step, self.last_time, self.waited = start_step, time.perf_counter(), 0.0
         self.began, self.began_step, self.said = self.last_time, start_step, float("-inf")
-        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=not distributed.is_main() or not sys.stderr.isatty())
+        self.bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            disable=not distributed.is_main() or not sys.stderr.isatty(),
+        )
         if distributed.is_main():
             truncate_metrics(self.path, start_step)
 

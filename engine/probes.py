@@ -1,6 +1,6 @@
 """Frozen features and the k-NN vote, shared by train.py's probe and the evaluation scripts."""
 
-from typing import Callable, Iterable, Iterator, Optional
+from typing import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -58,12 +58,14 @@ def knn_accuracy(
 
     Args:
         train_features, val_features: (n, D) and (m, D), L2-normalised.
-        train_labels, val_labels: (n,) and (m,), class numbers from 0; -1 in val is never right.
+        train_labels, val_labels: (n,) and (m,), class numbers from 0; -1 = none: no vote in train, never right in val.
         ks: numbers of neighbours; a k above n counts all n.
 
     Returns:
         k -> top-1 accuracy as a fraction.
     """
+    labelled = train_labels >= 0
+    train_features, train_labels = train_features[labelled], train_labels[labelled]
     classes = int(max(train_labels.max(), val_labels.max())) + 1
     ks = sorted(set(ks))
     correct = dict.fromkeys(ks, 0)
@@ -81,7 +83,7 @@ def knn_accuracy(
 
 def _nearest(queries: Tensor, train: Tensor, k: int, block: int = 65536) -> tuple[Tensor, Tensor]:
     """The k largest dot products of each query and their rows in `train`, largest first."""
-    best: Optional[Tensor] = None
+    best = best_rows = None
     for begin in range(0, len(train), block):
         part = train[begin : begin + block]
         values, rows = (queries @ part.T).topk(min(k, len(part)), dim=1)

@@ -16,7 +16,15 @@ from engine.figures import draw_curves
 from engine.logger import BadImages, Logger, notice, read_metrics
 
 LEFT_BY_A_RUN = (
-    "config.yaml", "metrics.jsonl", "checkpoints", "snapshots", "teacher", "best", "curves.png", "report.png", "bad_images.txt"
+    "config.yaml",
+    "metrics.jsonl",
+    "checkpoints",
+    "snapshots",
+    "teacher",
+    "best",
+    "curves.png",
+    "report.png",
+    "bad_images.txt",
 )
 
 
@@ -90,7 +98,9 @@ class Run:
             checkpoint.load_checkpoint(self.folder, self.start_step, state)
         self.logger = Logger(self.folder, self.total_steps, self.start_step, self.batch_size)
         self.bad_images = bad_images
-        self.best = max((r["probe/knn"] for r in read_metrics(self.folder / "metrics.jsonl") if "probe/knn" in r), default=-math.inf)
+        self.best = max(
+            (r["probe/knn"] for r in read_metrics(self.folder / "metrics.jsonl") if "probe/knn" in r), default=-math.inf
+        )
         if self.start_step == 0 and self._due(0, self.cadence.probe):
             self._log(0, {})
 

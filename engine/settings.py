@@ -60,7 +60,7 @@ def read_yaml(path: Path) -> list[dict]:
 
 
 def parse_override(argument: str) -> dict:
-    """"a.b=1" as {"a": {"b": 1}}."""
+    """ "a.b=1" as {"a": {"b": 1}}."""
     key, equals, text = argument.partition("=")
     if not equals or not key:
         raise ConfigError(f"cannot read {argument!r}: write key=value, for example optim.clip_grad=1.0")
@@ -126,7 +126,11 @@ def _suggestion(root: type, key: str, path: str) -> str:
     near = [name for name in keys if name.split(".")[-1] == key][:1]  # the right key in the wrong section
     near = near or difflib.get_close_matches(full, keys, n=1, cutoff=0.6)
     near = near or difflib.get_close_matches(key, [name.split(".")[-1] for name in keys], n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; the keys here are {', '.join(n for n in keys if n.rpartition('.')[0] == path)}"
+    return (
+        f"; did you mean {near[0]}?"
+        if near
+        else f"; the keys here are {', '.join(n for n in keys if n.rpartition('.')[0] == path)}"
+    )
 
 
 def all_keys(cls: type, path: str = "") -> list[str]:

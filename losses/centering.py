@@ -96,9 +96,7 @@ class Centering(nn.Module):
         ValueError: if mode is unknown.
     """
 
-    def __init__(
-        self, prototypes: int, mode: str, momentum: float = 0.9, iterations: int = 3
-    ) -> None:
+    def __init__(self, prototypes: int, mode: str, momentum: float = 0.9, iterations: int = 3) -> None:
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"centering must be one of {', '.join(MODES)}, got {mode!r}")
@@ -110,20 +108,12 @@ class Centering(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self,
-        logits: Tensor,
-        temp: float,
-        all_reduce_sum: Reduce = identity,
-        all_reduce_max: Reduce = identity,
+        self, logits: Tensor, temp: float, all_reduce_sum: Reduce = identity, all_reduce_max: Reduce = identity
     ) -> Tensor:
         """(B, K) logits, any float type -> (B, K) float32 targets, no gradient; rows sum to 1."""
         if self.mode == "sinkhorn":
             return sinkhorn_knopp(
-                logits,
-                temp,
-                self.iterations,
-                all_reduce_sum=all_reduce_sum,
-                all_reduce_max=all_reduce_max,
+                logits, temp, self.iterations, all_reduce_sum=all_reduce_sum, all_reduce_max=all_reduce_max
             )
         scores = logits.float()
         if self.mode == "ema":

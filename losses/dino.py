@@ -8,11 +8,7 @@ from torch import Tensor
 
 
 def dino_loss(
-    student_logits: Tensor,
-    teacher_probs: Tensor,
-    student_temp: float,
-    *,
-    ignore_diagonal: bool = True,
+    student_logits: Tensor, teacher_probs: Tensor, student_temp: float, *, ignore_diagonal: bool = True
 ) -> Tensor:
     """Cross-entropy between different crops of an image (DINO, arXiv 2104.14294, Eq. 3).
 

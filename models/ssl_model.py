@@ -32,12 +32,7 @@ class SSLModel(nn.Module):
     Without `ibot_head`, masked patches go through the DINO head (shared, as in iBOT and DINOv2's short recipe).
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        dino_head: ProjectionHead,
-        ibot_head: Optional[ProjectionHead] = None,
-    ):
+    def __init__(self, backbone: nn.Module, dino_head: ProjectionHead, ibot_head: Optional[ProjectionHead] = None):
         super().__init__()
         self.backbone = backbone
         self.dino_head = dino_head
@@ -80,8 +75,13 @@ class SSLModel(nn.Module):
 
 @torch.no_grad()
 def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum · teacher + (1 - momentum) · student, over parameters, paired by order."""
+    """teacher <- momentum · teacher + (1 - momentum) · student, over parameters, paired by order.
+
+    Buffers (the running statistics of batch norms in convolutional backbones) are taken from the student as they are.
+    """
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)
+    for own, new in zip(teacher.buffers(), student.buffers()):
+        own.copy_(new)
 
 
 def build_ssl_model(backbone: nn.Module, loss: Any, own_ibot_head: bool) -> SSLModel:

@@ -19,7 +19,9 @@ def test_every_shipped_configuration_loads_and_opens_with_a_command(path):
 
 
 def test_the_last_override_wins_over_file_and_base(tmp_path):
-    (tmp_path / "below.yaml").write_text("batch_size: 8\nloss: {ibot: {weight: 1.0}}\nschedule: {lr: {peak: 1e-3, warmup: 10}}\n")
+    (tmp_path / "below.yaml").write_text(
+        "batch_size: 8\nloss: {ibot: {weight: 1.0}}\nschedule: {lr: {peak: 1e-3, warmup: 10}}\n"
+    )
     (tmp_path / "above.yaml").write_text("base: below.yaml\nbatch_size: 16\nschedule: {lr: {warmup: 5%}}\n")
     cfg = load_config(str(tmp_path / "above.yaml"), ["batch_size=32", "batch_size=64"])
     assert (cfg.batch_size, cfg.loss.ibot.weight) == (64, 1.0)
@@ -86,7 +88,9 @@ def test_a_missing_configuration_lists_the_shipped_ones(tmp_path):
 
 
 def test_the_resolved_configuration_reads_back_as_itself(tmp_path):
-    cfg = load_config(None, ["data.train=folder:/x?labels=y.csv", "crops.global_size=[32, 64]", "schedule.ibot=0.5", "epochs=3"])
+    cfg = load_config(
+        None, ["data.train=folder:/x?labels=y.csv", "crops.global_size=[32, 64]", "schedule.ibot=0.5", "epochs=3"]
+    )
     (tmp_path / "config.yaml").write_text(to_yaml(cfg, "a header\nof two lines"))
     again = load_config(str(tmp_path / "config.yaml"), [])
     assert to_dict(again) == to_dict(cfg) and read_yaml(tmp_path / "config.yaml")[0]["epochs"] == 3
@@ -94,7 +98,9 @@ def test_the_resolved_configuration_reads_back_as_itself(tmp_path):
 
 def test_only_keys_that_matter_to_the_result_count_as_changes():
     before = load_config(None, ["total_steps=5"])
-    after = load_config(None, ["total_steps=9", "data.workers=3", "log_every=1", "loss.dino.prototypes=32", "probe.every=0"])
+    after = load_config(
+        None, ["total_steps=9", "data.workers=3", "log_every=1", "loss.dino.prototypes=32", "probe.every=0"]
+    )
     assert changed_keys(before, after) == ["loss.dino.prototypes (65536 -> 32)"]
 
 

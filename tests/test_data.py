@@ -47,8 +47,13 @@ def folder(tmp_path):
 
 
 def multi_crop(channels=3, local_count=3) -> MultiCrop:
-    return MultiCrop(CropSpec((16, 24), (0.4, 1.0), 2), CropSpec((8, 12), (0.05, 0.4), local_count),
-                     POLICIES["natural"], (0.5,) * channels, (0.25,) * channels)
+    return MultiCrop(
+        CropSpec((16, 24), (0.4, 1.0), 2),
+        CropSpec((8, 12), (0.05, 0.4), local_count),
+        POLICIES["natural"],
+        (0.5,) * channels,
+        (0.25,) * channels,
+    )
 
 
 def loader_of(data, batch_size=4, steps=3, **options):
@@ -82,7 +87,10 @@ def test_classes_are_the_first_sub_folder(tmp_path):
         save(tmp_path / name, noise(4, 4, 3))
     data = open_data(f"{tmp_path}?split=val")
     assert [data.name(i).removeprefix(f"{tmp_path}/val/") for i in range(3)] == [
-        "c.png", "cat/deep/er/b.JPG", "dog/a.png"]
+        "c.png",
+        "cat/deep/er/b.JPG",
+        "dog/a.png",
+    ]
     assert data.classes == ["cat", "dog"] and data.labels.tolist() == [-1, 0, 1]
     (tmp_path / "val").rename(tmp_path / "train")
     assert open_data(f"folder:{tmp_path}?split=val").classes == ["eel"]  # the test folder instead
@@ -110,10 +118,10 @@ def write_fashion_mnist(root, split, images, labels):
     raw = root / "FashionMNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     sizes = [np.array(images.shape, ">u4"), np.array(labels.shape, ">u4")]
-    (raw / f"{split}-images-idx3-ubyte").write_bytes(
-        b"\0\0\x08\x03" + sizes[0].tobytes() + images.numpy().tobytes())
+    (raw / f"{split}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + sizes[0].tobytes() + images.numpy().tobytes())
     (raw / f"{split}-labels-idx1-ubyte").write_bytes(
-        b"\0\0\x08\x01" + sizes[1].tobytes() + labels.numpy().astype(np.uint8).tobytes())
+        b"\0\0\x08\x01" + sizes[1].tobytes() + labels.numpy().astype(np.uint8).tobytes()
+    )
 
 
 def test_torchvision_class_by_snake_case_name(tmp_path):
@@ -160,23 +168,26 @@ def test_scenes_are_one_kind_among_others():
     assert grey.image(0).shape == (1, 32, 32) and grey[2][1] == data[2][1]
 
 
-@pytest.mark.parametrize("spec, error, text", [
-    ("foldr:{}", ValueError, "did you mean 'folder'"),
-    ("fashon_mnist", ValueError, "did you mean 'fashion_mnist'"),
-    ("wibble:{}", ValueError, "kinds are folder, list, scenes"),
-    ("folder:{}?sise=3", ValueError, "did you mean 'size'.*takes split, size, labels"),
-    ("folder:{}?size=many", ValueError, "size must be a whole number"),
-    ("folder:{}?size=0", ValueError, "size must be a whole number"),
-    ("folder", ValueError, "needs a path"),
-    ("cifar10:{}?download=yes", ValueError, "download is 0 or 1"),
-    ("stl10:{}?split=vla", ValueError, "Unknown value 'vla'"),
-    ("{}/missing", FileNotFoundError, "no folder or file"),
-    ("list:{}/missing.txt", FileNotFoundError, "no file"),
-    ("{}/empty", FileNotFoundError, "no image in"),
-    ("{}?split=train", FileNotFoundError, "no folder 'train'"),
-    ("{}?labels=bad.csv", ValueError, "no column 'label'"),
-    ("{}?labels=other.csv", ValueError, "names no image"),
-])
+@pytest.mark.parametrize(
+    "spec, error, text",
+    [
+        ("foldr:{}", ValueError, "did you mean 'folder'"),
+        ("fashon_mnist", ValueError, "did you mean 'fashion_mnist'"),
+        ("wibble:{}", ValueError, "kinds are folder, list, scenes"),
+        ("folder:{}?sise=3", ValueError, "did you mean 'size'.*takes split, size, labels"),
+        ("folder:{}?size=many", ValueError, "size must be a whole number"),
+        ("folder:{}?size=0", ValueError, "size must be a whole number"),
+        ("folder", ValueError, "needs a path"),
+        ("cifar10:{}?download=yes", ValueError, "download is 0 or 1"),
+        ("stl10:{}?split=vla", ValueError, "Unknown value 'vla'"),
+        ("{}/missing", FileNotFoundError, "no folder or file"),
+        ("list:{}/missing.txt", FileNotFoundError, "no file"),
+        ("{}/empty", FileNotFoundError, "no image in"),
+        ("{}?split=train", FileNotFoundError, "no folder 'train'"),
+        ("{}?labels=bad.csv", ValueError, "no column 'label'"),
+        ("{}?labels=other.csv", ValueError, "names no image"),
+    ],
+)
 def test_mistakes_get_one_sentence(folder, spec, error, text):
     (folder / "empty").mkdir()
     write_csv(folder / "bad.csv", ["file", "lable"], ["00.png", "a"])
@@ -205,9 +216,15 @@ def test_every_colour_mode_gives_the_pixels_of_pillow(tmp_path):
     colour = Image.fromarray(noise(9, 7, 3).numpy())
     alpha = Image.fromarray(noise(9, 7, 4, seed=1).numpy())
     palette = colour.quantize(8)
-    pictures = {"rgb.png": colour, "rgba.png": alpha, "la.png": alpha.convert("LA"),
-                "l.png": colour.convert("L"), "one.png": colour.convert("1"), "p.png": palette,
-                "cmyk.tif": colour.convert("CMYK")}
+    pictures = {
+        "rgb.png": colour,
+        "rgba.png": alpha,
+        "la.png": alpha.convert("LA"),
+        "l.png": colour.convert("L"),
+        "one.png": colour.convert("1"),
+        "p.png": palette,
+        "cmyk.tif": colour.convert("CMYK"),
+    }
     for name, picture in pictures.items():
         picture.save(tmp_path / name)
     palette.save(tmp_path / "clear.png", transparency=0)
@@ -218,8 +235,16 @@ def test_every_colour_mode_gives_the_pixels_of_pillow(tmp_path):
         if Image.open(path).mode in ("RGB", "RGBA", "P", "CMYK"):
             assert np.array_equal(read_image(path, 1)[0], rgb.convert("L")), path
     kept = {path.name: len(read_image(path, None)) for path in tmp_path.iterdir()}
-    assert kept == {"rgb.png": 3, "rgba.png": 4, "la.png": 2, "l.png": 1, "one.png": 1, "p.png": 3,
-                    "clear.png": 4, "cmyk.tif": 3}
+    assert kept == {
+        "rgb.png": 3,
+        "rgba.png": 4,
+        "la.png": 2,
+        "l.png": 1,
+        "one.png": 1,
+        "p.png": 3,
+        "clear.png": 4,
+        "cmyk.tif": 3,
+    }
     with pytest.raises(ValueError, match="l.png has 1 channels, 4 are asked for"):
         read_image(tmp_path / "l.png", 4)
 
@@ -228,9 +253,16 @@ def test_every_colour_mode_gives_the_pixels_of_pillow(tmp_path):
 def test_exif_rotation_is_applied(tmp_path, orientation):
     shown = noise(4, 6, 3).numpy()
     # What the camera stored, so that the tag leads back to `shown`.
-    stored = {1: shown, 2: shown[:, ::-1], 3: shown[::-1, ::-1], 4: shown[::-1],
-              5: shown.swapaxes(0, 1), 6: np.rot90(shown), 7: shown[::-1, ::-1].swapaxes(0, 1),
-              8: np.rot90(shown, -1)}[orientation]
+    stored = {
+        1: shown,
+        2: shown[:, ::-1],
+        3: shown[::-1, ::-1],
+        4: shown[::-1],
+        5: shown.swapaxes(0, 1),
+        6: np.rot90(shown),
+        7: shown[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(shown, -1),
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(tmp_path / "a.png", np.ascontiguousarray(stored), exif=exif)

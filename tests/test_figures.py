@@ -40,10 +40,7 @@ def random_features(images, grid, dim=16):
 
 
 def records(steps, **fields):
-    return [
-        {"step": step, **{key: value(step) for key, value in fields.items()}}
-        for step in range(0, steps * 10, 10)
-    ]
+    return [{"step": step, **{key: value(step) for key, value in fields.items()}} for step in range(0, steps * 10, 10)]
 
 
 # PCA.
@@ -51,9 +48,7 @@ def records(steps, **fields):
 
 def test_principal_components_are_the_directions_of_largest_variance_in_order():
     rotation = torch.linalg.qr(torch.randn(8, 8))[0]
-    points = (
-        torch.randn(4000, 8) * torch.tensor([5.0, 3.0, 2.0, 0.1, 0.1, 0.1, 0.1, 0.1]) @ rotation + 7
-    )
+    points = torch.randn(4000, 8) * torch.tensor([5.0, 3.0, 2.0, 0.1, 0.1, 0.1, 0.1, 0.1]) @ rotation + 7
     basis = pca_basis(points)
     assert torch.allclose((basis.axes.float() @ rotation.T).abs(), torch.eye(3, 8), atol=0.1)
     assert torch.allclose(basis.axes @ basis.axes.T, torch.eye(3).double(), atol=1e-9)
@@ -69,12 +64,7 @@ def test_the_basis_is_the_same_for_tokens_in_another_order_and_of_the_other_sign
 
 @pytest.mark.parametrize(
     "patches, flat",
-    [
-        (torch.ones(6, 5) * 1e3, 3),
-        (torch.randn(1, 5), 3),
-        (torch.randn(2, 5), 2),
-        (torch.randn(6, 2), 1),
-    ],
+    [(torch.ones(6, 5) * 1e3, 3), (torch.randn(1, 5), 3), (torch.randn(2, 5), 2), (torch.randn(6, 2), 1)],
     ids=["constant", "one patch", "two patches", "two dimensions"],
 )
 def test_components_that_do_not_exist_are_grey(patches, flat):
@@ -89,12 +79,8 @@ def test_a_pca_picture_lies_row_by_row_on_a_grid_that_is_not_square():
     patches = torch.stack([30 * rows, columns, torch.zeros(4, 7)], dim=-1).flatten(0, 1)
     picture = pca_image(patches, (4, 7), pca_basis(patches)).astype(int)
     assert picture.shape == (4, 7, 3)
-    assert (np.diff(picture[..., 0], axis=0) > 0).all() and (
-        np.diff(picture[..., 0], axis=1) == 0
-    ).all()
-    assert (np.diff(picture[..., 1], axis=1) > 0).all() and (
-        np.diff(picture[..., 1], axis=0) == 0
-    ).all()
+    assert (np.diff(picture[..., 0], axis=0) > 0).all() and (np.diff(picture[..., 0], axis=1) == 0).all()
+    assert (np.diff(picture[..., 1], axis=1) > 0).all() and (np.diff(picture[..., 1], axis=0) == 0).all()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -148,9 +134,7 @@ def test_a_report_has_a_row_for_every_image(tmp_path, count, size, grid):
     images = torch.randn(count, 3, *size) * 0.5
     tokens = 2 + grid[0] * grid[1]
     attention = torch.rand(count, 2, tokens, tokens).softmax(dim=-1)
-    crops = [
-        [torch.randn(3, 16, 16)] * 2 + [np.zeros((8, 8, 3), np.uint8)] * 3 for _ in range(count)
-    ]
+    crops = [[torch.randn(3, 16, 16)] * 2 + [np.zeros((8, 8, 3), np.uint8)] * 3 for _ in range(count)]
     draw_report(
         tmp_path / "all.png",
         images,
@@ -164,24 +148,15 @@ def test_a_report_has_a_row_for_every_image(tmp_path, count, size, grid):
     draw_report(tmp_path / "images.png", images, mean=MEAN, std=STD)
     everything, alone = read(tmp_path / "all.png"), read(tmp_path / "images.png")
     assert count * 144 < len(alone) < len(everything) < count * 144 + 100
-    assert (
-        everything.shape[1] > alone.shape[1] + 144 * 4
-    )  # PCA, attention, two large crops, small crops
+    assert everything.shape[1] > alone.shape[1] + 144 * 4  # PCA, attention, two large crops, small crops
     assert everything.std() > 30 and alone.std() > 30
 
 
 def test_patches_in_a_report_are_squares_of_one_colour(tmp_path):
     draw_report(
-        tmp_path / "report.png",
-        torch.zeros(1, 3, 32, 32),
-        random_features(1, (4, 4)),
-        mean=MEAN,
-        std=STD,
-        height=128,
+        tmp_path / "report.png", torch.zeros(1, 3, 32, 32), random_features(1, (4, 4)), mean=MEAN, std=STD, height=128
     )
-    sheet = read(tmp_path / "report.png")[
-        -140:-12, -140:-12
-    ]  # the PCA picture is the last before the margins
+    sheet = read(tmp_path / "report.png")[-140:-12, -140:-12]  # the PCA picture is the last before the margins
     blocks = sheet.reshape(4, 32, 4, 32, 3)
     assert (blocks == blocks[:, :1, :, :1]).all()
     assert len(np.unique(blocks[:, 0, :, 0].reshape(16, 3), axis=0)) == 16
@@ -192,9 +167,7 @@ def test_a_given_basis_keeps_the_colours_of_an_image_whatever_is_beside_it(tmp_p
     basis = pca_basis(features.patches.flatten(0, 1))
     draw_report(tmp_path / "two.png", torch.zeros(2, 3, 16, 16), features, mean=MEAN, std=STD)
     alone = Features(features.cls[:1], features.registers[:1], features.patches[:1], (4, 4))
-    draw_report(
-        tmp_path / "one.png", torch.zeros(1, 3, 16, 16), alone, mean=MEAN, std=STD, basis=basis
-    )
+    draw_report(tmp_path / "one.png", torch.zeros(1, 3, 16, 16), alone, mean=MEAN, std=STD, basis=basis)
     one = read(tmp_path / "one.png")
     assert np.array_equal(one[:-12], read(tmp_path / "two.png")[: len(one) - 12])
 
@@ -204,12 +177,7 @@ def test_a_given_basis_keeps_the_colours_of_an_image_whatever_is_beside_it(tmp_p
 
 def test_fields_are_drawn_in_one_order_and_those_without_numbers_are_not():
     run = records(
-        3,
-        lr=float,
-        loss=float,
-        memory_gib=float,
-        stage=lambda step: None,
-        **{"loss/ibot": float, "probe/knn": float},
+        3, lr=float, loss=float, memory_gib=float, stage=lambda step: None, **{"loss/ibot": float, "probe/knn": float}
     )
     run[0] = {"step": 0, "grad_norm": None, "loss/dino": 1.0}
     assert curve_names({"a": run, "b": [{"step": 0, "health/feature_std": 1.0}]}) == [
@@ -226,9 +194,7 @@ def test_several_runs_share_the_panels_in_their_own_colours(tmp_path):
         draw_curves(tmp_path / "curves.png", dict(list(runs.items())[:count]))
         sheet = read(tmp_path / "curves.png").reshape(-1, 3)
         wanted = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in COLOURS[:4]]
-        assert [bool((sheet == colour).all(axis=1).sum() > 50) for colour in wanted] == [
-            k < count for k in range(4)
-        ]
+        assert [bool((sheet == colour).all(axis=1).sum() > 50) for colour in wanted] == [k < count for k in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -237,16 +203,8 @@ def test_several_runs_share_the_panels_in_their_own_colours(tmp_path):
         [],
         [{"step": 0, "probe/knn": 0.1}],
         [{"step": 10, "loss": 2.0, "lr": 0.1}],
-        [
-            {"step": 0, "loss": None},
-            {"step": 10, "loss": 3.0, "grad_norm": None},
-            {"step": 20, "lr": 1e-5},
-        ],
-        records(
-            300,
-            loss=lambda step: 1 / (step + 1),
-            **{f"health/{name}": float for name in "abcdefgh"},
-        ),
+        [{"step": 0, "loss": None}, {"step": 10, "loss": 3.0, "grad_norm": None}, {"step": 20, "lr": 1e-5}],
+        records(300, loss=lambda step: 1 / (step + 1), **{f"health/{name}": float for name in "abcdefgh"}),
     ],
     ids=["nothing", "step 0", "one line", "holes", "long"],
 )
@@ -266,24 +224,12 @@ def test_the_running_mean_uses_fewer_values_at_the_ends():
 
 
 def test_crops_follow_the_policy_but_for_what_the_configuration_gives():
-    crops = CropsConfig(
-        global_size=[32, 48],
-        global_count=3,
-        local_size=16,
-        local_count=2,
-        flip=0.0,
-        blur=[1, 0, 0.5],
-    )
+    crops = CropsConfig(global_size=[32, 48], global_count=3, local_size=16, local_count=2, flip=0.0, blur=[1, 0, 0.5])
     multi_crop = multi_crop_from(crops, MEAN, STD)
     natural = POLICIES["natural"]
     assert (multi_crop.policy.flip, multi_crop.policy.blur) == (0.0, (1, 0, 0.5))
-    assert (multi_crop.policy.jitter, multi_crop.policy.solarize) == (
-        natural.jitter,
-        natural.solarize,
-    )
-    global_crops, local_crops = multi_crop(
-        [torch.zeros(3, 40, 40, dtype=torch.uint8)], [torch.rand(5, 36)]
-    )
+    assert (multi_crop.policy.jitter, multi_crop.policy.solarize) == (natural.jitter, natural.solarize)
+    global_crops, local_crops = multi_crop([torch.zeros(3, 40, 40, dtype=torch.uint8)], [torch.rand(5, 36)])
     assert global_crops.shape == (3, 3, 32, 48) and local_crops.shape == (2, 3, 16, 16)
     with pytest.raises(ValueError, match="crops_only"):
         multi_crop_from(CropsConfig(policy="unnatural"), MEAN, STD)
@@ -344,13 +290,7 @@ def test_crops_draws_the_views_of_a_configuration(tmp_path, capsys, photographs)
     arguments = ["crops", "--images", photographs, "--count", "2", "--output"]
     sizes = ["crops.global_size=64", "crops.local_size=32", "model.patch_size=8"]
     result = run_main(capsys, *arguments, few, *sizes, "crops.local_count=0")
-    assert result == {
-        "task": "crops",
-        "config": None,
-        "images": 2,
-        "policy": "natural",
-        "output": str(few),
-    }
+    assert result == {"task": "crops", "config": None, "images": 2, "policy": "natural", "output": str(few)}
     run_main(capsys, *arguments, many, *sizes, "crops.local_count=4")
     assert read(few).shape[0] == read(many).shape[0] > 2 * 192
     assert read(few).shape[1] + 192 <= read(many).shape[1]  # two by two local crops
@@ -360,16 +300,10 @@ def test_curves_reads_run_folders(tmp_path, capsys):
     folders = [tmp_path / "one" / "run", tmp_path / "two" / "run"]
     for folder in folders:
         folder.mkdir(parents=True)
-        (folder / "metrics.jsonl").write_text(
-            "".join(json.dumps(record) + "\n" for record in records(3, loss=float))
-        )
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records(3, loss=float)))
     output = tmp_path / "curves.png"
     result = run_main(capsys, "curves", "--runs", *folders, "--output", output)
-    assert result == {
-        "task": "curves",
-        "runs": [str(folder) for folder in folders],
-        "output": str(output),
-    }
+    assert result == {"task": "curves", "runs": [str(folder) for folder in folders], "output": str(output)}
     assert read(output).std() > 5
 
 
@@ -378,10 +312,7 @@ def test_curves_reads_run_folders(tmp_path, capsys):
     [
         (["curves", "--runs", "no/such/run"], "no/such/run"),
         (["curves", "--runs", "x", "--output", "picture.jpg"], "picture.jpg.*png"),
-        (
-            ["pca", "--model", "pixels", "--images", "scenes", "--size", "4"],
-            "--size is 4.* 8 pixels",
-        ),
+        (["pca", "--model", "pixels", "--images", "scenes", "--size", "4"], "--size is 4.* 8 pixels"),
         (["pca", "--model", "pixels", "--images", "scenes", "--count", "0"], "--count is 0"),
         (["crops", "--images", "scenes", "crops.policy=other"], "policy.*natural"),
         (["crops", "--images", "crops.policy=natural"], "--images names 0"),

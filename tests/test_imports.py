@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("models", "losses", "data", "engine")
 SCRIPTS = [path.stem for path in ROOT.glob("*.py") if path.stem != "conftest"]
-FILES = [path for folder in PACKAGES for path in (ROOT / folder).glob("*.py")] + [ROOT / f"{name}.py" for name in SCRIPTS]
+FILES = [path for folder in PACKAGES for path in (ROOT / folder).glob("*.py")] + [
+    ROOT / f"{name}.py" for name in SCRIPTS
+]
 # What each package may import besides the standard library and itself.
 ALLOWED = {
     "models": {"torch", "timm", "safetensors", "huggingface_hub"},
@@ -27,7 +29,9 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {item.name for item in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {node.module} | ({f"engine.{item.name}" for item in node.names} if node.module == "engine" else set())
+            names |= {node.module} | (
+                {f"engine.{item.name}" for item in node.names} if node.module == "engine" else set()
+            )
     return names - {"engine"}
 
 

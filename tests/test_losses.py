@@ -46,11 +46,7 @@ def assert_same_value_and_gradient(loss, reference, inputs):
 
 LOSSES = {  # name: (loss of student and teacher tensors, student, teacher)
     "dino": (lambda s, t: dino_loss(s, t, 0.1), noise(3, 4, 6), targets(2, 4, 6)),
-    "multicrop": (
-        lambda s, t: multicrop_dino_loss(s[:2], s[2:], t, 0.1),
-        noise(5, 4, 6),
-        targets(2, 4, 6),
-    ),
+    "multicrop": (lambda s, t: multicrop_dino_loss(s[:2], s[2:], t, 0.1), noise(5, 4, 6), targets(2, 4, 6)),
     "ibot": (lambda s, t: ibot_loss(s, t, MASKS, 0.1), noise(5, 6), targets(5, 6)),
     "koleo": (lambda s, t: koleo_loss(s), noise(256, 5), None),  # near ties: bf16 mixes them up
     "gram": (gram_loss, noise(2, 6, 8), noise(2, 6, 8, seed=1)),
@@ -130,9 +126,7 @@ def test_ibot_equals_the_loop_over_crops_patches_and_prototypes():
                 total += cross_entropy(teacher[row].double(), student[row], 0.1) / len(masked)
         return total / 6
 
-    assert_same_value_and_gradient(
-        lambda student: ibot_loss(student, teacher, masks, 0.1), loop, noise(len(rows), 5)
-    )
+    assert_same_value_and_gradient(lambda student: ibot_loss(student, teacher, masks, 0.1), loop, noise(len(rows), 5))
 
 
 @pytest.mark.parametrize("row, weight", list(enumerate([1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3])))
@@ -341,16 +335,13 @@ def test_equal_micro_batches_average_to_the_whole_batch():
 
     def losses(part):
         selected = masks[:, part]
-        return torch.stack([
-            multicrop_dino_loss(student[:2, part], student[2:, part], teacher[:, part], 0.1),
-            ibot_loss(
-                patch_logits[:, part][selected],
-                patch_probs[:, part][selected],
-                selected.flatten(0, 1),
-                0.1,
-            ),
-            koleo_loss(features[:, part].flatten(0, 1), group=2),
-        ])
+        return torch.stack(
+            [
+                multicrop_dino_loss(student[:2, part], student[2:, part], teacher[:, part], 0.1),
+                ibot_loss(patch_logits[:, part][selected], patch_probs[:, part][selected], selected.flatten(0, 1), 0.1),
+                koleo_loss(features[:, part].flatten(0, 1), group=2),
+            ]
+        )
 
     micro = [losses(slice(start, start + 2)) for start in range(0, 8, 2)]
     torch.testing.assert_close(torch.stack(micro).mean(dim=0), losses(slice(0, 8)))

@@ -65,7 +65,9 @@ def test_layer_decay_of_depth_twelve():
 
 def small_model():
     torch.manual_seed(0)
-    backbone = VisionTransformer(embed_dim=16, depth=2, num_heads=2, patch_size=4, image_size=8, layerscale=1e-5, registers=1)
+    backbone = VisionTransformer(
+        embed_dim=16, depth=2, num_heads=2, patch_size=4, image_size=8, layerscale=1e-5, registers=1
+    )
     return SSLModel(backbone, ProjectionHead(16, 8, hidden=16, bottleneck=8))
 
 

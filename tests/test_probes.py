@@ -23,7 +23,9 @@ def random_problem(train=60, val=25, dim=8, classes=4):
 def vote_by_loops(train, train_labels, val, val_labels, k, temperature):
     correct = 0
     for query, truth in zip(val, val_labels):
-        similar = sorted(((float(query @ item), int(label)) for item, label in zip(train, train_labels)), reverse=True)[:k]
+        similar = sorted(((float(query @ item), int(label)) for item, label in zip(train, train_labels)), reverse=True)[
+            :k
+        ]
         votes = {}
         for similarity, label in similar:
             votes[label] = votes.get(label, 0) + math.exp(similarity / temperature)
@@ -52,7 +54,7 @@ def test_the_nearest_are_found_across_blocks_of_the_training_set():
 
 def test_more_neighbours_than_images_count_all_images():
     problem = random_problem(train=10)
-    assert knn_accuracy(*problem, ks=(10, 500)) [500] == knn_accuracy(*problem, ks=(10,))[10]
+    assert knn_accuracy(*problem, ks=(10, 500))[500] == knn_accuracy(*problem, ks=(10,))[10]
 
 
 def test_a_temperature_near_zero_does_not_overflow():
@@ -80,4 +82,6 @@ def test_health_of_hand_made_targets_and_features():
     assert healthy["health/effective_rank"] == pytest.approx(4)
     assert health(uniform, independent)["health/teacher_entropy"] == pytest.approx(1)
     dead = health(collapsed, torch.ones(8, 4))
-    assert dead["health/prototype_use"] == pytest.approx(0.25) and dead["health/feature_std"] == pytest.approx(0, abs=1e-6)
+    assert dead["health/prototype_use"] == pytest.approx(0.25) and dead["health/feature_std"] == pytest.approx(
+        0, abs=1e-6
+    )

@@ -22,7 +22,10 @@ TIMING = {"images_per_second", "data_wait_fraction", "memory_gib"}
 
 
 def metrics(run) -> list[dict]:
-    return [{name: value for name, value in record.items() if name not in TIMING} for record in read_metrics(Path(run) / "metrics.jsonl")]
+    return [
+        {name: value for name, value in record.items() if name not in TIMING}
+        for record in read_metrics(Path(run) / "metrics.jsonl")
+    ]
 
 
 def losses(run) -> list[float]:
@@ -35,15 +38,34 @@ def folder_of(overrides) -> Path:
 
 def command(*arguments, **options):
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
     )
 
 
 def test_a_run_leaves_what_the_readme_promises(tiny):
     run = folder_of(tiny)
-    probes = ["probe.every=2", "probe.train=scenes?size=30", "probe.val=scenes?split=val&size=10", "checkpoint.snapshot=2"]
+    probes = [
+        "probe.every=2",
+        "probe.train=scenes?size=30",
+        "probe.val=scenes?split=val&size=10",
+        "checkpoint.snapshot=2",
+    ]
     train.main([*tiny, *probes])
-    for name in ("config.yaml", "metrics.jsonl", "checkpoints/latest", "checkpoints/4", "curves.png", "report.png", "snapshots/2", "best"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints/latest",
+        "checkpoints/4",
+        "curves.png",
+        "report.png",
+        "snapshots/2",
+        "best",
+    ):
         assert (run / name).exists(), name
     for folder in ("teacher", "best", "snapshots/4"):
         names = {path.name for path in (run / folder).iterdir()}
@@ -53,7 +75,18 @@ def test_a_run_leaves_what_the_readme_promises(tiny):
     records = metrics(run)
     assert [record["step"] for record in records] == [0, 1, 2, 3, 4]
     assert [record["step"] for record in records if "probe/knn" in record] == [0, 2, 4]
-    expected = {"step", "images_seen", "stage", "loss", "loss/dino", "loss/ibot", "loss/koleo", "lr", "weight_decay", "ema_momentum"}
+    expected = {
+        "step",
+        "images_seen",
+        "stage",
+        "loss",
+        "loss/dino",
+        "loss/ibot",
+        "loss/koleo",
+        "lr",
+        "weight_decay",
+        "ema_momentum",
+    }
     expected |= {"teacher_temp", "grad_norm", "health/teacher_entropy", "health/effective_rank", "health/feature_std"}
     assert expected <= records[1].keys() and records[4]["images_seen"] == 32
     assert load_config(str(run / "config.yaml"), []).batch_size == 8
@@ -79,14 +112,25 @@ def test_two_runs_with_one_seed_give_identical_losses_and_another_seed_others(ti
 
 def test_workers_probes_and_logging_leave_the_losses_alone(tiny, tmp_path):
     train.main([*tiny, f"output_dir={tmp_path / 'a'}"])
-    probes = ["probe.every=1", "probe.train=scenes?size=30", "probe.val=scenes?split=val&size=10", "data.workers=1", "checkpoint.every=1"]
+    probes = [
+        "probe.every=1",
+        "probe.train=scenes?size=30",
+        "probe.val=scenes?split=val&size=10",
+        "data.workers=1",
+        "checkpoint.every=1",
+    ]
     train.main([*tiny, f"output_dir={tmp_path / 'b'}", *probes])
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
 def test_a_longer_run_prolongs_a_finished_one_exactly(tiny, tmp_path, capsys):
     constant = [f"schedule.{name}.shape=constant" for name in ("weight_decay", "ema_momentum")]
-    constant += ["schedule.lr=1e-3", "schedule.teacher_temp=0.05", "schedule.weight_decay=0.04", "schedule.ema_momentum=0.99"]
+    constant += [
+        "schedule.lr=1e-3",
+        "schedule.teacher_temp=0.05",
+        "schedule.weight_decay=0.04",
+        "schedule.ema_momentum=0.99",
+    ]
     constant += ["model.drop_path=0.3", "loss.dino.centering=ema"]
     train.main([*tiny, *constant, f"output_dir={tmp_path / 'whole'}", "total_steps=6"])
     train.main([*tiny, *constant, f"output_dir={tmp_path / 'parts'}", "total_steps=3"])
@@ -102,7 +146,10 @@ def test_a_killed_run_goes_on_to_the_same_losses(tiny, tmp_path):
     train.main([*tiny, f"output_dir={tmp_path / 'whole'}", "total_steps=12"])
     arguments = [*tiny, f"output_dir={tmp_path / 'killed'}", "total_steps=12"]
     process = subprocess.Popen(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     latest = tmp_path / "killed" / "checkpoints" / "latest"
     while not latest.exists() and process.poll() is None:
@@ -146,7 +193,12 @@ def test_two_ranks_give_the_losses_of_one_process(tiny, tmp_path):
 
 
 def test_a_checkpoint_of_one_process_is_gone_on_with_by_two_ranks(tiny, tmp_path):
-    constant = ["schedule.lr=1e-3", "schedule.teacher_temp=0.05", "schedule.weight_decay=0.04", "schedule.ema_momentum=0.99"]
+    constant = [
+        "schedule.lr=1e-3",
+        "schedule.teacher_temp=0.05",
+        "schedule.weight_decay=0.04",
+        "schedule.ema_momentum=0.99",
+    ]
     train.main([*tiny, *constant, f"output_dir={tmp_path / 'one'}"])
     train.main([*tiny, *constant, f"output_dir={tmp_path / 'both'}", "total_steps=2"])
     arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *tiny, *constant]
@@ -212,8 +264,16 @@ def test_every_key_of_the_configuration_is_read(tiny, monkeypatch):
                 patch.setattr(cls, "__getattribute__", spy)
             train.train(cfg, torch.device("cpu"))
     every = {(cls.__name__, field.name) for cls in classes for field in dataclasses.fields(cls)}
-    passed_whole = {"ModelConfig", "Schedule", "CheckpointConfig"}  # by name, to functions that refuse a name they do not have
-    lengths = {("TrainConfig", "epochs"), ("TrainConfig", "images"), ("TrainConfig", "device")}  # read by main, or unless total_steps is
+    passed_whole = {
+        "ModelConfig",
+        "Schedule",
+        "CheckpointConfig",
+    }  # by name, to functions that refuse a name they do not have
+    lengths = {
+        ("TrainConfig", "epochs"),
+        ("TrainConfig", "images"),
+        ("TrainConfig", "device"),
+    }  # read by main, or unless total_steps is
     assert {key for key in every - read if key[0] not in passed_whole} <= lengths
 
 

@@ -25,9 +25,13 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def multi_crop(channels=3, policy=POLICIES["natural"], local_count=3) -> MultiCrop:
-    return MultiCrop(CropSpec((16, 24), (0.4, 1.0), 2),
-                     CropSpec((8, 12), (0.05, 0.4), local_count), policy,
-                     (0.5,) * channels, (0.25,) * channels)
+    return MultiCrop(
+        CropSpec((16, 24), (0.4, 1.0), 2),
+        CropSpec((8, 12), (0.05, 0.4), local_count),
+        policy,
+        (0.5,) * channels,
+        (0.25,) * channels,
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 13])
@@ -54,8 +58,9 @@ def test_crops_are_crop_major_and_a_function_of_image_and_table():
             assert torch.equal(joint[k::3], single)
 
 
-@pytest.mark.parametrize("size, scale", [((60, 100), (0.08, 1.0)), ((30, 200), (0.4, 1.0)),
-                                         ((28, 28), (0.05, 0.4)), ((200, 20), (0.3, 1.0))])
+@pytest.mark.parametrize(
+    "size, scale", [((60, 100), (0.08, 1.0)), ((30, 200), (0.4, 1.0)), ((28, 28), (0.05, 0.4)), ((200, 20), (0.3, 1.0))]
+)
 def test_boxes_are_distributed_as_random_resized_crop(size, scale):
     n = 2000
     torch.manual_seed(0)
@@ -68,8 +73,7 @@ def test_boxes_are_distributed_as_random_resized_crop(size, scale):
     free = (room > 4).all(1)  # enough of it on both axes: then one says nothing about the other
     if free.sum() > n / 2:
         assert abs(np.corrcoef((ours[free, :2] / room[free]).T)[0, 1]) < 0.1
-    measures = [lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0],
-                lambda b: b[:, 1]]
+    measures = [lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]]
     for measure in measures:
         a, b = np.sort(measure(ours)), np.sort(measure(theirs))
         at = np.concatenate([a, b])
@@ -118,23 +122,34 @@ SINGLE = {
     "grayscale": dict(grayscale=1.0),
     "blur": dict(blur=(1.0, 1.0, 1.0)),
     "solarize": dict(solarize=1.0),
-    "all": dict(jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grayscale=0.2,
-                blur=(0.5, 0.5, 0.5), solarize=0.3),
+    "all": dict(
+        jitter=0.8,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.2,
+        hue=0.1,
+        grayscale=0.2,
+        blur=(0.5, 0.5, 0.5),
+        solarize=0.3,
+    ),
 }
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("operation", SINGLE)
 def test_photometry_equals_torchvision_image_by_image(operation, channels):
-    nothing = dict(flip=0, jitter=0, brightness=0, contrast=0, saturation=0, hue=0, grayscale=0,
-                   blur=(0, 0, 0), solarize=0)
+    nothing = dict(
+        flip=0, jitter=0, brightness=0, contrast=0, saturation=0, hue=0, grayscale=0, blur=(0, 0, 0), solarize=0
+    )
     policy = AugmentPolicy(**(nothing | SINGLE[operation]))
     n = 40 if operation == "all" else 6
     crops, u = noise(n, channels, 12, 17), draw(seeded(5), n)
-    ours = photometric(crops, u, policy, torch.full((n,), policy.blur[0]),
-                       torch.full((n,), policy.solarize), [0.3] * channels, [0.2])
-    expected = torch.stack([one_by_one(crop / 255, row, policy, policy.blur[0], policy.solarize)
-                            for crop, row in zip(crops, u)])
+    ours = photometric(
+        crops, u, policy, torch.full((n,), policy.blur[0]), torch.full((n,), policy.solarize), [0.3] * channels, [0.2]
+    )
+    expected = torch.stack(
+        [one_by_one(crop / 255, row, policy, policy.blur[0], policy.solarize) for crop, row in zip(crops, u)]
+    )
     # Solarisation jumps at 0.5: a pixel there may fall on either side.
     close = (ours * 0.2 + 0.3 - expected).abs() < 2e-4
     assert close.float().mean() > (0.9999 if operation == "all" else 0.999999)
@@ -157,8 +172,7 @@ def test_blur_and_solarisation_differ_between_views():
     images, tables = [noise(3, 40, 40)], [draw(seeded(0), 5)]
 
     def changed(**options):
-        plain, other = (multi_crop(policy=policy)(images, tables)
-                        for policy in (PLAIN, replace(PLAIN, **options)))
+        plain, other = (multi_crop(policy=policy)(images, tables) for policy in (PLAIN, replace(PLAIN, **options)))
         return [not torch.equal(a, b) for pair in zip(plain, other) for a, b in zip(*pair)]
 
     assert changed(solarize=1.0) == [False, True, False, False, False]
