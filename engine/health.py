@@ -23,7 +23,7 @@ def health(teacher_probs: Tensor, features: Tensor) -> dict[str, Tensor]:
         effective_rank: exp(entropy of the singular values' shares) of the centred features (RankMe, arXiv 2210.02885), at
             most min(B - 1, D).
     """
-    probs, features = teacher_probs.float(), features.float()
+    probs, features = teacher_probs.float(), features.float().nan_to_num()  # a dying run is told so by its loss
     log_k = math.log(max(probs.shape[1], 2))
     mean = distributed.mean_over_ranks(probs.mean(dim=0))
     normalised = torch.nn.functional.normalize(features, dim=1)
