@@ -49,6 +49,7 @@ from losses.ibot import ibot_loss
 from losses.koleo import koleo_loss
 from models.features import Preprocessing
 from models.pretrained import save_backbone
+from models.start import load_initial, start_from
 from models.ssl_model import SSLModel, SSLOutput, build_ssl_model, make_teacher, save_heads, update_ema
 from models.vit import build_backbone
 
@@ -62,6 +63,8 @@ def main(argv: Optional[list[str]] = None) -> None:
 
 
 def train(cfg: TrainConfig, device: torch.device) -> None:
+    initial = load_initial(cfg.init, cfg.data.channels) if cfg.init else None
+    cfg = cfg if initial is None else with_statistics(cfg, initial.preprocessing)
     images = open_data(cfg.data.train, cfg.data.channels)
     total_steps = length_in_steps(cfg, len(images))
     cadence = Cadence(log=cfg.log_every, probe=cfg.probe.every, **vars(cfg.checkpoint))
@@ -71,7 +74,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
 
     torch.manual_seed(cfg.seed)
     schedules = build_schedules(cfg, total_steps)
-    student = build_student(cfg, masked="ibot" in schedules).to(device)
+    student = build_student(cfg, "ibot" in schedules, initial).to(device)
     teacher = make_teacher(student)
     centering = build_centering(cfg.loss, schedules).to(device)
     optimizer = optim.make_optimizer(
@@ -196,15 +199,21 @@ def build_schedules(cfg: TrainConfig, total_steps: int) -> dict[str, Callable[[i
     return schedules
 
 
-def build_student(cfg: TrainConfig, masked: bool) -> SSLModel:
-    """Backbone and heads as configured; a mask token only where patches are hidden (`masked`)."""
+def build_student(cfg: TrainConfig, masked: bool, initial: Optional[nn.Module] = None) -> SSLModel:
+    """Backbone and heads as configured, with the weights of `initial`; a mask token where patches are hidden (`masked`)."""
     options = {name: value for name, value in vars(cfg.model).items() if name != "arch" and value is not None}
     options["in_channels"] = cfg.data.channels
     if cfg.model.arch.startswith("timm:"):
         backbone = build_backbone(cfg.model.arch, in_channels=cfg.data.channels)
     else:
-        backbone = build_backbone(cfg.model.arch, **options, image_size=cfg.crops.global_size, mask_token=masked)
-    return build_ssl_model(backbone, cfg.loss, own_ibot_head=masked and cfg.loss.ibot.prototypes is not None)
+        grid = {"image_size": cfg.crops.global_size}  # for which learned positions are made
+        if initial is not None:
+            grid = {name: initial.config[name] for name in ("image_size", "interpolation") if name in initial.config}
+        backbone = build_backbone(cfg.model.arch, **options, **grid, mask_token=masked)
+    model = build_ssl_model(backbone, cfg.loss, own_ibot_head=masked and cfg.loss.ibot.prototypes is not None)
+    if initial is not None:
+        notice(f"{cfg.init}: {start_from(model, initial, cfg.init)}")
+    return model
 
 
 def build_centering(loss: LossConfig, terms: Iterable[str]) -> nn.ModuleDict:

@@ -162,10 +162,10 @@ class StepDataset(Dataset):
 
 
 def default_workers(device: str, ranks: int = 1) -> int:
-    """Loader processes of a rank: on a GPU machine its share of the cores, at most 16; on the CPU one, for the trainer
-    needs the cores itself."""
+    """Loader processes of a rank: on a GPU machine its share of the cores, at most 16. None where the CPU trains: the work
+    is the same, and threads that wait for a core held by a loader cost more than the overlap gains."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, cores // ranks) if device == "cuda" else 1 if cores > 1 else 0
+    return min(16, cores // ranks) if device == "cuda" else 0
 
 
 def make_loader(

@@ -6,6 +6,7 @@ length but not the method; every other field is part of the result and may not c
 
 import dataclasses
 import re
+import sys
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Literal, Optional, Union
@@ -197,6 +198,7 @@ class TrainConfig:
     total_steps: Optional[int] = free(None)  # one of the three gives the length
     epochs: Optional[float] = free(None)  # passes over data.train
     images: Optional[int] = free(None)
+    init: Optional[str] = None  # a MODEL to start from: a run, released weights; `model` must describe the same backbone
     batch_size: int = 64  # images a step, over all ranks
     micro_batch_size: Optional[int] = free(None)  # images a rank and forward, at most; accumulation is exact
     log_every: int = free(10)  # steps
@@ -376,6 +378,18 @@ def length_in_steps(cfg: TrainConfig, images: int) -> int:
         raise ConfigError("how long? give total_steps, epochs or images")
     wanted = cfg.images if cfg.images is not None else cfg.epochs * images
     return max(1, round(wanted / cfg.batch_size))
+
+
+def with_statistics(cfg: TrainConfig, preprocessing: Any) -> TrainConfig:
+    """Mean and std travel with weights: those of `preprocessing` are taken over where none are given.
+
+    Others than these are worth a warning, on standard error.
+    """
+    mean, std = list(preprocessing.mean), list(preprocessing.std)
+    data = dataclasses.replace(cfg.data, mean=cfg.data.mean or mean, std=cfg.data.std or std)
+    if (data.mean, data.std) != (mean, std):
+        print(f"warning: data.mean and data.std are not those of {cfg.init}: {mean} and {std}", file=sys.stderr)
+    return dataclasses.replace(cfg, data=data)
 
 
 def micro_batch_size(cfg: TrainConfig, ranks: int, grouped: bool) -> int:

@@ -1,5 +1,6 @@
 """The architecture behind released weights: from their shapes, or from the config.json beside them."""
 
+import re
 from typing import Any, Mapping
 
 import timm
@@ -9,14 +10,21 @@ from torch import Tensor, nn
 from models.dialects import HF_DINOV3_KEY_BIAS, META_ROTARY, Dialect, find_dialect, strip
 from models.features import check_choice
 from models.layers import make_ffn
+from models.vit import PRESETS
 
 # timm's names of the models that are built like ours; others stay timm's.
 TIMM_VIT = r"vit_\w+_patch\d+(_reg\d)?_(\d+|dinov2|dinov3(_qkvb)?)"
+# timm's only way to DINOv3's rotary positions with a norm_eps of 1e-6: another model of theirs with these arguments.
+TIMM_ROPE_1E6 = "vit_small_patch16_rope_224"
+TIMM_DINOV3 = {
+    **{"rope_type": "dinov3", "rope_rotate_half": True, "rope_grid_indexing": "ij"},
+    **{"use_rot_pos_emb": True, "use_abs_pos_emb": False, "use_fc_norm": False},
+}
 # Of these, arguments that shapes (or `from_timm`) tell; a model with others stays timm's.
 TIMM_ARGUMENTS = {
     *("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "reg_tokens", "no_embed_class"),
     *("in_chans", "img_size", "dynamic_img_size", "qkv_bias", "num_reg_tokens", "rope_temperature", "global_pool"),
-    *("swiglu_mlp", "swiglu_align_to", "num_classes", "drop_path_rate", "proj_bias", "class_token"),
+    *("swiglu_mlp", "swiglu_align_to", "attn_type", "num_classes", "drop_path_rate", "proj_bias", "class_token"),
 }
 
 
@@ -87,11 +95,12 @@ def ffn_options(dim: int, hidden: int, gated: bool) -> dict[str, Any]:
     Raises:
         ValueError: if there is none.
     """
-    ffn = "swiglu" if gated else "mlp"
-    for nudge in (0.0, 0.5):  # a ratio may round down to one unit less
-        ratio = (hidden + nudge) * (1.5 if gated else 1.0) / dim
+    sizes = [size for size in PRESETS.values() if size["embed_dim"] == dim]  # whose ratios are as published
+    known = [(size.get("ffn", "mlp"), size.get("ffn_ratio", 4.0)) for size in sizes]
+    found = [("swiglu", 1.5 * hidden / dim)] if gated else [("mlp", hidden / dim), ("mlp", (hidden + 0.5) / dim)]
+    for ffn, ratio in known + found:  # a ratio may round down to one unit less
         with torch.device("meta"):
-            if hidden_width(make_ffn(ffn, dim, ratio)) == hidden:
+            if (ffn != "mlp") == gated and hidden_width(make_ffn(ffn, dim, ratio)) == hidden:
                 return {"ffn": ffn, "ffn_ratio": ratio}
     raise ValueError(f"the feed-forward nets are {hidden} wide; gated ones must be a multiple of 8")
 
@@ -161,6 +170,12 @@ def _side(size: Any) -> int:
 
 # ----------------------------------------------------------------- timm
 
+
+def like_ours(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether timm builds what our `VisionTransformer` is with some arguments."""
+    odd = {key for key, value in arguments.items() if key not in TIMM_ARGUMENTS and TIMM_DINOV3.get(key) != value}
+    known = re.fullmatch(TIMM_VIT, name) or name == TIMM_ROPE_1E6 and TIMM_DINOV3.items() <= arguments.items()
+    return bool(known) and not odd
 
 def from_timm(name: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Dialect]:
     """Arguments of `VisionTransformer` for one of timm's models as timm itself builds it, and the dialect of its names.

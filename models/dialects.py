@@ -105,19 +105,22 @@ TIMM_GATED = Dialect(
     | {"blocks.#.mlp.w12": "blocks.#.mlp.fc1", "blocks.#.mlp.w3": "blocks.#.mlp.fc2"},
     interpolation="antialias",
 )
-_EVA = _TIMM | {
+_EVA_KEY_BIAS = _TIMM | {
     "blocks.#.ls1.gamma": "blocks.#.gamma_1",
     "blocks.#.ls2.gamma": "blocks.#.gamma_2",
-    "blocks.#.attn.qkv.bias": ("blocks.#.attn.q_bias", "", "blocks.#.attn.v_bias"),
     "blocks.#.attn.qkv.bias_mask": (),
 }
-TIMM_ROTARY = Dialect("timm eva", _EVA, norm_eps=1e-5)
-TIMM_ROTARY_GATED = Dialect(
-    "timm eva, gated",
-    {name: theirs for name, theirs in _EVA.items() if ".mlp." not in name}
-    | {"blocks.#.mlp.w12": ("blocks.#.mlp.fc1_g", "blocks.#.mlp.fc1_x"), "blocks.#.mlp.w3": "blocks.#.mlp.fc2"},
-    norm_eps=1e-5,
-)
+_EVA = _EVA_KEY_BIAS | {"blocks.#.attn.qkv.bias": ("blocks.#.attn.q_bias", "", "blocks.#.attn.v_bias")}
+_EVA_GATE = {"blocks.#.mlp.w12": ("blocks.#.mlp.fc1_g", "blocks.#.mlp.fc1_x"), "blocks.#.mlp.w3": "blocks.#.mlp.fc2"}
+
+
+def timm_rotary(gated: bool, key_bias: bool) -> Dialect:
+    """timm's DINOv3; with a bias of the keys it is the `attn_type` "rope" of timm."""
+    table = _EVA_KEY_BIAS if key_bias else _EVA
+    if gated:
+        table = {name: theirs for name, theirs in table.items() if ".mlp." not in name} | _EVA_GATE
+    return Dialect("timm eva" + ", gated" * gated + " with key bias" * key_bias, table, norm_eps=1e-5)
+
 
 # ----------------------------------------------------------------- Hugging Face
 
@@ -270,7 +273,7 @@ def find_dialect(tensors: Mapping[str, Any], from_timm: bool) -> Dialect | None:
     if has(r"^storage_tokens$|^rope_embed\.|\.bias_mask$"):
         return META_ROTARY
     if not learned:
-        return TIMM_ROTARY_GATED if has(r"\.mlp\.fc1_g\.") else TIMM_ROTARY
+        return timm_rotary(gated=has(r"\.mlp\.fc1_g\."), key_bias=has(r"\.attn\.qkv\.bias$"))
     if "masked_embed" in tensors:
         return META_IBOT
     if "register_tokens" in tensors:

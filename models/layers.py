@@ -132,7 +132,7 @@ class LayerScale(nn.Module):
     def __init__(self, dim: int, value: float):
         super().__init__()
         self.value = value
-        self.gamma = nn.Parameter(torch.full((dim,), value))
+        self.gamma = nn.Parameter(torch.full((dim,), float(value)))
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.gamma, self.value)

@@ -27,9 +27,9 @@ def from_hugging_face(values: Mapping[str, Any], source: str) -> Preprocessing:
         names = {number: name for name, number in RESAMPLE.items()}
         return Preprocessing(
             size=crop,
-            resize=max(size) if values.get("do_resize", True) else max(crop),
-            mean=_per_channel(values["image_mean"]),
-            std=_per_channel(values["image_std"]),
+            resize=min(size) if values.get("do_resize", True) else min(crop),
+            mean=_per_channel(values["image_mean"] if values.get("do_normalize", True) else (0.0,)),
+            std=_per_channel(values["image_std"] if values.get("do_normalize", True) else (1.0,)),
             interpolation=names[values.get("resample", RESAMPLE["bicubic"])],
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -62,7 +62,7 @@ def from_timm(values: Mapping[str, Any], source: str) -> Preprocessing:
     """
     try:
         height, width = values.get("input_size", (3, 224, 224))[-2:]
-        resize = round(max(height, width) / values.get("crop_pct", 0.875))
+        resize = int(max(height, width) / values.get("crop_pct", 0.875) + 1e-6)  # rounded down, as timm does
         mean, std = values.get("mean", IMAGENET_MEAN), values.get("std", IMAGENET_STD)
         interpolation = values.get("interpolation", "bicubic")
         if interpolation not in RESAMPLE:
@@ -87,7 +87,7 @@ def to_timm(preprocessing: Preprocessing) -> dict[str, Any]:
 def as_published(path: Path, learned_positions: bool, in_channels: int = 3) -> Preprocessing:
     """For files that say nothing: Meta's evaluation (DINO, DINOv2: 256 then crop 224; DINOv3: 256) with the statistics of
     ImageNet, or those of SAT-493M where `path` names it. Other channel counts than 3 get the average of those."""
-    satellite = "sat493m" in str(path).lower()
+    satellite = "sat493m" in path.name.lower()
     mean, std = (SATELLITE_MEAN, SATELLITE_STD) if satellite else (IMAGENET_MEAN, IMAGENET_STD)
     if in_channels != 3:
         mean, std = ((sum(values) / 3,) * in_channels for values in (mean, std))

@@ -1,38 +1,37 @@
 """Backbones from and to disk: `load_backbone(MODEL)` and `save_backbone`.
 
-MODEL is one of: a folder written by `save_backbone`; a run folder (its newest teacher), RUN@STEP,
-RUN@best; timm:NAME; random:vit_small?patch_size=16&seed=0; pixels?patch_size=8.
+MODEL is one of: a run folder (its newest teacher), RUN@STEP, RUN@best; a folder or file of weights in any dialect (own, Meta's
+`.pth`, Hugging Face, timm), which is found from the names of its tensors and its config.json; hf:org/name; timm:NAME;
+random:vit_small?patch_size=16&seed=0; pixels?patch_size=8. A query such as `?channels=1` or `?interpolation=offset` sets the
+number of input channels and options of `VisionTransformer` that weights do not fix.
 """
 
 import inspect
 import json
-import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 from urllib.parse import parse_qsl
 
+import huggingface_hub
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
+from models.channels import adapt_channels
 from models.features import Preprocessing
 from models.pixels import PixelBackbone
+from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, from_hugging_face, to_hugging_face
+from models.reading import check_options, load_tensors, read_backbone
 from models.vit import VisionTransformer, build_backbone
+from models.weights import WEIGHT_FILES, read_json, read_weights, write_json, write_tensors
 
 ALLOWED = (
-    "a folder with config.json, a run folder, RUN@STEP, RUN@best, timm:NAME, "
+    "a run folder, RUN@STEP, RUN@best, a folder or file of weights, hf:org/name, timm:NAME, "
     "random:NAME?option=value and pixels?patch_size=8"
 )
 MODEL_TYPE = "nanodino"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # PIL's numbers
-NAMES_SHOWN = 8  # of missing or unexpected tensors; a wrong file has hundreds
-
-
-# ----------------------------------------------------------------- load
 
 
 def load_backbone(spec: str | Path) -> nn.Module:
@@ -45,60 +44,61 @@ def load_backbone(spec: str | Path) -> nn.Module:
         ValueError: if the spec is not understood, or the weights do not cover the backbone exactly.
     """
     name, _, query = str(spec).partition("?")
+    options = _parse_options(query)
+    if name == "pixels":
+        return _pixel_backbone(options).eval()
+    channels = options.pop("channels", None)
     if name.startswith("random:"):
-        backbone = _random_backbone(name.removeprefix("random:"), _parse_options(query))
+        backbone = _random_backbone(name.removeprefix("random:"), options)
     elif name.startswith("timm:"):
-        backbone = build_backbone(name, **{"pretrained": True, **_parse_options(query)})
+        backbone = build_backbone(name, **{"pretrained": True, **options})
         backbone.preprocessing = backbone.native_preprocessing
         count = len(backbone.state_dict())
-        _report(name, count, count)  # timm loads strictly, so all or none
-    elif name == "pixels":
-        backbone = _pixel_backbone(_parse_options(query))
+        print(f"{name}: matched {count} / {count} tensors", file=sys.stderr)  # timm loads all or none
     else:
-        folder = find_folder(str(spec))
-        backbone = READERS[_model_type(folder)](folder)
-        backbone.preprocessing = read_preprocessing(folder)
+        path = find_weights(name)
+        own = path.is_dir() and _is_own(path) or path.name in WEIGHT_FILES and _is_own(path.parent)
+        backbone = _read_own(path if path.is_dir() else path.parent, options) if own else read_backbone(path, options)
+    if channels is not None:
+        adapt_channels(backbone, channels)
     return backbone.eval()
 
 
-def find_folder(spec: str) -> Path:
-    """The folder with the config.json that a path, a run folder, RUN@STEP or RUN@best stands for.
+def load_heads(spec: str | Path) -> dict[str, Tensor]:
+    """The projection heads beside the backbone of a run of ours, by their names in `SSLModel`; {} where there are none.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or file.
+        ValueError: if the file is damaged.
+    """
+    name = str(spec).partition("?")[0]
+    if name == "pixels" or name.startswith(("random:", "timm:", "hf:")):
+        return {}
+    path = find_weights(name)
+    path = (path if path.is_dir() else path.parent) / "heads.safetensors"
+    return read_weights(path) if path.is_file() else {}
+
+
+def find_weights(spec: str) -> Path:
+    """The file, or the folder with config.json and weights, that a path, a run folder, RUN@STEP, RUN@best or hf:org/name
+    stands for.
 
     Raises:
         FileNotFoundError: if there is none, with what is there.
     """
+    if spec.startswith("hf:"):
+        return _fetch(spec.removeprefix("hf:"))
     path = Path(spec).expanduser()
     if not path.exists() and "@" in path.name:
         run, _, mark = str(path).rpartition("@")
         path = _kept_folder(Path(run), mark)
     if (path / "teacher").is_dir():
         path = path / "teacher"
-    if not (path / "config.json").is_file():
-        found = "has neither config.json nor teacher/" if path.is_dir() else "is not a folder"
+    suffixes = {file.suffix for file in path.glob("*")} if path.is_dir() else set()
+    if not path.is_file() and not (path / "config.json").is_file() and not suffixes & {".safetensors", ".pth", ".pt"}:
+        found = "has neither config.json nor teacher/ nor weights" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"model {spec!r}: {path} {found}; allowed are {ALLOWED}")
     return path
-
-
-def _read_own(folder: Path) -> nn.Module:
-    path = folder / "config.json"
-    try:
-        backbone = _build_empty(**_read_json(path)["architecture"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not describe a backbone: {error}") from error
-    load_tensors(backbone, _read_tensors(folder / "model.safetensors"), str(folder))
-    return backbone
-
-
-def _build_empty(type: str, **options) -> nn.Module:
-    if type == "timm":  # for real: timm's models have buffers that no file holds
-        return build_backbone(f"timm:{options.pop('name')}", **options)
-    if type != "vit":
-        raise ValueError(f"architecture.type is {type!r}; it must be vit or timm")
-    with torch.device("meta"):  # the file has every tensor, and drawing billions first is slow
-        return VisionTransformer(**options)
-
-
-# ----------------------------------------------------------------- save
 
 
 def save_backbone(backbone: nn.Module, folder: str | Path, preprocessing: Preprocessing) -> None:
@@ -112,18 +112,53 @@ def save_backbone(backbone: nn.Module, folder: str | Path, preprocessing: Prepro
     if not hasattr(backbone, "config"):
         raise ValueError(f"a {type(backbone).__name__} cannot be saved; it has no `config`")
     kind = "vit" if isinstance(backbone, VisionTransformer) else "timm"
-    config = {"model_type": MODEL_TYPE, "architecture": {"type": kind, **backbone.config}}
-    tensors = backbone.state_dict().items()
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", _processor_config(preprocessing))
-    weights = folder / "model.safetensors"
-    _replace(weights, lambda scratch: save_file(state, scratch, metadata={"format": "pt"}))
+    write_json(folder / "config.json", {"model_type": MODEL_TYPE, "architecture": {"type": kind, **backbone.config}})
+    write_json(folder / "preprocessor_config.json", to_hugging_face(preprocessing))
+    write_tensors(folder / "model.safetensors", backbone.state_dict())
 
 
-# ----------------------------------------------------------------- specs
+# ----------------------------------------------------------------- kinds of specs
+
+
+def _is_own(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.is_file() and read_json(path).get("model_type") == MODEL_TYPE
+
+
+def _read_own(folder: Path, options: dict[str, Any]) -> nn.Module:
+    path = folder / "config.json"
+    try:
+        backbone = _build_empty(**{**read_json(path)["architecture"], **options})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe a backbone: {error}") from error
+    load_tensors(backbone, read_weights(folder), str(folder))
+    path = folder / "preprocessor_config.json"
+    backbone.preprocessing = from_hugging_face(read_json(path), str(path))
+    return backbone
+
+
+def _build_empty(type: str, **options) -> nn.Module:
+    if type == "timm":  # for real: timm's models have buffers that no file holds
+        return build_backbone(f"timm:{options.pop('name')}", **options)
+    if type != "vit":
+        raise ValueError(f"architecture.type is {type!r}; it must be vit or timm")
+    check_options(options)
+    with torch.device("meta"):  # the file has every tensor, and drawing billions first is slow
+        return VisionTransformer(**options)
+
+
+def _fetch(name: str) -> Path:
+    """A snapshot of a Hugging Face repository, from the cache where it is there."""
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.bin", "*.pth"]))
+        return folder
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FileNotFoundError(f"hf:{name} could not be fetched ({reason}); offline, name a folder with its files") from error
 
 
 def _random_backbone(arch: str, options: dict[str, Any]) -> nn.Module:

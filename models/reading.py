@@ -240,7 +240,7 @@ def _like_ours(config: Mapping[str, Any]) -> bool:
     name, arguments = config["architecture"].partition(".")[0], config.get("model_args") or {}
     if name in SIZES:
         return arguments.keys() <= {"depths", "dims", "in_chans", "num_classes"}
-    return bool(re.fullmatch(architecture.TIMM_VIT, name)) and arguments.keys() <= architecture.TIMM_ARGUMENTS
+    return architecture.like_ours(name, arguments)
 
 
 def _model_args(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class TimmBackbone(nn.Module):
         norm = getattr(getattr(self.model, "head", None), "norm", nn.Identity())
         pooled, maps_normed = norm(maps.mean((2, 3), keepdim=True)), norm(maps)
         cls = pooled.flatten(1)
-        registers = cls.new_zeros(len(cls), 0, self.embed_dim)
+        registers = cls.new_zeros(cls.shape[0], 0, self.embed_dim)
         return Features(cls, registers, maps_normed.flatten(2).mT, tuple(maps.shape[-2:]))
 
 

@@ -246,7 +246,7 @@ class VisionTransformer(nn.Module):
             positions = self._positions(grid)
             cls, patches = cls + positions[:, :1], patches + positions[:, 1:]
         prefix = [cls] if self.register_tokens is None else [cls, self.register_tokens]
-        prefix = [token.expand(len(patches), -1, -1) for token in prefix]
+        prefix = [token.expand(patches.shape[0], -1, -1) for token in prefix]  # len() fixes it on export
         return torch.cat([*prefix, patches], dim=1), grid
 
     def _hide(self, patches: Tensor, masks: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if len(others) != 1:
         found = ", ".join(file.name for file in others) or "none"
         raise FileNotFoundError(
-            f"{path / WEIGHT_FILES[0]} is missing, and of other weights there must be one file in "
-            f"{path}; found: {found}"
+            f"{path / WEIGHT_FILES[0]} is missing; without it there must be one file of weights "
+            f"in the folder, and there is {found}"
         )
     return _read_file(others[0])
 

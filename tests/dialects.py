@@ -1,6 +1,7 @@
 """Models of transformers and timm with weights that make attention and positions matter, and Meta's files made from them."""
 
 import os
+import re
 
 import torch
 from torch import Tensor, nn
@@ -83,3 +84,82 @@ def deviation(backbone: nn.Module, reference: Tensor, images: Tensor) -> float:
     found = tokens(backbone(images))
     assert found.shape == reference.shape
     return ((found - reference).abs().max() / reference.abs().max()).item()
+
+
+# ----------------------------------------------------------------- Meta's files, by the conversion scripts' rules
+
+_META_NAMES = {
+    "ViTModel": [
+        (r"^embeddings\.cls_token$", "cls_token"),
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^encoder\.layer\.(\d+)\.layernorm_before\.", r"blocks.\1.norm1."),
+        (r"^encoder\.layer\.(\d+)\.layernorm_after\.", r"blocks.\1.norm2."),
+        (r"^encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
+        (r"^encoder\.layer\.(\d+)\.intermediate\.dense\.", r"blocks.\1.mlp.fc1."),
+        (r"^encoder\.layer\.(\d+)\.output\.dense\.", r"blocks.\1.mlp.fc2."),
+        (r"^layernorm\.", "norm."),
+    ],
+    "Dinov2Model": [
+        (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^encoder\.layer\.(\d+)\.attention\.output\.dense\.", r"blocks.\1.attn.proj."),
+        (r"^encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1$", r"blocks.\1.ls\2.gamma"),
+        (r"^encoder\.layer\.(\d+)\.mlp\.weights_in\.", r"blocks.\1.mlp.w12."),
+        (r"^encoder\.layer\.(\d+)\.mlp\.weights_out\.", r"blocks.\1.mlp.w3."),
+        (r"^encoder\.layer\.(\d+)\.(norm|mlp)", r"blocks.\1.\2"),
+        (r"^layernorm\.", "norm."),
+    ],
+    "DINOv3ViTModel": [
+        (r"^embeddings\.register_tokens$", "storage_tokens"),
+        (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
+        (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
+        (r"^layer\.(\d+)\.attention\.o_proj\.", r"blocks.\1.attn.proj."),
+        (r"^layer\.(\d+)\.layer_scale(\d)\.lambda1$", r"blocks.\1.ls\2.gamma"),
+        (r"^layer\.(\d+)\.norm", r"blocks.\1.norm"),
+        (r"^norm\.", "norm."),
+    ],
+    "DINOv3ConvNextModel": [
+        (r"^stages\.(\d)\.downsample_layers\.", r"downsample_layers.\1."),
+        (r"^stages\.(\d)\.layers\.(\d+)\.depthwise_conv\.", r"stages.\1.\2.dwconv."),
+        (r"^stages\.(\d)\.layers\.(\d+)\.layer_norm\.", r"stages.\1.\2.norm."),
+        (r"^stages\.(\d)\.layers\.(\d+)\.pointwise_conv(\d)\.", r"stages.\1.\2.pwconv\3."),
+        (r"^stages\.(\d)\.layers\.(\d+)\.gamma$", r"stages.\1.\2.gamma"),
+        (r"^layer_norm\.", "norm."),
+    ],
+}
+_META_NAMES["Dinov2WithRegistersModel"] = _META_NAMES["Dinov2Model"]
+
+
+def meta_file(model: nn.Module, disk: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' file of a transformers model with the tensors `disk` on disk. Written apart from the tables under test."""
+    name, found, thirds = type(model).__name__, {}, {}
+    for key, tensor in disk.items():
+        third = re.match(r"(?:encoder\.)?layer\.(\d+)\.attention\.(?:attention\.)?([qkv])\w*\.(weight|bias)$", key)
+        if third:
+            thirds.setdefault((third[1], third[3]), {})[third[2]] = tensor
+            continue
+        gate = re.match(r"layer\.(\d+)\.mlp\.(gate|up|down)_proj\.(weight|bias)$", key)
+        if gate and name == "DINOv3ViTModel":
+            names = {"gate": "w1", "up": "w2", "down": "w3"} if model.config.use_gated_mlp else {"up": "fc1", "down": "fc2"}
+            found[f"blocks.{gate[1]}.mlp.{names[gate[2]]}.{gate[3]}"] = tensor
+            continue
+        for pattern, theirs in _META_NAMES[name]:
+            if re.search(pattern, key):
+                found[re.sub(pattern, theirs, key)] = tensor
+                break
+        else:
+            assert key.startswith("pooler."), key
+    for (block, leaf), parts in thirds.items():
+        zeros = torch.zeros_like(parts["v"])
+        found[f"blocks.{block}.attn.qkv.{leaf}"] = torch.cat([parts["q"], parts.get("k", zeros), parts["v"]])
+        if name == "DINOv3ViTModel" and leaf == "bias":
+            found[f"blocks.{block}.attn.qkv.bias_mask"] = torch.cat([zeros + 1, zeros, zeros + 1])
+    if name == "DINOv3ViTModel":
+        head_dim = model.config.hidden_size // model.config.num_attention_heads
+        found["mask_token"] = found["mask_token"][0]
+        found["rope_embed.periods"] = 100.0 ** (torch.arange(head_dim // 4) / (head_dim // 4))
+    if name == "DINOv3ConvNextModel":
+        found |= {f"norms.3.{leaf}": found[f"norm.{leaf}"] for leaf in ("weight", "bias")}
+    return found

@@ -294,3 +294,30 @@ def test_no_gradient_reaches_the_teacher(tiny):
     assert all(parameter.grad is not None for parameter in student.parameters())
     rows = targets[0].dino.sum(-1)
     torch.testing.assert_close(rows, torch.ones_like(rows))
+
+
+def test_init_starts_from_weights_heads_and_normalisation_of_a_run(tiny, tmp_path, capsys):
+    train.main([*tiny, f"output_dir={tmp_path / 'first'}", "data.mean=[0.1,0.2,0.3]", "data.std=[0.5,0.6,0.7]"])
+    still = ["schedule.lr=0", "schedule.weight_decay=0", "total_steps=1"]
+    train.main([*tiny, *still, f"init={tmp_path / 'first'}", f"output_dir={tmp_path / 'second'}"])
+    for name in ("model", "heads"):
+        first, second = (load_file(tmp_path / run / "teacher" / f"{name}.safetensors") for run in ("first", "second"))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert load_config(str(tmp_path / "second" / "config.yaml"), []).data.mean == [0.1, 0.2, 0.3]
+    assert "head tensors come along" in capsys.readouterr().err
+    train.main([*tiny, *still, f"init={tmp_path / 'first'}", f"output_dir={tmp_path / 'second'}", "total_steps=2"])  # goes on
+
+
+def test_init_of_another_backbone_is_refused_with_the_settings_that_differ(tiny):
+    with pytest.raises(ValueError, match="patch_size 4"):
+        train.main([*tiny, "init=random:vit_nano?embed_dim=32&depth=2&num_heads=2&patch_size=4&image_size=32"])
+    with pytest.raises(ValueError, match="embed_dim 128"):
+        train.main([*tiny, "init=random:vit_nano?patch_size=8"])
+
+
+def test_a_convolutional_backbone_trains_without_masks_and_is_refused_with_them(tiny):
+    arch = ["model.arch=timm:resnet10t", "crops.global_size=64", "crops.local_size=32"]
+    with pytest.raises(ValueError, match="mask"):
+        train.main([*tiny, *arch])
+    train.main([*tiny, *arch, "loss.ibot.weight=0", "overwrite=true"])
+    assert len(losses(folder_of(tiny))) == 4
