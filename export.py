@@ -28,7 +28,7 @@ OPENED_BY = {
     "timm": 'timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)',
     "meta": 'torch.load("FOLDER/backbone.pth", weights_only=True)  # the state_dict of the authors\' VisionTransformer',
     "own": 'models.load_backbone("FOLDER")',
-    "onnx": 'onnxruntime.InferenceSession("FOLDER/model.onnx").run(None, {"images": images})  # normalised (B, C, H, W)',
+    "onnx": 'onnxruntime.InferenceSession("FOLDER/model.onnx").run(None, {"images": images})  # (B, C, H, W)',
 }
 # Of the weights that a model may have started from, by what their names contain; the first that fits.
 LICENSES = {
@@ -57,7 +57,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser.add_argument("--model", required=True, help="a run folder, RUN@step, RUN@best, weights, random:vit_small ...")
     parser.add_argument("--format", required=True, choices=[*FORMATS, "onnx"])
     parser.add_argument("--output", required=True, type=Path, help="folder for the files")
-    parser.add_argument("--size", type=int, nargs="+", help="onnx: image in pixels, one number or height width; by default the model's own")
+    parser.add_argument("--size", type=int, nargs="+", help="onnx: image in pixels, one number or height width")
     parser.add_argument("--opset", type=int, default=18, help="onnx: version of its operators, from 18 on")
     parser.add_argument("--dynamic-batch", action="store_true", help="onnx: any number of images a call, not one")
     arguments = parser.parse_args(argv)
@@ -127,11 +127,13 @@ def onnx_error(path: Path, model: nn.Module, images: Tensor) -> float | None:
 
 
 def model_card(spec: str, format: str, backbone: nn.Module, notes: list[str]) -> str:
-    """README.md: how to open the files, how images are prepared, what the model was trained on, and whose weights it started from."""
+    """README.md: how to open the files, how images are prepared, what the model was trained on, whose weights it started from."""
     recipe = run_config(spec)
     start = recipe.get("init") or ("none" if recipe else spec)
-    license = next((text for name, text in LICENSES.items() if name in str(start).lower()), "unknown; that of the named weights holds")
-    license = "no other weights, so it is yours to choose" if start == "none" or str(start).startswith("random:") else license
+    known = (text for name, text in LICENSES.items() if name in str(start).lower())
+    license = next(known, "unknown; that of the named weights holds")
+    if start == "none" or str(start).startswith("random:"):
+        license = "no other weights, so it is yours to choose"
     data = (recipe.get("data") or {}).get("train", "unknown")
     preprocessing: Preprocessing = backbone.preprocessing
     facts = {

@@ -35,6 +35,7 @@ from engine.config import (
     micro_batch_size,
     schedule_names,
     size_pair,
+    with_statistics,
 )
 from engine.distributed import all_reduce_max, all_reduce_sum, mean_over_ranks
 from engine.figures import draw_report

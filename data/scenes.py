@@ -1,6 +1,6 @@
 """The embedded data set: small generated scenes with every annotation a probe needs, no download.
 
-A scene is one large textured object, often a smaller and farther one of another class, and a
+A scene is one large textured object, up to two smaller and farther ones of other classes, and a
 cluttered background. A class is a pair of shape and texture ("striped disc"); place, size,
 rotation, colours, contrast polarity and background say nothing about it. Everything is a pure
 function of (seed, split, index). Annotations are in pixels; the centre of the top left pixel is
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from data.renderer import KINDS, Background, Body, Rendering, View, outline, render, seen, to_object, to_scene
 
 SIZES = {"train": 20_000, "val": 4_000}
-UPRIGHT = 0.5  # radians by which an object may lean: things stand, and small models learn them in minutes
+UPRIGHT = 0.8  # radians by which an object may lean: things stand, and small models learn them in minutes
 KEYPOINTS = 8
 PAIR_POINTS = 16
 LABEL, SCENE, SECOND_VIEW, MOTION = range(4)  # what a random number is for
@@ -186,10 +186,10 @@ class Stream:
 
 def compose(stream: Stream, label: int) -> tuple[list[Body], Background]:
     """A scene, nearest object first; that one is the main object and of class `label`."""
-    radius = stream.between(0.26, 0.38)
+    radius = stream.between(0.22, 0.36)
     x, y = stream.array(0.9 * radius, 1 - 0.9 * radius, 2).tolist()
     bodies = [_body(stream, label, x, y, radius)]
-    for _ in range(stream.below(2)):
+    for _ in range(stream.below(3)):
         other = (label + 1 + stream.below(len(KINDS) - 1)) % len(KINDS)
         radius = stream.between(0.08, 0.13)
         x, y = _free_spot(bodies, radius, stream.array(radius, 1 - radius, 6, 2).tolist())
@@ -231,7 +231,7 @@ def _background(stream, waves=6):
     return Background(
         waves=np.stack([length * np.cos(turn), length * np.sin(turn)]),
         phase=stream.array(0, 2 * math.pi, 3, waves, 1),
-        palette=_palette(stream, stream.array(0.4, 0.6, 4), chroma=0.15),
+        palette=_palette(stream, stream.array(0.36, 0.64, 4), chroma=0.15),
         threshold=stream.between(0, 1),
         grain=stream.between(0.02, 0.06),
     )

@@ -76,11 +76,16 @@ def _same(*names: str) -> dict[str, str]:
 _BLOCK = [f"blocks.#.{part}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")]
 _SHARED = _same("cls_token", "norm", *_BLOCK) | {"patch_embed": "patch_embed.proj"}
 _SCALES = _same("blocks.#.ls1", "blocks.#.ls2")
+_NO_MASK = {"blocks.#.attn.qkv.bias_mask": ()}
 _FUSED_GATE = _same("blocks.#.mlp.w12", "blocks.#.mlp.w3")
 
 OWN = Dialect("own", {})
 META_LEARNED = Dialect(
-    "Meta DINO and DINOv2", _SHARED | _SCALES | _FUSED_GATE | _same("pos_embed", "mask_token", "register_tokens", "cls_norm", "local_cls_norm")
+    "Meta DINO and DINOv2",
+    {
+        **(_SHARED | _SCALES | _NO_MASK | _FUSED_GATE),
+        **_same("pos_embed", "mask_token", "register_tokens", "cls_norm", "local_cls_norm"),
+    },
 )
 META_REGISTERS = Dialect("Meta DINOv2 with registers", META_LEARNED.table, interpolation="antialias")
 META_IBOT = Dialect("Meta iBOT", {**META_LEARNED.table, "mask_token": "masked_embed"})
@@ -97,7 +102,7 @@ META_ROTARY = Dialect(
     },
     norm_eps=1e-5,
 )
-_TIMM = _SHARED | {"register_tokens": "reg_token", "pos_embed": "pos_embed"}
+_TIMM = _SHARED | _NO_MASK | {"register_tokens": "reg_token", "pos_embed": "pos_embed"}
 TIMM_LEARNED = Dialect("timm vit", _TIMM | _SCALES, interpolation="antialias")
 TIMM_GATED = Dialect(
     "timm vit, gated",
@@ -108,7 +113,6 @@ TIMM_GATED = Dialect(
 _EVA_KEY_BIAS = _TIMM | {
     "blocks.#.ls1.gamma": "blocks.#.gamma_1",
     "blocks.#.ls2.gamma": "blocks.#.gamma_2",
-    "blocks.#.attn.qkv.bias_mask": (),
 }
 _EVA = _EVA_KEY_BIAS | {"blocks.#.attn.qkv.bias": ("blocks.#.attn.q_bias", "", "blocks.#.attn.v_bias")}
 _EVA_GATE = {"blocks.#.mlp.w12": ("blocks.#.mlp.fc1_g", "blocks.#.mlp.fc1_x"), "blocks.#.mlp.w3": "blocks.#.mlp.fc2"}
@@ -226,7 +230,8 @@ HUGGING_FACE = {
 
 # ----------------------------------------------------------------- which one a file is in
 
-_ROOTS = r"cls_token$|pos_embed$|patch_embed\.|blocks\.\d|embeddings\.|encoder\.layer\.\d|layer\.\d|stages\.\d|stem\.\d|downsample_layers\.\d"
+_ROOTS = r"cls_token$|pos_embed$|patch_embed\.|blocks\.\d|embeddings\.|encoder\.layer\.\d|layer\.\d"
+_ROOTS += r"|stages\.\d|stem\.\d|downsample_layers\.\d"
 
 
 def strip(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

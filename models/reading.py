@@ -48,6 +48,17 @@ class Opened:
     def kind(self) -> str | None:
         return self.config.get("model_type")
 
+    @property
+    def timm_name(self) -> str | None:
+        """The architecture, if this is a folder of timm."""
+        name = self.config.get("architecture")
+        return name.partition(".")[0] if isinstance(name, str) and self.kind is None else None
+
+    @property
+    def timm_arguments(self) -> dict[str, Any]:
+        arguments = self.config.get("model_args") or {}
+        return {name: value for name, value in arguments.items() if name not in ("num_classes", "global_pool")}
+
 
 def read_backbone(path: Path, options: Mapping[str, Any]) -> nn.Module:
     """The backbone in a file or folder of a foreign dialect, with its `preprocessing`.
@@ -59,7 +70,7 @@ def read_backbone(path: Path, options: Mapping[str, Any]) -> nn.Module:
         ValueError: if the dialect is unknown, or the tensors do not cover the model exactly.
     """
     opened = _open(path)
-    if "architecture" in opened.config and not _like_ours(opened.config):
+    if opened.timm_name and not _like_ours(opened):
         backbone = _timm_model(opened, options)
     elif (dialect := _dialect(opened)) in CONVNEXTS:
         backbone = _convnext(opened, dialect, options)
@@ -174,7 +185,7 @@ def _open(path: Path) -> Opened:
     # The config beside a file is that file's if the file is called as such folders call their weights.
     beside = path.is_dir() or path.name in WEIGHT_FILES
     config = read_json(folder / "config.json") if beside and (folder / "config.json").is_file() else {}
-    if config and config.get("model_type") not in HUGGING_FACE and "architecture" not in config:
+    if config and config.get("model_type") not in HUGGING_FACE and (config.get("model_type") or "architecture" not in config):
         readable = ", ".join(("nanodino", *HUGGING_FACE))
         raise ValueError(
             f"{folder / 'config.json'} has model_type {config.get('model_type')!r}; readable are {readable} and timm's"
@@ -187,9 +198,8 @@ def _dialect(opened: Opened) -> Dialect:
     if opened.kind in HUGGING_FACE:
         key_bias = opened.kind == "dinov3_vit" and opened.config.get("key_bias", False)
         return HF_DINOV3_KEY_BIAS if key_bias else HUGGING_FACE[opened.kind]
-    if "architecture" in opened.config:
-        name = opened.config["architecture"].partition(".")[0]
-        return TIMM_CONVNEXT if name in SIZES else architecture.from_timm(name, _model_args(opened.config))[1]
+    if opened.timm_name:
+        return TIMM_CONVNEXT if opened.timm_name in SIZES else architecture.from_timm(opened.timm_name, opened.timm_arguments)[1]
     dialect = find_dialect(opened.tensors, from_timm=opened.path.suffix == ".safetensors")
     if dialect is None:
         shown = _shorten(sorted(opened.tensors)) or "none"
@@ -206,8 +216,8 @@ def _vision_transformer(opened: Opened, dialect: Dialect, options: Mapping[str, 
         notes.append("the position of the CLS token is part of that token")
     if opened.kind in HUGGING_FACE:
         found = architecture.from_hugging_face(config, dialect)
-    elif "architecture" in config:
-        found, _ = architecture.from_timm(config["architecture"].partition(".")[0], _model_args(config))
+    elif opened.timm_name:
+        found, _ = architecture.from_timm(opened.timm_name, opened.timm_arguments)
     else:
         found = architecture.from_shapes(tensors, dialect, options)
     with torch.device("meta"):  # the file has every tensor, and drawing billions first is slow
@@ -226,7 +236,7 @@ def _convnext(opened: Opened, dialect: Dialect, options: Mapping[str, Any]) -> T
 
 def _timm_model(opened: Opened, options: Mapping[str, Any]) -> TimmBackbone:
     """A model of timm that is not built like ours stays timm's."""
-    name, arguments = opened.config["architecture"], _model_args(opened.config)
+    name, arguments = opened.timm_name, opened.timm_arguments
     if options:
         raise ValueError(f"{opened.path} holds timm's {name}, which has no option {', '.join(options)}; it takes channels")
     channels = arguments.pop("in_chans", opened.config.get("pretrained_cfg", {}).get("input_size", [3])[0])
@@ -236,16 +246,10 @@ def _timm_model(opened: Opened, options: Mapping[str, Any]) -> TimmBackbone:
     return backbone
 
 
-def _like_ours(config: Mapping[str, Any]) -> bool:
-    name, arguments = config["architecture"].partition(".")[0], config.get("model_args") or {}
-    if name in SIZES:
-        return arguments.keys() <= {"depths", "dims", "in_chans", "num_classes"}
-    return architecture.like_ours(name, arguments)
-
-
-def _model_args(config: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = config.get("model_args") or {}
-    return {name: value for name, value in arguments.items() if name not in ("num_classes", "global_pool")}
+def _like_ours(opened: Opened) -> bool:
+    if opened.timm_name in SIZES:
+        return opened.timm_arguments.keys() <= {"depths", "dims", "in_chans"}
+    return architecture.like_ours(opened.timm_name, opened.timm_arguments)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -261,7 +265,7 @@ def _preprocessing(opened: Opened, backbone: nn.Module) -> Preprocessing:
     path = opened.folder / "preprocessor_config.json"
     learned = isinstance(backbone, VisionTransformer) and backbone.pos_embed is not None
     published = preprocessing.as_published(opened.path, learned, backbone.in_channels)
-    if "architecture" in opened.config:
+    if opened.timm_name:
         found = preprocessing.from_timm(opened.config.get("pretrained_cfg") or {}, str(opened.folder / "config.json"))
     elif opened.kind in HUGGING_FACE and path.is_file():
         found = preprocessing.from_hugging_face(read_json(path), str(path))

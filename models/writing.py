@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from models import dialects
 from models.architecture import TIMM_DINOV3, TIMM_ROPE_1E6, hidden_width
-from models.convnext import SIZES, size_options
+from models.convnext import SIZES
 from models.dialects import Dialect
 from models.features import Preprocessing
 from models.preprocessing import to_hugging_face, to_timm
 from models.pretrained import save_backbone
-from models.reading import load_tensors
 from models.timm_backbone import TimmBackbone
 from models.vit import VisionTransformer
 from models.weights import write_json, write_tensors
@@ -80,23 +79,27 @@ def rename(state: dict[str, Tensor], dialect: Dialect) -> tuple[dict[str, Tensor
         if names is None:
             dropped.append(name)
             continue
-        masked = f"{name}_mask" in state  # rows that never act
         for part, rows in zip(names, tensor.chunk(len(names))):
             if part:
                 renamed[part] = rows
-            elif not masked and rows.any():
-                raise ValueError(f"{name} has a bias of the keys, and {dialect.name} has none; mask_k_bias would have kept it at 0")
+            elif rows.any():
+                raise ValueError(f"{name} has rows other than zeros, which {dialect.name} does not hold")
     return renamed, dropped
 
 
 def _completed(backbone: VisionTransformer, **options: Any) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights with what `options` add, neutral (LayerScale of ones, biases and mask token of zeros), and what was added."""
+    """The weights with what `options` add, neutral (LayerScale of ones, biases and mask token of zeros), and what was added.
+
+    Biases that a mask keeps from acting are zeros, for formats without the mask.
+    """
     with torch.device("meta"):
         larger = VisionTransformer(**{**backbone.config, **options})
     state = {name: tensor.detach() for name, tensor in backbone.state_dict().items()}
     added = [(name, tensor) for name, tensor in larger.state_dict().items() if name not in state]
     for name, tensor in added:
         state[name] = torch.ones(tensor.shape) if name.endswith(".gamma") else torch.zeros(tensor.shape)
+    for name in [name for name in state if name.endswith(".bias_mask")]:
+        state[name.removesuffix("_mask")] = state[name.removesuffix("_mask")] * state[name]
     kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name, _ in added)
     return state, [f"added without effect: {', '.join(kinds)}"] if added else []
 
@@ -116,15 +119,14 @@ def _losses(backbone: VisionTransformer, dropped: list[str], interpolation: str 
     if "rope.periods" in kinds:
         quarter = len(backbone.rope.periods)
         exact = backbone.rope.base ** (torch.arange(quarter) / quarter)
-        if torch.allclose(backbone.rope.periods.cpu().float(), exact, rtol=1e-5, atol=0):
-            kinds.pop("rope.periods")  # computed anew
-        else:
+        kinds.pop("rope.periods")  # computed anew
+        if not torch.allclose(backbone.rope.periods.cpu().float(), exact, rtol=1e-5, atol=0):
             notes.append("its rotary periods are rounded, there they are computed exactly, so features differ slightly")
-            kinds.pop("rope.periods")
     if kinds:
         notes.append(f"not held: {', '.join(kinds)}")
     if options["positions"] == "learned" and interpolation and options["interpolation"] != interpolation:
-        notes.append(f"at other sizes than the native one, positions are resized by {interpolation!r} there, here by {options['interpolation']!r}")
+        here = options["interpolation"]
+        notes.append(f"at other sizes than the native one, positions are resized by {interpolation!r} there, here by {here!r}")
     if options["fit"] != "crop":
         notes.append("sides that the patch size does not divide are cropped there, here padded")
     return notes
@@ -140,9 +142,7 @@ def _vit_to_hf(backbone: VisionTransformer, preprocessing: Preprocessing) -> Con
         return _dinov3_to_hf(backbone)
     height, width = backbone.native_grid
     if height != width:
-        raise ValueError(f"learned positions of a {height} x {width} grid have no counterpart in Hugging Face, which needs a square")
-    if options["mask_k_bias"]:
-        raise ValueError("mask_k_bias with learned positions has no counterpart in Hugging Face")
+        raise ValueError(f"positions of a {height} x {width} grid have no counterpart in Hugging Face, which needs a square")
     common = {
         "hidden_size": options["embed_dim"],
         "num_hidden_layers": options["depth"],
@@ -168,7 +168,8 @@ def _vit_to_hf(backbone: VisionTransformer, preprocessing: Preprocessing) -> Con
         state, notes = _completed(backbone, **fill, **registers)
         dialect = dialects.HF_REGISTERS if options["registers"] else dialects.HF_DINOV2
         kind = "Dinov2WithRegisters" if options["registers"] else "Dinov2"
-        config = {"architectures": [f"{kind}Model"], "model_type": "dinov2_with_registers" if options["registers"] else "dinov2"}
+        model_type = "dinov2_with_registers" if options["registers"] else "dinov2"
+        config = {"architectures": [f"{kind}Model"], "model_type": model_type}
         config |= {**common, "mlp_ratio": _dinov2_ratio(options["embed_dim"], hidden, gated), "use_swiglu_ffn": gated}
         config |= {"layerscale_value": fill["layerscale"], "drop_path_rate": options["drop_path"]}
         config |= {"num_register_tokens": options["registers"]} if options["registers"] else {"use_mask_token": "mask_token" in state}
@@ -182,13 +183,14 @@ def _dinov2_ratio(dim: int, hidden: int, gated: bool) -> int:
         width = (int(dim * ratio * 2 / 3) + 7) // 8 * 8 if gated else dim * ratio
         if width == hidden:
             return ratio
-    raise ValueError(f"feed-forward nets {hidden} wide at D = {dim} have no counterpart in Dinov2Model, whose mlp_ratio is a whole number")
+    raise ValueError(f"feed-forward nets {hidden} wide have no counterpart in Dinov2Model, whose mlp_ratio is a whole number")
 
 
 def _dinov3_to_hf(backbone: VisionTransformer) -> Converted:
     options = backbone.config
     _require(options, "Hugging Face", rope_normalize="separate")
-    state, notes = _completed(backbone, layerscale=1.0 if options["layerscale"] is None else options["layerscale"], mask_token=True)
+    fill = {"layerscale": 1.0 if options["layerscale"] is None else options["layerscale"], "mask_token": True}
+    state, notes = _completed(backbone, **fill)
     key_bias = options["qkv_bias"] and not options["mask_k_bias"]
     tensors, dropped = rename(state, dialects.HF_DINOV3_KEY_BIAS if key_bias else dialects.HF_DINOV3)
     tensors["embeddings.mask_token"] = tensors["embeddings.mask_token"][None]
@@ -213,7 +215,7 @@ def _dinov3_to_hf(backbone: VisionTransformer) -> Converted:
         "proj_bias": options["proj_bias"],
         "mlp_bias": options["ffn_bias"],
         "layer_norm_eps": options["norm_eps"],
-        "layerscale_value": 1.0 if options["layerscale"] is None else options["layerscale"],
+        "layerscale_value": fill["layerscale"],
         "drop_path_rate": options["drop_path"],
         "rope_theta": options["rope_base"],
         "pos_embed_shift": options["rope_shift"],
@@ -314,6 +316,7 @@ def _vit_to_meta(backbone: VisionTransformer, preprocessing: Preprocessing) -> C
         dialect = dialects.META_ROTARY
     else:
         dialect = dialects.META_REGISTERS if registers else dialects.META_LEARNED
+        state, _ = _completed(backbone)
         if options["layerscale"] is None and not registers and "mask_token" in state:
             if state["mask_token"].any():
                 dialect = dialects.META_IBOT

@@ -25,7 +25,7 @@ from models.features import Preprocessing
 from models.pretrained import load_heads, save_backbone
 from models.timm_backbone import TimmBackbone
 from models.vit import PRESETS, VisionTransformer
-from tests.dialects import HF_CLASSES, SEVEN_BILLION, SIZES, deviation, draw, hf_tokens, hugging_face, meta_file, tokens
+from tests.dialects import HF_CLASSES, SEVEN_BILLION, deviation, draw, hf_tokens, hugging_face, meta_file, tokens
 
 BOUND = 1e-5  # of the largest number in the reference
 ROOT = Path(__file__).parent.parent
@@ -317,14 +317,21 @@ def test_any_other_folder_of_timm_is_read_too(name, tmp_path):
 # ----------------------------------------------------------------- normalisation
 
 
+GREY = {"mean": (0.1,) * 3, "std": (0.2,) * 3}
 PROCESSORS = {
-    "no crop": ({"size": {"height": 48, "width": 32}, "resample": 2}, Preprocessing((48, 32), 32, (0.1,) * 3, (0.2,) * 3, "bilinear")),
+    "no crop": (
+        {"size": {"height": 48, "width": 32}, "resample": 2},
+        Preprocessing((48, 32), 32, **GREY, interpolation="bilinear"),
+    ),
     "crop": (
         {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": {"height": 32, "width": 24}, "resample": 3},
-        Preprocessing((32, 24), 40, (0.1,) * 3, (0.2,) * 3),
+        Preprocessing((32, 24), 40, **GREY),
     ),
-    "old": ({"size": 32, "resample": 2, "feature_extractor_type": "ViTFeatureExtractor"}, Preprocessing((32, 32), 32, (0.1,) * 3, (0.2,) * 3, "bilinear")),
-    "old crop": ({"size": 40, "do_center_crop": True, "crop_size": 32, "resample": 3}, Preprocessing((32, 32), 40, (0.1,) * 3, (0.2,) * 3)),
+    "old": (
+        {"size": 32, "resample": 2, "feature_extractor_type": "ViTFeatureExtractor"},
+        Preprocessing((32, 32), 32, **GREY, interpolation="bilinear"),
+    ),
+    "old crop": ({"size": 40, "do_center_crop": True, "crop_size": 32, "resample": 3}, Preprocessing((32, 32), 40, **GREY)),
 }
 
 
