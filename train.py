@@ -27,31 +27,22 @@ from data.loader import Batch, EvalDataset, first_readable, make_loader
 from data.masking import MaskSpec
 from engine import checkpoint, distributed, optim
 from engine.cli import config_parser, run_script
-from engine.config import (
-    LossConfig,
-    TrainConfig,
-    length_in_steps,
-    load_config,
-    micro_batch_size,
-    schedule_names,
-    size_pair,
-    with_statistics,
-)
-from engine.distributed import all_reduce_max, all_reduce_sum, mean_over_ranks
+from engine.config import LossConfig, TrainConfig, length_in_steps, load_config
+from engine.config import micro_batch_size, schedule_names, size_pair, with_statistics
 from engine.figures import draw_report
 from engine.health import health
 from engine.logger import BadImages, notice
 from engine.probes import knn_probe
 from engine.run import Cadence, Run
 from engine.settings import provenance, refuse_changes, to_yaml
-from losses.centering import Centering
+from losses.centering import Centering, build_centering
 from losses.dino import multicrop_dino_loss
 from losses.ibot import ibot_loss
 from losses.koleo import koleo_loss
 from models.features import Preprocessing
 from models.pretrained import save_backbone
+from models.ssl_model import SSLModel, SSLOutput, build_ssl_model, count_parameters, make_teacher, save_heads, update_ema
 from models.start import load_initial, start_from
-from models.ssl_model import SSLModel, SSLOutput, build_ssl_model, make_teacher, save_heads, update_ema
 from models.vit import build_backbone
 
 
@@ -68,20 +59,23 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     cfg = cfg if initial is None else with_statistics(cfg, initial.preprocessing)
     images = open_data(cfg.data.train, cfg.data.channels)
     total_steps = length_in_steps(cfg, len(images))
+    schedules = build_schedules(cfg, total_steps)
+    micro_batch = micro_batch_size(cfg, distributed.world_size(), grouped="koleo" in schedules)
     cadence = Cadence(log=cfg.log_every, probe=cfg.probe.every, **vars(cfg.checkpoint))
     run = Run(Path(cfg.output_dir), total_steps, cfg.batch_size, cadence)
     if not run.open(to_yaml(cfg, provenance()), partial(refuse_changes, cfg), cfg.overwrite):
         return
 
     torch.manual_seed(cfg.seed)
-    schedules = build_schedules(cfg, total_steps)
     student = build_student(cfg, "ibot" in schedules, initial).to(device)
+    notice(
+        f"{cfg.model.arch}: {count_parameters(student.backbone):,} parameters, {count_parameters(student):,} with the heads"
+    )
     teacher = make_teacher(student)
     centering = build_centering(cfg.loss, schedules).to(device)
     optimizer = optim.make_optimizer(
         optim.parameter_groups(student, cfg.optim.layer_decay, cfg.optim.patch_embed_lr), cfg.optim.betas
     )
-    micro_batch = micro_batch_size(cfg, distributed.world_size(), grouped="koleo" in schedules)
     loader = build_loader(cfg, images, student.backbone.patch_size, schedules, run.start_step, total_steps, device)
     run.start(
         checkpoint.training_state(student, teacher, centering, optimizer),
@@ -159,8 +153,8 @@ def teacher_targets(
 def balance(centering: Centering, parts: list[Tensor], teacher_temp: float) -> list[Tensor]:
     """Targets of all parts together, split again; then the centre moves."""
     logits = torch.cat(parts) if len(parts) > 1 else parts[0]
-    probs = centering(logits, teacher_temp, all_reduce_sum, all_reduce_max)
-    centering.update(logits, all_reduce_sum)
+    probs = centering(logits, teacher_temp, distributed.all_reduce_sum, distributed.all_reduce_max)
+    centering.update(logits, distributed.all_reduce_sum)
     return list(probs.split([len(part) for part in parts]))
 
 
@@ -217,14 +211,6 @@ def build_student(cfg: TrainConfig, masked: bool, initial: Optional[nn.Module] =
     return model
 
 
-def build_centering(loss: LossConfig, terms: Iterable[str]) -> nn.ModuleDict:
-    """The centre or the balancing of each head's targets, for the terms in use."""
-    modules = {"dino": Centering(loss.dino.prototypes, loss.dino.centering)}
-    if "ibot" in terms:
-        modules["ibot"] = Centering(loss.ibot.prototypes or loss.dino.prototypes, loss.ibot.centering)
-    return nn.ModuleDict(modules)
-
-
 def build_loader(
     cfg: TrainConfig,
     images: ImageData,
@@ -262,7 +248,7 @@ def build_loader(
 def metrics(totals: dict[str, Tensor], now: dict[str, float]) -> dict:
     """Names as in metrics.jsonl; losses are means over the ranks."""
     rates = {name: now[name] for name in ("lr", "weight_decay", "ema_momentum", "teacher_temp")}
-    losses = {name: mean_over_ranks(value) for name, value in totals.items() if name != "grad_norm"}
+    losses = {name: distributed.mean_over_ranks(value) for name, value in totals.items() if name != "grad_norm"}
     named = {name if name == "loss" else f"loss/{name}": value for name, value in losses.items()}
     return named | rates | {"grad_norm": totals["grad_norm"]}
 

@@ -5,7 +5,8 @@ default there is one rank and they return what they got. All ranks call them in 
 also a rank without rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -136,3 +137,11 @@ class Centering(nn.Module):
         total = sums[-1]
         mean = sums[:-1] / total.clamp(min=1)
         self.center.lerp_(mean, (1 - self.momentum) * (total > 0))
+
+
+def build_centering(loss: Any, terms: Iterable[str]) -> nn.ModuleDict:
+    """The centre or the balancing of each head's targets, as `loss.dino` and `loss.ibot` say, for the terms in use."""
+    modules = {"dino": Centering(loss.dino.prototypes, loss.dino.centering)}
+    if "ibot" in terms:
+        modules["ibot"] = Centering(loss.ibot.prototypes or loss.dino.prototypes, loss.ibot.centering)
+    return nn.ModuleDict(modules)

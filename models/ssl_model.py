@@ -106,6 +106,10 @@ def build_ssl_model(backbone: nn.Module, loss: Any, own_ibot_head: bool) -> SSLM
     )
 
 
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def make_teacher(student: SSLModel) -> SSLModel:
     """A copy that shares no storage with the student, takes no gradient and stays in eval mode."""
     return copy.deepcopy(student).requires_grad_(False).eval()

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from losses.centering import build_centering
 from engine.config import load_config
 from engine.logger import read_metrics
 from models.pretrained import load_backbone
@@ -285,7 +286,7 @@ def test_no_gradient_reaches_the_teacher(tiny):
     loader = train.build_loader(cfg, train.open_data(cfg.data.train), 8, schedules, 0, 1, torch.device("cpu"))
     batch = next(iter(loader))
     now = {name: schedule(1) for name, schedule in schedules.items()}
-    targets = train.teacher_targets(teacher, [batch], train.build_centering(cfg.loss, schedules), 0.05)
+    targets = train.teacher_targets(teacher, [batch], build_centering(cfg.loss, schedules), 0.05)
     out = student(batch.global_crops, batch.local_crops, batch.masks)
     terms = train.compute_losses(out, targets[0], batch, cfg.loss, now)
     sum(terms.values()).backward()
