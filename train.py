@@ -40,10 +40,10 @@ from losses.dino import multicrop_dino_loss
 from losses.ibot import ibot_loss
 from losses.koleo import koleo_loss
 from models.features import Preprocessing
-from models.pretrained import save_backbone
 from models.ssl_model import SSLModel, SSLOutput, build_ssl_model, count_parameters, make_teacher, save_heads, update_ema
 from models.start import load_initial, start_from
 from models.vit import build_backbone
+from models.writing import save_teacher
 
 
 def main(argv: Optional[list[str]] = None) -> None:
@@ -264,7 +264,7 @@ def teacher_outputs(
     train, val = open_labelled(cfg.probe.train, cfg.probe.val, cfg.data.channels) if probed else (None, None)
 
     def export(folder: Path) -> None:
-        save_backbone(backbone, folder, Preprocessing(size, max(size), mean, std))
+        save_teacher(backbone, folder, Preprocessing(size, max(size), mean, std))
         save_heads(teacher, folder)
 
     @torch.inference_mode()

@@ -24,6 +24,8 @@ from models.weights import WEIGHT_FILES, read_json, read_weights
 KNOWN = "Meta's DINO, DINOv2 and DINOv3, Hugging Face's and timm's copies of them, and our own"
 # What stands beside a backbone in a file and is no part of it: heads, and DINOv3's second copy of ConvNeXt's last norm.
 ASIDE = r"(model\.)?(\w*head(_dist)?s?|classifier|pooler|fc)\.|norms\.3\.|(embeddings\.)?mask_token$"
+# A teacher of ours in Hugging Face's format: our options in its config.json, and the tensors that format has no place for.
+RECORD, EXTRA = "nanodino", "extra.safetensors"
 NAMES_SHOWN = 8  # of missing or unexpected tensors; a wrong file has hundreds
 
 
@@ -70,7 +72,9 @@ def read_backbone(path: Path, options: Mapping[str, Any]) -> nn.Module:
         ValueError: if the dialect is unknown, or the tensors do not cover the model exactly.
     """
     opened = _open(path)
-    if opened.timm_name and not _like_ours(opened):
+    if RECORD in opened.config:
+        backbone = _recorded(opened, options)
+    elif opened.timm_name and not _like_ours(opened):
         backbone = _timm_model(opened, options)
     elif (dialect := _dialect(opened)) in CONVNEXTS:
         backbone = _convnext(opened, dialect, options)
@@ -100,7 +104,7 @@ def load_tensors(
         names = dialect.names(name) or ()
         used.update(names)
         absent = [part for part in names if part and part not in tensors]
-        if dialect is not OWN and len(absent) == len(names) and (default := _default(backbone, name, wanted)) is not None:
+        if dialect is not OWN and len(absent) == len(names) and (default := default_tensor(backbone, name, wanted)) is not None:
             state[name] = default
             defaults.append(name)
             continue
@@ -133,7 +137,7 @@ def _join(parts: list[Tensor], wanted: Tensor) -> Tensor:
     return joined.reshape(wanted.shape).to(wanted.dtype, copy=True).contiguous()
 
 
-def _default(backbone: nn.Module, name: str, wanted: Tensor) -> Tensor | None:
+def default_tensor(backbone: nn.Module, name: str, wanted: Tensor) -> Tensor | None:
     """A tensor that dialects may leave out, because it follows from the architecture or is for training only."""
     if name.endswith(".bias_mask"):
         linear = KeyMaskedLinear(1, len(wanted))
@@ -196,8 +200,7 @@ def _open(path: Path) -> Opened:
 
 def _dialect(opened: Opened) -> Dialect:
     if opened.kind in HUGGING_FACE:
-        key_bias = opened.kind == "dinov3_vit" and opened.config.get("key_bias", False)
-        return HF_DINOV3_KEY_BIAS if key_bias else HUGGING_FACE[opened.kind]
+        return record_dialect(opened.config, ())
     if opened.timm_name:
         return TIMM_CONVNEXT if opened.timm_name in SIZES else architecture.from_timm(opened.timm_name, opened.timm_arguments)[1]
     dialect = find_dialect(opened.tensors, from_timm=opened.path.suffix == ".safetensors")
@@ -224,6 +227,35 @@ def _vision_transformer(opened: Opened, dialect: Dialect, options: Mapping[str, 
         backbone = VisionTransformer(**{**found, **options})
     load_tensors(backbone, tensors, str(opened.path), dialect, notes)
     return backbone
+
+
+def _recorded(opened: Opened, options: Mapping[str, Any]) -> VisionTransformer:
+    """A teacher of ours, whose config.json says our options; what was added for transformers without effect is left out."""
+    check_options(options)
+    path = opened.folder / EXTRA
+    extra = read_weights(path) if path.is_file() else {}
+    try:
+        with torch.device("meta"):
+            backbone = VisionTransformer(**{**opened.config[RECORD], **options})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{opened.folder / 'config.json'} does not describe a backbone: {error}") from error
+    dialect = record_dialect(opened.config, extra)
+    held = {part for name in backbone.state_dict() for part in dialect.names(name) or ()}
+    tensors = {name: tensor for name, tensor in opened.tensors.items() if name in held or not _neutral(name, tensor)}
+    load_tensors(backbone, {**tensors, **extra}, str(opened.path), dialect, opened.notes)
+    return backbone
+
+
+def record_dialect(config: Mapping[str, Any], extra: Iterable[str]) -> Dialect:
+    """Hugging Face's names of the model in `config`, with those of `extra` as they are."""
+    key_bias = config["model_type"] == "dinov3_vit" and config.get("key_bias", False)
+    dialect = HF_DINOV3_KEY_BIAS if key_bias else HUGGING_FACE[config["model_type"]]
+    return dataclasses.replace(dialect, table={**dialect.table, **{name: name for name in extra}})
+
+
+def _neutral(name: str, tensor: Tensor) -> bool:
+    """A LayerScale of ones, or a bias or mask token of zeros."""
+    return bool((tensor == (1 if name.endswith("lambda1") else 0)).all())
 
 
 def _convnext(opened: Opened, dialect: Dialect, options: Mapping[str, Any]) -> TimmBackbone:

@@ -14,6 +14,7 @@ from models.dialects import Dialect
 from models.features import Preprocessing
 from models.preprocessing import to_hugging_face, to_timm
 from models.pretrained import save_backbone
+from models.reading import EXTRA, RECORD, default_tensor, record_dialect
 from models.timm_backbone import TimmBackbone
 from models.vit import VisionTransformer
 from models.weights import write_json, write_tensors
@@ -50,6 +51,33 @@ def write_backbone(backbone: nn.Module, preprocessing: Preprocessing, folder: st
     if format == "hf":
         write_json(folder / "preprocessor_config.json", to_hugging_face(preprocessing))
     return notes
+
+
+def save_teacher(backbone: nn.Module, folder: str | Path, preprocessing: Preprocessing) -> None:
+    """Writes what transformers' AutoModel opens, if it has such a model, and `load_backbone` rebuilds exactly in any case.
+
+    config.json then says our options too (`nanodino`), and tensors that transformers has no place for (the mask token of a
+    ViTModel, the norm for local crops) stand beside the others in extra.safetensors.
+    """
+    folder = Path(folder)
+    try:
+        if not isinstance(backbone, VisionTransformer):
+            raise ValueError("timm's models go by timm's names")
+        tensors, config, _ = _vit_to_hf(backbone, preprocessing)
+    except ValueError:
+        return save_backbone(backbone, folder, preprocessing)
+    names = record_dialect(config, ()).names
+    extra = {}
+    for name, tensor in backbone.state_dict().items():
+        default = default_tensor(backbone, name, tensor)
+        if not {*(names(name) or (name,))} <= {*tensors, ""} and (default is None or not torch.equal(default, tensor.cpu())):
+            extra[name] = tensor.detach()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", {**config, RECORD: backbone.config})
+    write_json(folder / "preprocessor_config.json", to_hugging_face(preprocessing))
+    write_tensors(folder / "model.safetensors", tensors)
+    if extra:
+        write_tensors(folder / EXTRA, extra)
 
 
 Converted = tuple[dict[str, Tensor], dict[str, Any], list[str]]

@@ -21,7 +21,7 @@ from models.pixels import PixelBackbone
 from models.pretrained import save_backbone
 from models.timm_backbone import TimmBackbone
 from models.vit import VisionTransformer, build_backbone
-from models.writing import write_backbone
+from models.writing import save_teacher, write_backbone
 from tests.dialects import HF_CLASSES, deviation, draw, hf_tokens, hugging_face, meta_file, tokens
 
 BOUND = 1e-5  # of the largest number in the reference
@@ -77,6 +77,33 @@ def test_transformers_opens_our_export_and_computes_our_tokens(name, tmp_path):
     for size in [(32, 32), (48, 48), (24, 40)]:
         images = image(*size, backbone.in_channels)
         assert_same_tokens(hf_tokens(model.eval(), images), backbone, images)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_teacher_of_a_run_opens_in_transformers_and_comes_back_whole(name, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    backbone = build({**MODELS[name], "fit": "pad", "drop_path": 0.1, "image_size": [32, 32]})
+    save_teacher(backbone, tmp_path, statistics(backbone.in_channels))
+    again = load_backbone(tmp_path)
+    assert again.config == backbone.config and again.preprocessing == statistics(backbone.in_channels)
+    state, loaded = backbone.state_dict(), again.state_dict()
+    assert state.keys() == loaded.keys()
+    acting = {key: state.get(f"{key}_mask", torch.ones(())) for key in state}  # a masked key bias has no effect
+    assert all(torch.equal(loaded[key] * acting[key], state[key] * acting[key]) for key in state)
+    assert load_backbone(f"{tmp_path}?fit=crop").config["fit"] == "crop"
+    capsys.readouterr()
+    model, report = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["unexpected_keys"]
+    images = image(32, 32, backbone.in_channels)
+    assert_same_tokens(hf_tokens(model.eval(), images), backbone, images)
+
+
+def test_a_teacher_without_counterpart_in_transformers_stays_ours(tmp_path):
+    for number, backbone in enumerate((build(dict(untie_cls_norm=True)), TimmBackbone("test_resnet"))):
+        save_teacher(backbone, tmp_path / str(number), statistics(3))
+        assert json.loads((tmp_path / str(number) / "config.json").read_text())["model_type"] == "nanodino"
+        again = load_backbone(tmp_path / str(number)).state_dict()
+        assert all(torch.equal(again[key], tensor) for key, tensor in backbone.state_dict().items())
 
 
 @pytest.mark.parametrize("name", MODELS)
