@@ -21,12 +21,12 @@ LENGTHS = ("total_steps", "epochs", "images")
 @dataclass
 class DataConfig:
     train: str = "scenes?split=train"  # a DATA spec: folder, list, torchvision name, scenes; labels are never used
-    channels: int = 3  # of the images as the model sees them
-    mean: Optional[list[float]] = (
-        None  # per channel, of values in [0, 1]; null: ImageNet's (its average for other counts)
-    )
+    channels: int = 3  # of the images as the model sees them; images with others are converted
+    mean: Optional[list[float]] = None  # per channel, of values in [0, 1]; null: those of `init`, else ImageNet's
+    #   (their average for other counts); give your own where images are much darker, as in X-rays
     std: Optional[list[float]] = None  # as mean
-    workers: Optional[int] = free(None)  # loader processes a rank; null: by the number of cores; 0: none
+    workers: Optional[int] = free(None)  # loader processes a rank; null: by the number of cores; more while
+    #   data_wait_fraction in metrics.jsonl is above 0.1; 0: none
     max_bad: Optional[int] = free(None)  # unreadable images before the run stops; null: more than 10 and more than 1 %
 
 
@@ -38,20 +38,21 @@ class CropsConfig:
     global_scale: list[float] = field(
         default_factory=lambda: [0.32, 1.0]
     )  # DINOv2; 0.4 in DINO; higher for small objects
-    global_count: int = 2
-    local_size: Size = 96
+    global_count: int = 2  # DINO; the teacher's cost grows with it
+    local_size: Size = 96  # DINO; 98 for patches of 14; a multiple of the patch size
     local_scale: list[float] = field(default_factory=lambda: [0.05, 0.32])  # higher where a small crop loses the object
     local_count: int = 8  # 0 = no local crops; each costs about a fifth of a global one
     policy: str = "natural"  # the colour policy's name in data/augment.py; the keys below change it
     flip: Optional[float] = None  # probability of a left-right flip; 0 where sides matter
     jitter: Optional[float] = None  # probability of brightness, contrast, saturation, hue together
-    brightness: Optional[float] = None  # each factor from 1 - x to 1 + x
-    contrast: Optional[float] = None
-    saturation: Optional[float] = None  # three channels only
-    hue: Optional[float] = None  # share of the colour circle; three channels only
-    grayscale: Optional[float] = None  # probability; three channels only
-    blur: Optional[list[float]] = None  # probabilities for global crop 1, the other global crops, local crops
-    solarize: Optional[float] = None  # probability, on the second global crop
+    brightness: Optional[float] = None  # factor from 1 - x to 1 + x; 0.4 in DINO; lower where intensity is a measurement
+    contrast: Optional[float] = None  # as brightness
+    saturation: Optional[float] = None  # as brightness, 0.2 in DINO; three channels only
+    hue: Optional[float] = None  # share of the colour circle, 0.1 in DINO; three channels only; higher if colour misleads
+    grayscale: Optional[float] = None  # probability, 0.2 in DINO; three channels only
+    blur: Optional[list[float]] = None  # probabilities for global crop 1, the other global crops, local crops;
+    #   1, 0.1, 0.5 in DINO; 0 for small images, where a blur removes the object
+    solarize: Optional[float] = None  # probability, on the second global crop; 0.2 in DINO
 
 
 @dataclass
@@ -65,12 +66,12 @@ class ModelConfig:
     drop_path_shape: Literal["uniform", "linear"] = "uniform"  # over depth: linear in DINO, uniform in DINOv2 and v3
     ffn: Optional[str] = None  # mlp, swiglu, swiglu64, ...; null = the preset's
     ffn_ratio: Optional[float] = None  # hidden / embedding width; null = the preset's
-    embed_dim: Optional[int] = None  # null = the preset's; so for depth and num_heads
-    depth: Optional[int] = None
-    num_heads: Optional[int] = None
+    embed_dim: Optional[int] = None  # width of a token; null = the preset's
+    depth: Optional[int] = None  # blocks; null = the preset's
+    num_heads: Optional[int] = None  # null = the preset's; a head is 64 wide in all published models but the 7B
     qkv_bias: bool = True  # False in DINOv3 7B
     mask_k_bias: bool = False  # True in DINOv3: no bias on the keys, where it has no effect
-    norm_eps: float = 1e-6  # 1e-5 in DINOv3
+    norm_eps: float = 1e-6  # of the layer norms; 1e-5 in DINOv3
     untie_cls_norm: bool = False  # another final norm for CLS and registers than for patches
     untie_local_cls_norm: bool = False  # another final norm for CLS and registers of local crops (DINOv3 7B)
     rope_base: float = 100.0  # longest period; DINOv3
@@ -81,29 +82,29 @@ class ModelConfig:
 
 @dataclass
 class DinoConfig:
-    weight: float = 1.0
+    weight: float = 1.0  # of the term; 1 in all papers; 0 = off
     local_weight: float = 1.0  # of the pairs with a local crop; DINOv3's Gram stage lowers it to 0.5
     prototypes: int = 65536  # K; a few hundred for small data; a flat loss at ln K means too many or too warm a teacher
-    hidden: int = 2048  # width of the projection head
-    bottleneck: int = 256  # width before the prototypes
-    layers: int = 3  # linear layers of the projection head
+    hidden: int = 2048  # width of the projection head; 8192 in DINOv3 7B; smaller with a small backbone
+    bottleneck: int = 256  # width before the prototypes; 384 in DINOv2's long recipe, 512 in DINOv3 7B
+    layers: int = 3  # linear layers of the projection head; DINO
     last_layer: Literal["plain", "weight_norm", "unit_norm"] = "weight_norm"  # DINOv3 plain; DINOv2 weight_norm; DINO
     #   ViT-B unit_norm (norms held at 1: steadier)
     centering: Literal["ema", "sinkhorn", "none"] = "sinkhorn"  # ema: DINO; sinkhorn: DINOv2, DINOv3
-    student_temp: float = 0.1
+    student_temp: float = 0.1  # softmax temperature, in all papers; rather move schedule.teacher_temp
 
 
 @dataclass
 class IbotConfig:
     weight: float = 0.0  # 1 in iBOT, DINOv2, DINOv3
     prototypes: Optional[int] = None  # null = the DINO head is shared
-    hidden: int = 2048
+    hidden: int = 2048  # this and the next two as in `dino`; of a head of its own only
     bottleneck: int = 256
     layers: int = 3
     centering: Literal["ema", "sinkhorn", "none"] = "sinkhorn"
-    student_temp: float = 0.1
-    mask_probability: float = 0.5  # share of the global crops that get a mask
-    mask_ratio: list[float] = field(default_factory=lambda: [0.1, 0.5])  # of a masked crop's patches
+    student_temp: float = 0.1  # softmax temperature, in all papers; rather move schedule.teacher_temp
+    mask_probability: float = 0.5  # share of the global crops that get a mask; DINOv2
+    mask_ratio: list[float] = field(default_factory=lambda: [0.1, 0.5])  # of a masked crop's patches; DINOv2
 
 
 @dataclass
@@ -137,7 +138,7 @@ class OptimConfig:
 class Schedule:
     """From start to peak in `warmup` (linear), from peak to end in `decay`, then constant. Spans: steps, or '10%'."""
 
-    peak: float = 0.0
+    peak: float = 0.0  # in the unit of what is scheduled
     start: Optional[float] = None  # null: 0 for lr, peak for the others
     end: Optional[float] = None  # null: peak
     warmup: Span = 0
@@ -165,9 +166,9 @@ class ScheduleConfig:
         start=0.04, peak=0.07, warmup="30%", shape="constant"
     )  # lower if training collapses
     dino: Optional[Schedule] = None  # these four replace the constant weights of `loss`
-    dino_local: Optional[Schedule] = None
-    ibot: Optional[Schedule] = None
-    koleo: Optional[Schedule] = None
+    dino_local: Optional[Schedule] = None  # DINOv3's Gram stage: 1 to 0.5
+    ibot: Optional[Schedule] = None  # as dino
+    koleo: Optional[Schedule] = None  # as dino
 
 
 @dataclass
@@ -190,14 +191,14 @@ class CheckpointConfig:
 @dataclass
 class TrainConfig:
     output_dir: str = free("runs/default")
-    seed: int = 0
+    seed: int = 0  # of initial weights, order of images, crops and masks
     overwrite: bool = free(False)  # start afresh where a run already stands
     device: Literal["auto", "cpu", "cuda", "mps"] = free("auto")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the matrix products; auto: bf16 where it is fast
     strategy: Literal["none", "ddp"] = free("ddp")  # under torchrun; alone it is none
     total_steps: Optional[int] = free(None)  # one of the three gives the length
     epochs: Optional[float] = free(None)  # passes over data.train
-    images: Optional[int] = free(None)
+    images: Optional[int] = free(None)  # images seen
     init: Optional[str] = None  # a MODEL to start from: a run, released weights; `model` must describe the same backbone
     batch_size: int = 64  # images a step, over all ranks
     micro_batch_size: Optional[int] = free(None)  # images a rank and forward, at most; accumulation is exact

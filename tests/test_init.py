@@ -55,6 +55,8 @@ def test_training_starts_from_weights_of_every_dialect(name, format, tiny, tmp_p
     for key, tensor in trained.items():  # learning rate 0: it started, and stayed, where the weights are
         if key != "mask_token" and not (key.endswith("qkv.bias") and "DINOv3" in name):
             assert torch.equal(tensor, start[key]), key
+    if format != "hf":
+        return
     train.main([*overrides, "total_steps=2", f"output_dir={tmp_path / 'moving'}", "schedule.lr=1e-2", "schedule.ema_momentum=0.5"])
     assert not torch.equal(load_backbone(tmp_path / "moving").state_dict()["norm.weight"], start["norm.weight"])
 
