@@ -250,7 +250,8 @@ def record_dialect(config: Mapping[str, Any], extra: Iterable[str]) -> Dialect:
     """Hugging Face's names of the model in `config`, with those of `extra` as they are."""
     key_bias = config["model_type"] == "dinov3_vit" and config.get("key_bias", False)
     dialect = HF_DINOV3_KEY_BIAS if key_bias else HUGGING_FACE[config["model_type"]]
-    return dataclasses.replace(dialect, table={**dialect.table, **{name: name for name in extra}})
+    own_names = {name: name for name in extra}
+    return dataclasses.replace(dialect, table={**dialect.table, **own_names}) if own_names else dialect
 
 
 def _neutral(name: str, tensor: Tensor) -> bool:
