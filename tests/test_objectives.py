@@ -10,7 +10,7 @@ from engine.logger import read_metrics
 # then answers with one prototype, later with all alike. Wider logits through a narrower bottleneck, as the run is short.
 EMA_CENTRED = ["schedule.lr.peak=1.25e-4", "schedule.ema_momentum.peak=0.996", "loss.dino.bottleneck=32"]
 OBJECTIVES = {
-    "dino": ["loss.ibot.weight=0", "loss.koleo.weight=0", "loss.dino.centering=ema", *EMA_CENTRED],
+    "dino": ["loss.ibot.weight=0", "loss.koleo.weight=0", "loss.dino.centering=ema", "loss.dino.bottleneck=32"],
     "ibot": ["loss.koleo.weight=0", "loss.dino.centering=ema", "loss.ibot.centering=ema", *EMA_CENTRED],
     "dinov2": [],
 }
