@@ -90,8 +90,8 @@ class DinoConfig:
     layers: int = 3  # linear layers of the projection head; DINO
     last_layer: Literal["plain", "weight_norm", "unit_norm"] = "weight_norm"  # DINOv3 plain; DINOv2 weight_norm; DINO
     #   ViT-B unit_norm (norms held at 1: steadier)
-    centering: Literal["ema", "sinkhorn", "none"] = "sinkhorn"  # ema: DINO; sinkhorn: DINOv2, DINOv3; ema needs a slow teacher
-    #   and a low rate (ema_momentum 0.996, lr 5e-4 for a batch of 256), or the centre lags behind
+    centering: Literal["ema", "sinkhorn", "none"] = "sinkhorn"  # ema: DINO; sinkhorn: DINOv2, DINOv3; with ema start from
+    #   DINO's rates (ema_momentum 0.996, lr 5e-4 for a batch of 256): faster ones drifted to uniform targets in our short runs
     student_temp: float = 0.1  # softmax temperature, in all papers; rather move schedule.teacher_temp
 
 

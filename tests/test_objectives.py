@@ -6,12 +6,18 @@ import train
 from engine.config import load_config
 from engine.logger import read_metrics
 
-# DINO's own rates (5e-4 for a batch of 256, momentum 0.996): a centre of momentum 0.9 lags behind a faster teacher, which
-# then answers with one prototype, later with all alike. Wider logits through a narrower bottleneck, as the run is short.
+# DINO's own rates (5e-4 for a batch of 256, momentum 0.996) kept the targets of iBOT sharper in runs this short; why EMA centring
+# drifts to uniform targets here is not settled. For "dino" this is the one of the settings tried that stayed within the limits.
 EMA_CENTRED = ["schedule.lr.peak=1.25e-4", "schedule.ema_momentum.peak=0.996", "loss.dino.bottleneck=32"]
 OBJECTIVES = {
     "dino": ["loss.ibot.weight=0", "loss.koleo.weight=0", "loss.dino.centering=ema", "loss.dino.bottleneck=32"],
     "ibot": ["loss.koleo.weight=0", "loss.dino.centering=ema", "loss.ibot.centering=ema", *EMA_CENTRED],
+    "ibot_patches_alone": [
+        "loss.koleo.weight=0",
+        "loss.dino.weight=0",
+        "loss.ibot.centering=ema",
+        "crops.local_count=0",
+    ],
     "dinov2": [],
 }
 
