@@ -5,146 +5,48 @@ A spec is `kind[:path][?key=value&...]`; the kind may be left out for a folder o
     folder:DIR                  all images below DIR; class = first sub-folder, or labels=FILE.csv
                                 (columns file, label); split=NAME takes the sub-folder of that name
     list:FILE.txt, FILE.csv     a path a line, or columns file and label; relative to the list
+    tar:DIR/{0000..0127}.tar    WebDataset shards; class from the .cls or .json beside an image
+    npz:FILE.npz                MedMNIST's layout, split=
+    hf:ORG/NAME or hf:DIR       the Hugging Face hub (package datasets), split=, config=, image=, label=
+    python:MODULE:CALLABLE      one's own Dataset; all further keys go to the callable, as text
     fashion_mnist:DIR, ...      any torchvision.datasets class in snake case, split=, download=1
+    mix:FILE.yaml               several of these with weights: data/mixture.py
     scenes                      generated: split=, seed=, resolution=, frames=
 
-`size=N` keeps the first N images of any of them.
+`size=N` keeps the first N images of any but mix; `window=CENTRE,WIDTH` makes these values of the files (Hounsfield
+units in CT) the range 0 to 1; `page=K` takes page K of every TIFF, from 0.
 """
 
-import csv
 import difflib
-import inspect
+import math
 import os
-import re
 from pathlib import Path
 
 import numpy as np
-import torch
-import torchvision.datasets
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from data.pictures import EXTENSIONS, UnreadableImage, error_text, fit_channels, picture_to_tensor, read_image
+from data.arrays import is_npz_of_images, open_npz, open_python
+from data.files import open_folder, open_list
+from data.images import ImageData, Recolored, class_names
+from data.mixture import Mixture, read_mixture
+from data.pictures import UnreadableImage
+from data.published import open_hub, open_torchvision, torchvision_classes
+from data.tar import open_tar
+
+__all__ = ["ImageData", "UnreadableImage", "match_classes", "open_data", "open_labelled"]
 
 KEYS = {
-    "folder": ("split", "size", "labels"),
-    "list": ("size",),
+    "folder": ("split", "size", "labels", "window", "page"),
+    "list": ("size", "window", "page"),
+    "tar": ("size", "window", "page"),
+    "npz": ("split", "size", "window"),
+    "hf": ("split", "size", "config", "image", "label", "window", "page"),
+    "python": ("size", "window"),
+    "mix": (),
     "scenes": ("split", "size", "seed", "resolution", "frames"),
 }
-TORCHVISION_KEYS = ("split", "size", "download")
-# What a data set may call the split that is asked for, best first.
-SPLITS = {"train": ("train", "trainval"), "val": ("val", "valid", "validation", "test"), "test": ("test",)}
-
-
-class ImageData(Dataset):
-    """Images with or without labels; item i is (image, label or -1).
-
-    `labels` is (n,) int64, -1 where an image has none, or None; `classes` are their names or None.
-    """
-
-    labels: np.ndarray | None = None
-    classes: list[str] | None = None
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def image(self, index: int) -> Tensor:
-        """(C, H, W) in the stored type, mostly uint8; raises UnreadableImage."""
-        raise NotImplementedError
-
-    def name(self, index: int) -> str:
-        """Where the image comes from, such as its path."""
-        raise NotImplementedError
-
-    def annotations(self, index: int) -> dict:
-        """Boxes, masks, depth or keypoints, of the kinds of data that have them."""
-        raise ValueError(f"{self.name(index)} has no annotations beyond its class; `scenes` has")
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.image(index), -1 if self.labels is None else int(self.labels[index])
-
-
-class FileImages(ImageData):
-    """Image files; `names` are class names, or None where there is none."""
-
-    def __init__(
-        self,
-        root: Path,
-        files: list[str],
-        names: list[str | None] | None = None,
-        channels: int | None = 3,
-        size: int | None = None,
-    ):
-        self.root, self.channels = root, channels
-        # Bytes in one array: a list of strings would be copied into every worker as it is read.
-        self.files = np.array([os.fsencode(file) for file in files[:size]])
-        if names is not None and any(name is not None for name in names):
-            known = {name for name in names if name is not None}
-            by_number = all(name.isdecimal() for name in known)
-            self.classes = sorted(known, key=int if by_number else None)
-            ids = {name: k for k, name in enumerate(self.classes)}
-            self.labels = np.array([ids.get(name, -1) for name in names[:size]], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def image(self, index: int) -> Tensor:
-        return read_image(self.name(index), self.channels)
-
-    def name(self, index: int) -> str:
-        return str(self.root / os.fsdecode(self.files[index]))
-
-
-class TorchvisionImages(ImageData):
-    """A torchvision data set. One that holds its images as an array is read without going through
-    PIL, which is most of the cost of a 28-pixel image."""
-
-    def __init__(self, dataset: Dataset, name: str, channels: int | None = 3, size: int | None = None):
-        self.title, self.channels = name, channels
-        self.pixels = _pixels_of(dataset)
-        self.dataset = dataset if self.pixels is None else None
-        self.length = len(dataset) if size is None else min(size, len(dataset))
-        labels = _labels_of(dataset)
-        if labels is not None:
-            self.labels = labels[: self.length]
-            classes = getattr(dataset, "classes", None)
-            if classes is not None:
-                self.classes = [c if isinstance(c, str) else ", ".join(c) for c in classes]
-
-    def __len__(self) -> int:
-        return self.length
-
-    def image(self, index: int) -> Tensor:
-        if self.pixels is not None:
-            return fit_channels(self.pixels[index], self.channels, self.name(index))
-        try:
-            picture = self.dataset[index][0]
-        except Exception as error:  # whatever a decoder makes of broken bytes
-            raise UnreadableImage(self.name(index), error_text(error)) from error
-        return fit_channels(picture_to_tensor(picture, self.channels), self.channels, self.name(index))
-
-    def name(self, index: int) -> str:
-        return f"{self.title}/{index}"
-
-
-class Recolored(ImageData):
-    """Another data set's images with another number of channels."""
-
-    def __init__(self, data, channels: int):
-        self.data, self.channels = data, channels
-        self.labels, self.classes = data.labels, data.classes
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def image(self, index: int) -> Tensor:
-        return fit_channels(self.data.image(index), self.channels, self.name(index))
-
-    def name(self, index: int) -> str:
-        return self.data.name(index)
-
-    def annotations(self, index: int) -> dict:
-        return self.data.annotations(index)
+TORCHVISION_KEYS = ("split", "size", "download", "window")
+TEXTS = ("split", "labels", "config", "image", "label")
+FILES = {".tar": "tar", ".yaml": "mix", ".yml": "mix"}  # a file that exists, by its extension; otherwise a list
 
 
 def open_data(spec: str, channels: int | None = 3) -> ImageData:
@@ -157,9 +59,9 @@ def open_data(spec: str, channels: int | None = 3) -> ImageData:
     Raises:
         ValueError: for an unknown kind, key or value.
         FileNotFoundError: where there is no such folder or file, or no image in it.
+        ImportError: where a kind needs a package that is not installed.
     """
     kind, path, options = _parse(str(spec))
-    size = options.get("size")
     if kind == "scenes":
         from data.scenes import Scenes  # generated data; nothing else needs its renderer
 
@@ -168,13 +70,22 @@ def open_data(spec: str, channels: int | None = 3) -> ImageData:
     if not path:
         raise ValueError(f"{kind!r} needs a path: {kind}:PATH")
     place = Path(path).expanduser()
+    reading = {"channels": channels, **{key: options.pop(key) for key in ("window", "page") if key in options}}
     if kind == "folder":
-        return _open_folder(place, channels, **options)
+        return open_folder(place, reading, **options)
     if kind == "list":
-        return _open_list(place, channels, size)
-    split = options.get("split")
-    dataset = _open_torchvision(kind, place, split, options.get("download", False))
-    return TorchvisionImages(dataset, f"{kind}/{split}" if split else kind, channels, size)
+        return open_list(place, reading, **options)
+    if kind == "tar":
+        return open_tar(path, reading, **options)
+    if kind == "hf":
+        return open_hub(path, reading, **options)
+    if kind == "npz":
+        return open_npz(place, **reading, **options)
+    if kind == "python":
+        return open_python(path, **reading, **options)
+    if kind == "mix":
+        return _open_mixture(place, channels)
+    return open_torchvision(kind, place, **reading, **options)
 
 
 def match_classes(train: ImageData, val: ImageData) -> np.ndarray | None:
@@ -188,8 +99,8 @@ def match_classes(train: ImageData, val: ImageData) -> np.ndarray | None:
     """
     if train.labels is None or val.labels is None:
         return None
-    ids = {name: k for k, name in enumerate(_class_names(train))}
-    names = _class_names(val)
+    ids = {name: k for k, name in enumerate(class_names(train))}
+    names = class_names(val)
     if not ids.keys() & names:
         raise ValueError(
             f"no class in common: train has {', '.join(list(ids)[:5])} ..., val has {', '.join(names[:5])} ..."
@@ -214,8 +125,17 @@ def open_labelled(train: str, val: str, channels: int | None = 3) -> tuple[Image
     return both
 
 
-def _class_names(data: ImageData) -> list[str]:
-    return data.classes or [str(k) for k in range(int(data.labels.max()) + 1)]
+def _open_mixture(path: Path, channels: int | None) -> Mixture:
+    items = read_mixture(path)
+    sources = []
+    for spec, _, _ in items:
+        if _parse(spec)[0] == "mix":
+            raise ValueError(f"{spec!r} in {str(path)!r} is itself a mixture; name its sources here")
+        sources.append(open_data(spec, channels))
+    try:
+        return Mixture(sources, [weight for _, weight, _ in items], [alone for _, _, alone in items])
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
 
 
 def _parse(spec: str) -> tuple[str, str, dict]:
@@ -223,7 +143,7 @@ def _parse(spec: str) -> tuple[str, str, dict]:
     body, _, query = (spec, "", "") if Path(spec).expanduser().exists() else spec.partition("?")
     place = Path(body).expanduser()
     if body not in KEYS and place.exists():
-        kind, path = "folder" if place.is_dir() else "list", body
+        kind, path = _kind_of_file(place), body
     else:
         kind, colon, path = body.partition(":")
         kind = _known_kind(kind, spec, bool(colon))
@@ -231,16 +151,26 @@ def _parse(spec: str) -> tuple[str, str, dict]:
     options = {}
     for item in filter(None, query.split("&")):
         key, _, value = item.partition("=")
-        if key not in allowed:
-            raise ValueError(
-                f"unknown key {key!r} in {spec!r}{_nearest(key, allowed)}; {kind} takes {', '.join(allowed)}"
-            )
-        options[key] = _value(key, value, spec)
+        if key in allowed:
+            options[key] = _value(key, value, spec)
+        elif kind == "python":
+            options[key] = value
+        else:
+            takes = f"takes {', '.join(allowed)}" if allowed else "takes no keys"
+            raise ValueError(f"unknown key {key!r} in {spec!r}{_nearest(key, allowed)}; {kind} {takes}")
     return kind, path, options
 
 
+def _kind_of_file(place: Path) -> str:
+    if place.is_dir():
+        return "folder"
+    if place.suffix.lower() == ".npz" and is_npz_of_images(place):
+        return "npz"
+    return FILES.get(place.suffix.lower(), "list")
+
+
 def _known_kind(kind: str, spec: str, colon: bool) -> str:
-    known = {*KEYS, *_torchvision_classes()}
+    known = {*KEYS, *torchvision_classes()}
     # Underscores do not matter: imagenet is image_net.
     for name in known:
         if name.replace("_", "") == kind.replace("_", "").lower():
@@ -257,9 +187,11 @@ def _nearest(given: str, allowed) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _value(key: str, text: str, spec: str) -> str | int | bool:
-    if key in ("split", "labels"):
+def _value(key: str, text: str, spec: str) -> str | int | bool | tuple[float, float]:
+    if key in TEXTS:
         return text
+    if key == "window":
+        return _window(text, spec)
     if key == "download":
         if text not in ("0", "1"):
             raise ValueError(f"download is 0 or 1 in {spec!r}, not {text!r}")
@@ -269,153 +201,11 @@ def _value(key: str, text: str, spec: str) -> str | int | bool:
     return int(text)
 
 
-def _open_folder(
-    root: Path, channels: int | None, split: str | None = None, size: int | None = None, labels: str | None = None
-) -> FileImages:
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder {str(root)!r}")
-    if split is not None:
-        folders = [root / name for name in SPLITS.get(split, (split,))]
-        below = root
-        root = next((folder for folder in folders if folder.is_dir()), None)
-        if root is None:
-            raise FileNotFoundError(f"no folder {split!r} in {str(below)!r} for split={split}")
-    files = sorted(_walk(root))
-    if not files:
-        raise FileNotFoundError(f"no image in {str(root)!r}; extensions are {' '.join(sorted(EXTENSIONS))}")
-    if labels is None:
-        names = [file.partition("/")[0] if "/" in file else None for file in files]
-    else:
-        given = Path(labels).expanduser()
-        rows = _read_csv(given if given.exists() else root / given, ("file", "label"))
-        label_of = {Path(row["file"]).as_posix(): row["label"] or None for row in rows}
-        names = [label_of.get(file) for file in files]
-        if not any(names):
-            raise ValueError(
-                f"{labels!r} names no image of {str(root)!r}; its column file holds paths relative to that folder"
-            )
-    return FileImages(root, files, names, channels, size)
-
-
-def _walk(root: Path):
-    """Paths relative to root, with forward slashes; hidden files and folders are passed over."""
-    for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
-        relative = Path(folder).relative_to(root)
-        for file in files:
-            if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith("."):
-                yield (relative / file).as_posix()
-
-
-def _open_list(path: Path, channels: int | None, size: int | None) -> FileImages:
-    names = None
-    if path.suffix.lower() in EXTENSIONS:
-        files = [path.name]
-    elif path.suffix.lower() == ".csv":
-        rows = _read_csv(path, ("file",))
-        files = [row["file"] for row in rows]
-        names = [row.get("label") or None for row in rows]
-    elif path.suffix.lower() == ".txt":
-        lines = _open_text(path).read().splitlines()
-        files = [line.strip() for line in lines if line.strip()]
-    else:
-        raise ValueError(f"{str(path)!r} is no list of images: a list ends in .txt or .csv")
-    if not files:
-        raise FileNotFoundError(f"{str(path)!r} lists no image")
-    return FileImages(path.parent, files, names, channels, size)
-
-
-def _open_text(path: Path):
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}")
-    # utf-8-sig: spreadsheets write a byte order mark; surrogateescape: file names may be any bytes.
-    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    with _open_text(path) as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{str(path)!r} has no column {missing[0]!r}; its first line must name the columns {', '.join(columns)}"
-            )
-        return list(reader)
-
-
-def _torchvision_classes() -> dict[str, type]:
-    """Classes that open with a folder and at most a split, by snake-case name."""
-    classes = {}
-    for name in torchvision.datasets.__all__:
-        cls = getattr(torchvision.datasets, name)
-        parameters = inspect.signature(cls).parameters.values()
-        needed = {p.name for p in parameters if p.default is p.empty and p.kind != p.VAR_KEYWORD}
-        if "root" in needed and needed <= {"root", "split"}:
-            snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
-            classes[snake.lower()] = cls
-    return classes
-
-
-def _open_torchvision(kind: str, root: Path, split: str | None, download: bool) -> Dataset:
-    cls = _torchvision_classes()[kind]
-    parameters = inspect.signature(cls).parameters
-    if download and "download" not in parameters:
-        raise ValueError(f"{kind} cannot be downloaded by torchvision; fetch it by hand")
-    # Said even where it is False: two of the classes would download by default.
-    options = {"download": download} if "download" in parameters else {}
-    refused = None
-    for choice in _split_choices(kind, parameters, split):
-        try:
-            return cls(str(root), **choice, **options)
-        except ValueError as error:
-            refused = error  # an unknown split
-        except (RuntimeError, OSError, ImportError) as error:
-            if download or not re.search("not found|no such file", str(error), re.IGNORECASE):
-                raise ValueError(f"cannot open {kind}:{root}: {error_text(error)}") from error
-            hint = "; add download=1 to fetch it" if "download" in parameters else ""
-            raise FileNotFoundError(f"no {cls.__name__} data in {str(root)!r}{hint}") from error
-    raise ValueError(f"{kind}: {error_text(refused)}") from refused
-
-
-def _split_choices(kind: str, parameters, split: str | None) -> list[dict]:
-    """Constructor arguments that mean that split, in the order to try them."""
-    if split is None:
-        if parameters.get("split") is not None and parameters["split"].default is inspect._empty:
-            raise ValueError(f"{kind} needs a split: {kind}:DIR?split=NAME")
-        return [{}]
-    if "split" in parameters:
-        return [{"split": name} for name in SPLITS.get(split, (split,))]
-    if "train" in parameters:
-        if split not in SPLITS:
-            raise ValueError(f"{kind} has no split {split!r}; choose from {', '.join(SPLITS)}")
-        return [{"train": split == "train"}]
-    raise ValueError(f"{kind} has no splits; leave split={split} out")
-
-
-def _pixels_of(dataset: Dataset) -> Tensor | None:
-    """(n, C, H, W) uint8 of a data set that holds its images in memory, else None."""
-    data = getattr(dataset, "data", None)
-    if not isinstance(data, (np.ndarray, Tensor)) or len(data) != len(dataset):
-        return None
-    pixels = torch.as_tensor(data)
-    if pixels.dtype != torch.uint8:
-        return None
-    if pixels.ndim == 3:
-        return pixels[:, None]
-    if pixels.ndim == 4 and pixels.shape[-1] in (1, 3):
-        return pixels.permute(0, 3, 1, 2)
-    return pixels if pixels.ndim == 4 and pixels.shape[1] in (1, 3) else None
-
-
-def _labels_of(dataset: Dataset) -> np.ndarray | None:
-    """(n,) int64 class ids, from whichever attribute the class keeps them in; else None."""
-    for name in ("targets", "labels", "_labels", "y", "_samples"):
-        values = getattr(dataset, name, None)
-        if values is None or len(values) != len(dataset):
-            continue
-        if name == "_samples":  # pairs of a path and a label
-            values = [sample[1] for sample in values]
-        labels = np.asarray(values)
-        if labels.ndim == 1 and labels.dtype.kind in "iu" and (labels >= 0).any():
-            return labels.astype(np.int64)
-    return None
+def _window(text: str, spec: str) -> tuple[float, float]:
+    try:
+        centre, width = (float(part) for part in text.split(","))
+    except ValueError:
+        centre, width = math.nan, math.nan
+    if not (math.isfinite(centre) and math.isfinite(width) and width > 0):
+        raise ValueError(f"window is CENTRE,WIDTH with a positive width in {spec!r}, such as 40,400; not {text!r}")
+    return centre, width

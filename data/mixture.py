@@ -1,0 +1,163 @@
+"""Several sources of images in fixed proportions, as a pure function of the step.
+
+    - {data: "folder:/photos", weight: 3}          # three images in four of a mixed step
+    - {data: "tar:/scans-{00..31}.tar", weight: 1}
+    - {data: "imagenet:/imagenet", weight: 0, alone: 0.1}   # a tenth of the steps, and nothing else in them
+
+The last line is DINOv3's mixing (section 3.1: 10 % of the steps show ImageNet-1k alone). Proportions are exact over
+every PERIOD images (weights) and steps (`alone`), in a random order; within a source no image repeats before all of it
+was seen. Step s is found without going through the steps before it, so a run resumes by naming a step.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+from torch import Tensor
+
+from data.images import ImageData, class_names, number_classes
+
+PERIOD = 10_000
+KINDS_OF_STEPS, SOURCES_OF_PLACES, SOURCE_ORDER = range(
+    16, 19
+)  # purposes of random numbers; those below are the loader's
+
+
+class Mixture(ImageData):
+    """Sources one after another, as a data set; in `step_indices`, mixed.
+
+    Args:
+        weights: shares of the images of mixed steps; any scale.
+        alone: share of the steps that show this source only, each in [0, 1], together at most 1.
+
+    Raises:
+        ValueError: for a negative or missing share.
+    """
+
+    def __init__(self, sources: Sequence[ImageData], weights: Sequence[float], alone: Sequence[float]):
+        if min(*weights, *alone) < 0 or sum(alone) > 1 + 1e-9:
+            raise ValueError(f"weights {weights} must not be negative, and {alone} (alone) must lie in [0, 1] together")
+        if sum(weights) == 0 and sum(alone) < 1 - 1e-9:
+            raise ValueError("all weights are 0, and `alone` does not add up to 1: what should the other steps show?")
+        self.sources, self.starts = list(sources), np.cumsum([0, *map(len, sources)])
+        self.step_quotas = _quotas([*alone, max(0.0, 1 - sum(alone))])  # the last is that of mixed steps
+        self.quotas = _quotas(weights) if sum(weights) else np.zeros(len(weights), dtype=np.int64)
+        self.patterns: dict[int, tuple] = {}  # by purpose, the last one asked for
+        self.orders: dict[int, tuple] = {}  # by source, the last epoch's
+        if any(source.labels is not None for source in sources):
+            names = [name for source in sources for name in _names(source)]
+            self.labels, self.classes = number_classes(names)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def image(self, index: int) -> Tensor:
+        source, number = self._place(index)
+        return source.image(number)
+
+    def name(self, index: int) -> str:
+        source, number = self._place(index)
+        return source.name(number)
+
+    def annotations(self, index: int) -> dict:
+        source, number = self._place(index)
+        return source.annotations(number)
+
+    def step_indices(self, step: int, batch_size: int, seed: int, shift: int = 0) -> np.ndarray:
+        """(batch_size,) image indices of a global batch.
+
+        Args:
+            shift: images shown before this step less step · batch_size, where steps before had another batch. It is
+                shared out among the kinds of steps, so with `alone` a source may then miss or repeat a few images.
+        """
+        kinds, kind = self._count(KINDS_OF_STEPS, self.step_quotas, step, 1, seed)
+        places = np.maximum(0, kinds * batch_size + shift * self.step_quotas // PERIOD)  # before this step
+        drawn, sources = self._count(SOURCES_OF_PLACES, self.quotas, int(places[-1]), batch_size, seed)
+        drawn = drawn + places[:-1]  # images of each source
+        if kind[0] < len(self.sources):
+            sources = np.full(batch_size, kind[0])
+        indices = np.empty(batch_size, dtype=np.int64)
+        for source in np.unique(sources).tolist():
+            places = np.flatnonzero(sources == source)
+            indices[places] = self._images(source, drawn[source] + np.arange(len(places)), seed)
+        return indices
+
+    def _place(self, index: int) -> tuple[ImageData, int]:
+        source = int(np.searchsorted(self.starts, index, "right")) - 1
+        return self.sources[source], int(index - self.starts[source])
+
+    def _count(self, purpose: int, quotas: np.ndarray, first: int, count: int, seed: int):
+        """How often each value stands before `first` in an endless row, and the `count` values from there on."""
+        if not quotas.any():
+            return quotas, np.empty(0, dtype=np.int64)
+        period, place = divmod(first, PERIOD)
+        row = [self._pattern(purpose, quotas, period + k, seed) for k in range((place + count - 1) // PERIOD + 1)]
+        before = period * quotas + np.bincount(row[0][:place], minlength=len(quotas))
+        return before, np.concatenate(row)[place : place + count]
+
+    def _pattern(self, purpose: int, quotas: np.ndarray, period: int, seed: int) -> np.ndarray:
+        key = (period, seed)
+        if self.patterns.get(purpose, (None,))[0] != key:
+            rng = np.random.default_rng([seed, purpose, period])
+            self.patterns[purpose] = key, rng.permutation(np.repeat(np.arange(len(quotas)), quotas))
+        return self.patterns[purpose][1]
+
+    def _images(self, source: int, numbers: np.ndarray, seed: int) -> np.ndarray:
+        """Indices of the images that a source shows as its `numbers`-th, each epoch in an order of its own."""
+        length = len(self.sources[source])
+        epochs, places = np.divmod(numbers, length)
+        found = np.empty(len(numbers), dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            key = (epoch, seed)
+            if self.orders.get(source, (None,))[0] != key:
+                rng = np.random.default_rng([seed, SOURCE_ORDER, source, epoch])
+                self.orders[source] = key, rng.permutation(np.arange(length, dtype=np.int32))
+            chosen = epochs == epoch
+            found[chosen] = self.orders[source][1][places[chosen]]
+        return found + self.starts[source]
+
+
+def read_mixture(path: Path) -> list[tuple[str, float, float]]:
+    """(data, weight, alone) of each source in a YAML file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no list of sources.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}")
+    try:
+        items = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"{str(path)!r} must be a list of {{data: DATA, weight: number}}")
+    return [_source(item, path) for item in items]
+
+
+def _source(item, path: Path) -> tuple[str, float, float]:
+    if not isinstance(item, dict) or "data" not in item or not item.keys() <= {"data", "weight", "alone"}:
+        raise ValueError(
+            f"{item} in {str(path)!r} is no source; keys are data, weight (default 1) and alone (default 0)"
+        )
+    try:
+        return str(item["data"]), float(item.get("weight", 1)), float(item.get("alone", 0))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{item} in {str(path)!r}: weight and alone are numbers") from error
+
+
+def _quotas(shares: Sequence[float]) -> np.ndarray:
+    """Whole numbers that add up to PERIOD, by largest remainder; at least 1 for what is not 0."""
+    exact = np.array(shares, dtype=np.float64) / sum(shares) * PERIOD
+    quotas = np.maximum(np.floor(exact + 1e-9), exact > 0).astype(np.int64)
+    while (missing := PERIOD - quotas.sum()) != 0:
+        quotas[np.argmax(np.where(quotas > 0, (exact - quotas) * np.sign(missing), -np.inf))] += np.sign(missing)
+    return quotas
+
+
+def _names(source: ImageData) -> list[str | None]:
+    if source.labels is None:
+        return [None] * len(source)
+    names = [*class_names(source), None]  # the last serves label -1
+    return [names[label] for label in source.labels]

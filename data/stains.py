@@ -1,0 +1,32 @@
+"""Jitter of the stains of a histological slide (HED: haematoxylin, eosin, DAB).
+
+Light that passes a stained section is absorbed in proportion to the dyes it meets, so the logarithm of the colour is a
+sum over dyes (Beer-Lambert). Laboratories differ in how much dye a slide takes up: each dye is scaled and shifted on
+its own, which changes colours as another laboratory would, and not as another lamp would.
+"""
+
+import torch
+from torch import Tensor
+
+# Absorption of red, green and blue by haematoxylin, eosin and DAB (Ruifrok and Johnston 2001, table 1).
+ABSORPTION = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+DARKEST = 1 / 255  # below, the logarithm says more about noise than about dye
+
+
+def stain_jitter(x: Tensor, u: Tensor, strength: float) -> Tensor:
+    """Each dye times a factor of [1 - s, 1 + s], plus an absorbance of [-s, s] (Tellez et al. 2018; natural logarithm).
+
+    Args:
+        x: (n, 3, h, w) colours in [0, 1].
+        u: (n, 6) uniform numbers: three factors, three shifts.
+
+    Raises:
+        ValueError: if the images have another number of channels than three.
+    """
+    if x.shape[1] != 3:
+        raise ValueError(f"stains (the policy histology) are those of three colours, not of {x.shape[1]} channels")
+    absorption = torch.nn.functional.normalize(x.new_tensor(ABSORPTION), dim=1)
+    factor, shift = (2 * strength * (u.to(x) - 0.5)).unflatten(1, (2, 3, 1, 1)).unbind(1)
+    dyes = torch.einsum("nchw,cd->ndhw", -x.clamp(DARKEST, 1).log(), absorption.inverse())
+    dyes = dyes * (1 + factor) + shift
+    return torch.einsum("ndhw,dc->nchw", dyes, absorption).neg().exp().clamp_(0, 1)

@@ -1,0 +1,182 @@
+"""Images in tar shards (WebDataset layout), read at random: an index of offsets is made once and kept in memory.
+
+Members that share a name up to its first dot belong together: 0001.jpg, 0001.cls, 0001.json. One pass over the
+headers finds them; the images themselves are read only when they are asked for, so the order is as free, and resuming
+as exact, as with a folder. Damage costs the members it hits: a broken header, a shard that ends early or an empty
+shard each count as one unreadable image.
+"""
+
+import io
+import itertools
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from data.images import ImageData, number_classes
+from data.pictures import EXTENSIONS, UnreadableImage, error_text, read_open_file
+
+BLOCK = 512  # bytes; members begin at multiples of it
+LABEL_KEYS = ("label", "cls", "class")  # of a .json member
+PACKED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}
+Entry = tuple[str, int, int, str | None]  # member, offset, size or DAMAGED, class name
+DAMAGED = -1
+
+
+class TarImages(ImageData):
+    """Images in uncompressed tar files; the class is that of a .cls or .json member beside the image.
+
+    Args:
+        reading: keywords of `read_image`.
+        size: first so many.
+
+    Raises:
+        FileNotFoundError: if a shard is missing, or there is no image in any.
+        ValueError: if a shard is compressed.
+    """
+
+    def __init__(self, shards: list[Path], reading: dict, size: int | None = None):
+        self.shards, self.reading = shards, reading
+        stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, shards)]
+        self.shard, self.members, self.places, labels, self.classes = _index(tuple(shards), tuple(stamps))
+        if (self.places[:, 1] == DAMAGED).all():
+            raise FileNotFoundError(f"no image in {_title(shards)}; extensions are {' '.join(sorted(EXTENSIONS))}")
+        self.shard, self.members, self.places = self.shard[:size], self.members[:size], self.places[:size]
+        self.labels = None if labels is None else labels[:size]
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def image(self, index: int) -> Tensor:
+        name, (offset, size) = self.name(index), self.places[index].tolist()
+        if size == DAMAGED:
+            raise UnreadableImage(name, "broken tar header")
+        try:
+            content = _read(self.shards[self.shard[index]], offset, size)
+        except OSError as error:
+            raise UnreadableImage(name, error_text(error)) from error
+        if len(content) < size:
+            raise UnreadableImage(name, f"truncated: {len(content)} of {size} bytes")
+        return read_open_file(io.BytesIO(content), name, **self.reading)
+
+    def name(self, index: int) -> str:
+        return f"{self.shards[self.shard[index]]}/{os.fsdecode(self.members[index])}"
+
+
+def expand_braces(path: str) -> list[Path]:
+    """shard-{000..127}.tar is 128 paths; several braces multiply; the width of the first number is kept."""
+    parts = re.split(r"\{(\d+)\.\.(\d+)\}", path)
+    choices = [[parts[0]]]
+    for first, last, after in zip(parts[1::3], parts[2::3], parts[3::3]):
+        numbers = [str(k).zfill(len(first)) for k in range(int(first), int(last) + 1)]
+        if not numbers:
+            raise ValueError(f"{{{first}..{last}}} in {path!r} counts downwards")
+        choices += [numbers, [after]]
+    return [Path("".join(chosen)).expanduser() for chosen in itertools.product(*choices)]
+
+
+def open_tar(path: str, reading: dict, size: int | None = None) -> TarImages:
+    shards = expand_braces(path)
+    missing = [shard for shard in shards if not shard.is_file()]
+    if missing:
+        more = f", and {len(missing) - 1} more of {len(shards)} are missing" if len(missing) > 1 else ""
+        raise FileNotFoundError(f"no file {str(missing[0])!r}{more}")
+    for shard in shards:
+        with open(shard, "rb") as file:
+            tool = PACKED.get(file.read(2))
+        if tool:
+            raise ValueError(f"{str(shard)!r} is compressed, which rules out reading at random; unpack it with {tool}")
+    return TarImages(shards, reading, size)
+
+
+def _title(shards: list[Path]) -> str:
+    return repr(str(shards[0])) + (f" and {len(shards) - 1} more" if len(shards) > 1 else "")
+
+
+def _read(shard: Path, offset: int, size: int) -> bytes:
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+@lru_cache(maxsize=8)
+def _index(shards: tuple[Path, ...], stamps: tuple) -> tuple:
+    """(shard, member, (offset, size), label) of all images, an array each, and the classes. Kept, because a run opens
+    its data more than once; `stamps` change with the files. Arrays, not lists: workers share their pages."""
+    entries = [(number, *entry) for number, shard in enumerate(shards) for entry in _entries(shard)]
+    return (
+        np.array([entry[0] for entry in entries], dtype=np.int32),
+        np.array([os.fsencode(entry[1]) for entry in entries]),
+        np.array([entry[2:4] for entry in entries], dtype=np.int64).reshape(-1, 2),
+        *number_classes([entry[4] for entry in entries]),
+    )
+
+
+def _entries(shard: Path) -> Iterator[Entry]:
+    """One entry an image, in the order of the shard."""
+    members = _members(shard)
+    for _, group in itertools.groupby(members, lambda member: _split(member[0])[:2]):
+        group = [(*_split(name), name, offset, size) for name, offset, size in group]
+        fields = {extension: (offset, size) for _, _, extension, _, offset, size in group}
+        for _, _, extension, name, offset, size in group:
+            if size == DAMAGED:
+                yield name, offset, size, None
+            elif extension in EXTENSIONS:
+                yield name, offset, size, _class_name(shard, fields)
+                break
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """Folder, key and extension: a/b.seg.png is a, b, .seg.png."""
+    folder, base = os.path.split(name)
+    key, dot, extension = base.partition(".")
+    return folder, key, (dot + extension).lower()
+
+
+def _class_name(shard: Path, fields: dict[str, tuple[int, int]]) -> str | None:
+    if ".cls" in fields:
+        return _read(shard, *fields[".cls"]).decode("utf-8", "replace").strip() or None
+    if ".json" in fields:
+        try:
+            values = json.loads(_read(shard, *fields[".json"]))
+        except ValueError:
+            return None
+        found = [values[key] for key in LABEL_KEYS if isinstance(values, dict) and values.get(key) is not None]
+        return str(found[0]) if found else None
+    return None
+
+
+def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of the regular files of a shard; where a header is broken, one of size DAMAGED."""
+    length, end = shard.stat().st_size, 0  # end: of the last member that was understood
+    with open(shard, "rb") as file:
+
+        def damage_at(place: int) -> bool:
+            """Whether neither a sound header nor padding stands there, where a member should begin."""
+            try:
+                tarfile.TarInfo.frombuf(_read(shard, place, BLOCK), tarfile.ENCODING, "surrogateescape")
+            except (tarfile.EmptyHeaderError, tarfile.EOFHeaderError):
+                return length == 0
+            except tarfile.HeaderError:
+                return True
+            return False
+
+        try:
+            # ignore_zeros: also goes on at the next sound header after a broken one.
+            with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
+                for member in tar:
+                    if member.offset > end and damage_at(end):
+                        yield f"@{end}", end, DAMAGED
+                    end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
+                    if member.isreg() and not os.path.basename(member.name).startswith("."):
+                        yield member.name, member.offset_data, member.size
+        except tarfile.TarError:
+            pass  # ends early: the last member is shorter than its header says, or there is no header at all
+        if damage_at(end):
+            yield f"@{end}", end, DAMAGED
