@@ -21,28 +21,32 @@ from typing import Callable, Iterable, Optional
 import torch
 from torch import Tensor, nn
 
+from data.annotated import Annotated, has_masks
 from data.augment import channel_statistics, multi_crop_from
 from data.datasets import ImageData, open_data, open_labelled
-from data.loader import Batch, EvalDataset, first_readable, make_loader
-from data.masking import MaskSpec
+from data.loader import Batch, EvalDataset, first_readable, stage_loader
 from engine import checkpoint, distributed, optim
 from engine.cli import config_parser, run_script
 from engine.config import LossConfig, TrainConfig, length_in_steps, load_config
-from engine.config import micro_batch_size, schedule_names, size_pair, with_statistics
+from engine.config import micro_batch_size, with_statistics
 from engine.figures import draw_report
+from engine.gram import build_gram_teacher
 from engine.health import health
 from engine.logger import BadImages, notice
+from engine.patches import mean_locality, patch_knn_segmentation
 from engine.probes import knn_probe
 from engine.run import Cadence, Run
 from engine.settings import provenance, refuse_changes, to_yaml
+from engine.stages import Stage, plan_stages
+from engine.validation import size_pair
 from losses.centering import Centering, build_centering
 from losses.dino import multicrop_dino_loss
+from losses.gram import downsample_patches, gram_loss
 from losses.ibot import ibot_loss
 from losses.koleo import koleo_loss
 from models.features import Preprocessing
-from models.ssl_model import SSLModel, SSLOutput, build_ssl_model, count_parameters, make_teacher, save_heads, update_ema
-from models.start import load_initial, start_from
-from models.vit import build_backbone
+from models.ssl_model import SSLModel, SSLOutput, count_parameters, make_teacher, save_heads, update_ema
+from models.start import build_student, load_initial, start_from
 from models.writing import save_teacher
 
 
@@ -58,43 +62,68 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     initial = load_initial(cfg.init, cfg.data.channels) if cfg.init else None
     cfg = cfg if initial is None else with_statistics(cfg, initial.preprocessing)
     images = open_data(cfg.data.train, cfg.data.channels)
-    total_steps = length_in_steps(cfg, len(images))
-    schedules = build_schedules(cfg, total_steps)
-    micro_batch = micro_batch_size(cfg, distributed.world_size(), grouped="koleo" in schedules)
+    stages = plan_stages(cfg, length_in_steps(cfg, len(images)), optim.build_schedules)
+    terms = {name for stage in stages for name in stage.schedules}
+    for stage in stages:  # a mistake in the last one costs nothing either
+        micro_batch_size(stage.cfg, distributed.world_size(), "koleo" in stage.schedules)
     cadence = Cadence(log=cfg.log_every, probe=cfg.probe.every, **vars(cfg.checkpoint))
-    run = Run(Path(cfg.output_dir), total_steps, cfg.batch_size, cadence)
+    run = Run(Path(cfg.output_dir), [stage.stop for stage in stages], cadence)
     if not run.open(to_yaml(cfg, provenance()), partial(refuse_changes, cfg), cfg.overwrite):
         return
 
     torch.manual_seed(cfg.seed)
-    student = build_student(cfg, "ibot" in schedules, initial).to(device)
+    student = build_student(cfg, "ibot" in terms, initial).to(device)
     notice(
         f"{cfg.model.arch}: {count_parameters(student.backbone):,} parameters, {count_parameters(student):,} with the heads"
     )
     teacher = make_teacher(student)
-    centering = build_centering(cfg.loss, schedules).to(device)
+    centering = build_centering(cfg.loss, terms).to(device)
     optimizer = optim.make_optimizer(
         optim.parameter_groups(student, cfg.optim.layer_decay, cfg.optim.patch_embed_lr), cfg.optim.betas
     )
-    loader = build_loader(cfg, images, student.backbone.patch_size, schedules, run.start_step, total_steps, device)
     run.start(
         checkpoint.training_state(student, teacher, centering, optimizer),
         bad_images=BadImages(run.folder, len(images), cfg.data.max_bad),
         **teacher_outputs(cfg, images, teacher, device),
     )
-    parallel = distributed.wrap(student, cfg.strategy, device, all_used="dino" in schedules)
+    for stage in stages:
+        if run.start_step < stage.stop:
+            train_stage(stage, run, student, teacher, centering, optimizer, device)
 
-    freeze_steps = optim.span_steps(cfg.optim.freeze_last_layer, total_steps)
+
+def train_stage(
+    stage: Stage,
+    run: Run,
+    student: SSLModel,
+    teacher: SSLModel,
+    centering: nn.ModuleDict,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> None:
+    """The steps of one stage; a run without `stages` has one."""
+    cfg = stage.cfg
+    first_step = run.enter(stage)
+    if cfg.init and first_step == stage.first:  # a stage's own
+        start_from(student, load_initial(cfg.init, cfg.data.channels), cfg.init)
+        teacher.load_state_dict(student.state_dict())
+        optim.forget(optimizer)
+    gram_teacher = build_gram_teacher(stage, run, teacher.backbone, lambda spec: load_initial(spec, cfg.data.channels).to(device))
+    loader = stage_loader(stage, first_step, student.backbone.patch_size, device)
+    parallel = distributed.wrap(student, cfg.strategy, device, all_used=uses_all(student, stage.schedules))
+    micro_batch = micro_batch_size(cfg, distributed.world_size(), "koleo" in stage.schedules)
+    freeze_steps = optim.span_steps(cfg.optim.freeze_last_layer, stage.stop - stage.first)
     autocast, scaler = distributed.choose_precision(cfg.precision, device)
-    for step, batch in run.steps(loader):
+
+    for step, batch in run.steps(loader, first_step):
         distributed.seed_step(cfg.seed, step)
-        now = {name: schedule(step) for name, schedule in schedules.items()}
+        now = stage.now(step)
+        anchor = gram_teacher.at(step) if gram_teacher else None
         micro_batches = batch.to(device, non_blocking=True).split(micro_batch)
         totals: dict[str, Tensor] = {}
 
         # 1. The teacher sees the global crops only and gives the targets, of the whole batch at once.
         with autocast():
-            targets = teacher_targets(teacher, micro_batches, centering, now["teacher_temp"])
+            targets = teacher_targets(teacher, micro_batches, centering, now["teacher_temp"], anchor)
 
         for number, (crops, target) in enumerate(zip(micro_batches, targets), 1):
             share = len(crops.images) / len(batch.images)
@@ -112,7 +141,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
 
         # 4. The student follows the gradient.
         scaler.unscale_(optimizer)
-        if step < freeze_steps:
+        if step - stage.first < freeze_steps:
             optim.drop_last_layer_gradients(student)
         totals["grad_norm"] = optim.clip_gradients(student, cfg.optim.clip_grad, cfg.optim.clip_per)
         optim.set_rates(optimizer, now["lr"], now["weight_decay"])
@@ -120,9 +149,13 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
         scaler.update()
         optimizer.zero_grad()
 
-        # 5. The teacher follows the student.
+        # 5. The teacher follows the student, and at its times the Gram teacher the teacher.
         update_ema(teacher, student, now["ema_momentum"])
+        if gram_teacher:
+            gram_teacher.follow(step + 1)
+            run.state["gram_teacher"] = gram_teacher.weights
         run.step_done(step + 1, lambda: metrics(totals, now) | health(targets[-1].dino.flatten(0, 1), out.cls))
+    run.state.pop("gram_teacher", None)
 
 
 # ----------------------------------------------------------------- the method
@@ -130,15 +163,21 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
 
 @dataclass
 class Targets:
-    """What the student should say: probabilities over the prototypes, from the teacher, without gradient."""
+    """What the student should say, without gradient: the teacher's probabilities over the prototypes, and whose patches
+    its own should be similar like."""
 
     dino: Tensor  # (G, B, K)
     ibot: Optional[Tensor]  # (M, K'), in the order of masks.flatten().nonzero()
+    gram: Optional[Tensor]  # (G·B, N, D'), patches of the Gram teacher
 
 
 @torch.no_grad()
 def teacher_targets(
-    teacher: SSLModel, micro_batches: list[Batch], centering: nn.ModuleDict, teacher_temp: float
+    teacher: SSLModel,
+    micro_batches: list[Batch],
+    centering: nn.ModuleDict,
+    teacher_temp: float,
+    gram_teacher: Optional[nn.Module] = None,
 ) -> list[Targets]:
     """One `Targets` a micro batch; centred and balanced over the whole batch and all ranks, however it is divided."""
     outs = [teacher(crops.global_crops, masks=crops.masks, hide=False) for crops in micro_batches]
@@ -146,8 +185,19 @@ def teacher_targets(
     ibot = [None] * len(outs)
     if "ibot" in centering:
         ibot = balance(centering["ibot"], [out.patch_logits for out in outs], teacher_temp)
+    gram = [None] * len(outs)
+    if gram_teacher is not None:
+        gram = [gram_targets(gram_teacher, teacher, crops, out) for crops, out in zip(micro_batches, outs)]
     views = [(-1, len(crops.images)) for crops in micro_batches]  # (G·B, K) -> (G, B, K)
-    return [Targets(probs.unflatten(0, shape), patches) for probs, patches, shape in zip(dino, ibot, views)]
+    return [Targets(probs.unflatten(0, shape), *rest) for probs, shape, *rest in zip(dino, views, ibot, gram)]
+
+
+def gram_targets(gram_teacher: nn.Module, teacher: SSLModel, crops: Batch, out: SSLOutput) -> Tensor:
+    """(G·B, N, D') patches of the Gram teacher, from crops of its own size if it has such, on the student's grid."""
+    if crops.gram_crops is None and gram_teacher is teacher.backbone:
+        return out.patches
+    seen = gram_teacher(crops.global_crops if crops.gram_crops is None else crops.gram_crops)
+    return seen.patches if seen.grid == out.grid else downsample_patches(seen.patches, seen.grid, out.grid)
 
 
 def balance(centering: Centering, parts: list[Tensor], teacher_temp: float) -> list[Tensor]:
@@ -173,73 +223,14 @@ def compute_losses(
         losses["ibot"] = ibot_loss(out.patch_logits, targets.ibot, crops.masks, cfg.ibot.student_temp)
     if "koleo" in now:  # per view: two views of an image must not be pushed apart
         losses["koleo"] = sum(koleo_loss(cls, cfg.koleo.group) for cls in out.cls.unflatten(0, views))
+    if targets.gram is not None:
+        losses["gram"] = gram_loss(out.patches, targets.gram)
     return losses
 
 
-# ----------------------------------------------------------------- what the loop is made of
-
-
-def build_schedules(cfg: TrainConfig, total_steps: int) -> dict[str, Callable[[int], float]]:
-    """step -> value for lr, weight_decay, ema_momentum, teacher_temp and the weight of every term in use."""
-    terms = {name: getattr(cfg.loss, name).weight for name in ("dino", "ibot", "koleo")}
-    constants = terms | {"dino_local": cfg.loss.dino.local_weight}
-    schedules = {}
-    for name in schedule_names():
-        item = getattr(cfg.schedule, name)
-        if item is not None:
-            factor = optim.lr_factor(cfg.optim.lr_scaling, cfg.batch_size) if name == "lr" else 1.0
-            schedules[name] = optim.make_schedule(total_steps, **vars(item), factor=factor)
-        elif constants[name] > 0 or name not in terms:
-            schedules[name] = lambda step, value=constants[name]: value
-    return schedules
-
-
-def build_student(cfg: TrainConfig, masked: bool, initial: Optional[nn.Module] = None) -> SSLModel:
-    """Backbone and heads as configured, with the weights of `initial`; a mask token where patches are hidden (`masked`)."""
-    options = {name: value for name, value in vars(cfg.model).items() if name != "arch" and value is not None}
-    options["in_channels"] = cfg.data.channels
-    if cfg.model.arch.startswith("timm:"):
-        backbone = build_backbone(cfg.model.arch, in_channels=cfg.data.channels)
-    else:
-        grid = {"image_size": cfg.crops.global_size}  # for which learned positions are made
-        if initial is not None:
-            grid = {name: initial.config[name] for name in ("image_size", "interpolation") if name in initial.config}
-        backbone = build_backbone(cfg.model.arch, **options, **grid, mask_token=masked)
-    model = build_ssl_model(backbone, cfg.loss, own_ibot_head=masked and cfg.loss.ibot.prototypes is not None)
-    if initial is not None:
-        notice(f"{cfg.init}: {start_from(model, initial, cfg.init)}")
-    return model
-
-
-def build_loader(
-    cfg: TrainConfig,
-    images: ImageData,
-    patch_size: int,
-    terms: Iterable[str],
-    start_step: int,
-    stop_step: int,
-    device: torch.device,
-) -> Iterable[Batch]:
-    """This rank's batches of the steps from start to stop."""
-    if len(images) < cfg.batch_size:
-        notice(
-            f"{cfg.data.train} has {len(images)} images, fewer than batch_size {cfg.batch_size}: they repeat after all were seen"
-        )
-    grid = tuple(side // patch_size for side in size_pair(cfg.crops.global_size))
-    masks = MaskSpec(grid, cfg.loss.ibot.mask_probability, cfg.loss.ibot.mask_ratio) if "ibot" in terms else None
-    return make_loader(
-        images,
-        multi_crop_from(cfg.crops, *channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)),
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        start_step=start_step,
-        stop_step=stop_step,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        workers=cfg.data.workers,
-        masks=masks,
-        device=device.type,
-    )
+def uses_all(student: SSLModel, terms: Iterable[str]) -> bool:
+    """Whether every parameter takes part in the loss of every step, which DDP has to know."""
+    return "dino" in terms and ("ibot" in terms or student.ibot_head is None)
 
 
 # ----------------------------------------------------------------- what comes out
@@ -260,8 +251,10 @@ def teacher_outputs(
     backbone, size = teacher.backbone, size_pair(cfg.crops.global_size)
     mean, std = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
     prepare = partial(EvalDataset, resize=max(size), size=size, mean=mean, std=std)
-    probed = cfg.probe.every > 0 and cfg.probe.knn
+    probed = cfg.probe.every > 0
     train, val = open_labelled(cfg.probe.train, cfg.probe.val, cfg.data.channels) if probed else (None, None)
+    annotated = partial(Annotated, kind="mask", size=size, multiple=backbone.patch_size, mean=mean, std=std)
+    masks = [annotated(data) for data in (train, val)] if probed and cfg.probe.patches and has_masks(train, val) else None
 
     def export(folder: Path) -> None:
         save_teacher(backbone, folder, Preprocessing(size, max(size), mean, std))
@@ -279,9 +272,19 @@ def teacher_outputs(
         )
 
     def probe() -> dict[str, float]:
-        return {"probe/knn": knn_probe(backbone, prepare(train), prepare(val), device)}
+        values = {"probe/knn": knn_probe(backbone, prepare(train), prepare(val), device)} if cfg.probe.knn else {}
+        if cfg.probe.patches:
+            values["probe/locality"] = mean_locality(backbone, prepare(val), device)
+        if masks:
+            values["probe/miou"] = patch_knn_segmentation(backbone, *masks, device)["miou"]
+        return values
 
-    return {"export": export, "report": report, "probe": probe if probed else None}
+    return {
+        "export": export,
+        "report": report,
+        "probe": probe if probed else None,
+        "locality": lambda of: mean_locality(of, prepare(images), device),
+    }
 
 
 if __name__ == "__main__":

@@ -17,12 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.stains import stain_jitter
+
 # Columns of the table.
 TRIES = 10
 AREA, ASPECT, TOP, LEFT, FLIP = slice(0, TRIES), slice(TRIES, 2 * TRIES), 20, 21, 22
 JITTER, FACTORS, ORDER = 23, slice(24, 28), slice(28, 32)
 GRAYSCALE, BLUR, SIGMA, SOLARIZE = 32, 33, 34, 35
-NUMBERS = 36
+FIRST_NUMBERS = 36  # drawn first; what was added later is drawn after them, so that old seeds keep their views
+TURN, STAINS = 36, slice(37, 43)
+NUMBERS = 43
 
 BLUR_RADIUS = 4  # pixels; kernel 9 as in DINOv2 and DINOv3
 HELD = 16  # decoded images held at a time while their crops are cut
@@ -43,7 +47,7 @@ class CropSpec:
 class AugmentPolicy:
     """Probabilities and strengths; the defaults are those of DINO v1 and iBOT (main_dino.py).
 
-    Saturation, hue and grayscale act on three channels only, the rest on any number.
+    Saturation, hue and grayscale act on three channels only, the stains demand three, the rest acts on any number.
     """
 
     flip: float = 0.5
@@ -56,6 +60,8 @@ class AugmentPolicy:
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)  # first global, further globals, locals
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     solarize: float = 0.2  # further globals only; inverts what is brighter than 0.5
+    turn: float = 0.0  # probability of a turn by 90, 180 or 270 degrees; 0.75 where there is no up
+    stain: float = 0.0  # strength of the jitter of histological stains: data/stains.py
 
 
 # The DINOv2 and DINOv3 code inverts the blur probability (dinov3 issue 286); their released
@@ -65,11 +71,22 @@ POLICIES = {
     "natural_released_v2": AugmentPolicy(blur=(0.0, 0.9, 0.5)),
     "crops_only": AugmentPolicy(jitter=0.0, grayscale=0.0, blur=(0.0, 0.0, 0.0), solarize=0.0),
 }
+# For other domains; the strengths are ours. Intensity carries meaning: no solarisation, less blur.
+_MEASURED = AugmentPolicy(
+    saturation=0.0, hue=0.0, grayscale=0.0, blur=(0.5, 0.1, 0.2), blur_sigma=(0.1, 1.0), solarize=0.0
+)
+POLICIES |= {
+    "grey-medical": replace(_MEASURED, brightness=0.2, contrast=0.2),  # X-ray, CT, MR; flip=0 where sides matter
+    "histology": replace(_MEASURED, brightness=0.2, contrast=0.2, turn=0.75, stain=0.2),
+    "aerial": replace(_MEASURED, saturation=0.2, hue=0.05, grayscale=0.1, turn=0.75),
+    "microscopy": replace(_MEASURED, turn=0.75),
+}
 
 
 def draw(generator: torch.Generator, crops: int) -> Tensor:
     """(crops, NUMBERS) float32 uniform in [0, 1): all the randomness of one image's views."""
-    return torch.rand(crops, NUMBERS, generator=generator)
+    shapes = ((crops, FIRST_NUMBERS), (crops, NUMBERS - FIRST_NUMBERS))
+    return torch.cat([torch.rand(shape, generator=generator) for shape in shapes], 1)
 
 
 def to_unit(image: Tensor) -> Tensor:
@@ -125,12 +142,13 @@ def crop_boxes(u: Tensor, height, width, spec: CropSpec) -> np.ndarray:
     return np.stack([top, left, h, w], 1).astype(np.int64)
 
 
-def resized_crop(image: Tensor, box: Sequence[int], size: tuple[int, int], flip: bool) -> Tensor:
+def resized_crop(image: Tensor, box: Sequence[int], size: tuple[int, int], flip: bool, turns: int = 0) -> Tensor:
     """The box (top, left, height, width) of a (C, H, W) image, resized to (C, h, w) as by `resize`,
-    mirrored left to right where `flip`."""
+    mirrored left to right where `flip`, then turned anticlockwise by so many times 90 degrees."""
     top, left, height, width = box
-    crop = resize(image[:, top : top + height, left : left + width], size)
-    return crop.flip(-1) if flip else crop
+    crop = resize(image[:, top : top + height, left : left + width], size[::-1] if turns % 2 else size)
+    crop = crop.flip(-1) if flip else crop
+    return crop.rot90(turns, (1, 2)) if turns else crop
 
 
 @torch.no_grad()
@@ -143,7 +161,7 @@ def photometric(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
-    """Colour jitter, grayscale, blur, solarisation, normalisation, in the order of main_dino.py.
+    """Stains, colour jitter, grayscale, blur, solarisation, normalisation, in the order of main_dino.py.
 
     Each operation equals torchvision's on a float image; there is no rounding to 8 bits between
     them. Rows that an operation does not select cost nothing.
@@ -158,13 +176,15 @@ def photometric(
         (n, C, h, w) float32, normalised.
 
     Raises:
-        ValueError: if mean or std fit neither one channel nor C.
+        ValueError: if mean or std fit neither one channel nor C, or stains are to be changed and C is not 3.
     """
     channels = crops.shape[1]
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
             raise ValueError(f"{name} has {len(values)} values for images of {channels} channels")
     x = crops.float().div_(255) if crops.dtype == torch.uint8 else crops.float().clone()
+    for rows in _chunks(torch.arange(len(x)) if policy.stain > 0 else torch.empty(0), x):
+        x[rows] = stain_jitter(x[rows], u[rows, STAINS], policy.stain)
     color_jitter(x, u, policy)
     if channels == 3:
         for rows in _chunks((u[:, GRAYSCALE] < policy.grayscale).nonzero()[:, 0], x):
@@ -272,7 +292,9 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 class MultiCrop:
     """G global and L local views of every image, crop-major (view 0 of all images, then view 1).
 
-    Rows of a table: the global crops, then the local ones. `local_spec` may be None.
+    Rows of a table: the global crops, then the local ones. `local_spec` may be None. `gram_size`
+    (height, width) asks for the global crops once more in that size, for a Gram teacher, and
+    `gram_distorted` for the same colours and blur on them.
     """
 
     def __init__(
@@ -282,52 +304,73 @@ class MultiCrop:
         policy: AugmentPolicy,
         mean: Sequence[float],
         std: Sequence[float],
+        gram_size: tuple[int, int] | None = None,
+        gram_distorted: bool = False,
     ):
+        if policy.stain > 0 and len(mean) not in (1, 3):
+            raise ValueError(f"stains (the policy histology) are those of three colours, not of {len(mean)} channels")
         self.specs = [s for s in (global_spec, local_spec) if s is not None and s.count > 0]
+        self.gram_spec = None if gram_size is None else replace(global_spec, size=tuple(gram_size))
+        self.gram_distorted = gram_distorted
         self.policy, self.mean, self.std = policy, tuple(mean), tuple(std)
         self.globals = global_spec.count
         self.locals = local_spec.count if local_spec is not None else 0
         self.crops = self.globals + self.locals
 
     def views(self, images: Iterable[Tensor], tables: Sequence[Tensor]) -> list[Tensor]:
-        """Geometry only: crops (G·B, C, H, W) and, where L > 0, (L·B, C, h, w), uint8 from uint8.
+        """Geometry only: crops (G·B, C, H, W) and, where L > 0, (L·B, C, h, w), uint8 from uint8;
+        last those for a Gram teacher, if there is one.
 
         Images (C, H, W) may differ in size; of an iterator, a few at a time are held in memory.
         """
         images = iter(images)
-        crops = [[] for _ in self.specs]  # of all images, one image after the other
+        specs = [*self.specs, *([] if self.gram_spec is None else [self.gram_spec])]
+        crops = [[] for _ in specs]  # of all images, one image after the other
         for table in torch.stack(list(tables)).split(HELD):
             held = list(islice(images, len(table)))
-            for k, u in enumerate(table.split([spec.count for spec in self.specs], 1)):
-                crops[k] += self._cut(held, u.flatten(0, 1), self.specs[k])
+            parts = list(table.split([spec.count for spec in self.specs], 1))
+            for cut, u, spec in zip(crops, [*parts, parts[0]], specs):
+                cut += self._cut(held, u.flatten(0, 1), spec)
         return [
             _stack([crop for view in range(spec.count) for crop in cut[view :: spec.count]])
-            for spec, cut in zip(self.specs, crops)
+            for spec, cut in zip(specs, crops)
         ]
 
     def _cut(self, images: list[Tensor], u: Tensor, spec: CropSpec) -> list[Tensor]:
         sizes = np.array([image.shape[-2:] for image in images]).repeat(spec.count, 0)
         boxes = crop_boxes(u, sizes[:, 0], sizes[:, 1], spec).tolist()
         flips = (u[:, FLIP] < self.policy.flip).tolist()
+        turns = [0] * len(u)
+        if self.policy.turn > 0:  # one number says whether and how far: below the probability it is uniform again
+            turns = torch.where(u[:, TURN] < self.policy.turn, 1 + 3 * u[:, TURN] / self.policy.turn, 0).int().tolist()
         return [
-            resized_crop(images[k // spec.count], box, spec.size, flip)
-            for k, (box, flip) in enumerate(zip(boxes, flips))
+            resized_crop(images[k // spec.count], box, spec.size, flip, turn)
+            for k, (box, flip, turn) in enumerate(zip(boxes, flips, turns))
         ]
 
-    def __call__(self, images: Iterable[Tensor], tables: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Normalised float32 (G·B, C, H, W) and (L·B, C, h, w); None in its place when L = 0."""
+    def __call__(
+        self, images: Iterable[Tensor], tables: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Normalised float32: global crops (G·B, C, H, W), local crops (L·B, C, h, w), and those of the
+        Gram teacher, in the order of the global ones; None where there are none."""
         views = self.views(images, tables)
         u = torch.stack(list(tables), 1)  # (crops, B, NUMBERS)
-        done = [self._photometric(views[0], u[: self.globals], first=True)]
-        if self.locals:
-            done.append(self._photometric(views[1], u[self.globals :], first=False))
-        return done[0], done[1] if self.locals else None
+        global_u, local_u = u[: self.globals], u[self.globals :]
+        gram_crops = None
+        if self.gram_spec is not None:
+            gram_crops = views.pop()
+            if self.gram_distorted:
+                gram_crops = self._photometric(gram_crops, global_u, first=True)
+            else:
+                gram_crops = normalize(to_unit(gram_crops), self.mean, self.std)
+        local_crops = self._photometric(views[1], local_u, first=False) if self.locals else None
+        return self._photometric(views[0], global_u, first=True), local_crops, gram_crops
 
     def examples(self, images: Sequence[Tensor], seed: int) -> list[list[Tensor]]:
         """The normalised views of each image, globals first: for pictures of what training sees."""
         generator = torch.Generator().manual_seed(seed)
         pairs = [self([image], [draw(generator, self.crops)]) for image in images]
-        return [[*global_crops, *(() if local_crops is None else local_crops)] for global_crops, local_crops in pairs]
+        return [[*crops, *(() if local_crops is None else local_crops)] for crops, local_crops, _ in pairs]
 
     def _photometric(self, crops: Tensor, u: Tensor, first: bool) -> Tensor:
         blur, solarize = torch.full(u.shape[:2], self.policy.blur[2]), torch.zeros(u.shape[:2])
@@ -349,10 +392,11 @@ def _stack(crops: list[Tensor]) -> Tensor:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def multi_crop_from(crops, mean: Sequence[float], std: Sequence[float]) -> MultiCrop:
+def multi_crop_from(crops, mean: Sequence[float], std: Sequence[float], sizes=None, gram=None) -> MultiCrop:
     """A MultiCrop from an object with the attributes of the configuration's section `crops`.
 
-    A policy's probabilities and strengths hold where the attribute of that name is None.
+    `sizes` has other global and local sizes; `gram` has a Gram teacher's `teacher_scale` and
+    `distortions`, and asks for crops of its own where they differ from the student's. A policy's probabilities and strengths hold where the attribute of that name is None.
 
     Raises:
         ValueError: for an unknown policy.
@@ -363,11 +407,16 @@ def multi_crop_from(crops, mean: Sequence[float], std: Sequence[float]) -> Multi
     given = {
         name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
     }
+    sizes = crops if sizes is None else sizes
     specs = [
-        CropSpec(_pair(crops.global_size), tuple(crops.global_scale), crops.global_count),
-        CropSpec(_pair(crops.local_size), tuple(crops.local_scale), crops.local_count),
+        CropSpec(_pair(sizes.global_size), tuple(crops.global_scale), crops.global_count),
+        CropSpec(_pair(sizes.local_size), tuple(crops.local_scale), crops.local_count),
     ]
-    return MultiCrop(*specs, replace(POLICIES[crops.policy], **given), mean, std)
+    gram_size = None
+    if gram is not None and (gram.teacher_scale != 1 or not gram.distortions):
+        gram_size = tuple(round(side * gram.teacher_scale) for side in specs[0].size)
+    distorted = gram is not None and gram.distortions
+    return MultiCrop(*specs, replace(POLICIES[crops.policy], **given), mean, std, gram_size, distorted)
 
 
 def channel_statistics(

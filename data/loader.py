@@ -7,6 +7,7 @@ resumes by naming a step.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.augment import MultiCrop, draw, normalize, resize, to_unit
-from data.datasets import ImageData, UnreadableImage
+from data.augment import MultiCrop, channel_statistics, draw, multi_crop_from, normalize, resize, to_unit
+from data.datasets import ImageData, UnreadableImage, open_data
 from data.masking import MaskSpec, draw_masks
+from data.mixture import Mixture
+from engine import distributed
 
-EPOCH_ORDER, VIEWS, MASKS = range(3)  # purposes of random numbers, so that none repeats another's
+EPOCH_ORDER, VIEWS, MASKS, SIZES = range(4)  # purposes of random numbers, so that none repeats another's
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Batch:
 
     global_crops: Tensor  # (G·b, C, H, W) float32, normalised
     local_crops: Tensor | None  # (L·b, C, h, w); None when L = 0
+    gram_crops: Tensor | None  # (G·b, C, H', W') global crops as the Gram teacher sees them; None = as they are
     masks: Tensor | None  # (G·b, N) bool, True = hidden from the student
     images: list[int]  # indices into the data
     bad: list[tuple[str, str]]  # (name, reason) of those that could not be read
@@ -61,12 +65,38 @@ class Batch:
         return replace(self, **tensors)
 
 
+@dataclass(frozen=True)
+class Views:
+    """What is made of an image: crops, and masks over the global ones or None. `share` of the steps."""
+
+    multi_crop: MultiCrop
+    masks: MaskSpec | None = None
+    share: float = 1.0
+
+
+def views_from(crops, mean: Sequence[float], std: Sequence[float], patch_size: int, ibot=None, gram=None) -> list[Views]:
+    """One `Views`, or those of `crops.mix`, from the configuration's section `crops`.
+
+    Args:
+        ibot: an object with `mask_probability` and `mask_ratio`, or None for no masks.
+        gram: see `multi_crop_from`.
+    """
+    views = []
+    for sizes in crops.mix or [crops]:
+        multi_crop = multi_crop_from(crops, mean, std, sizes, gram)
+        grid = tuple(side // patch_size for side in multi_crop.specs[0].size)
+        masks = None if ibot is None else MaskSpec(grid, ibot.mask_probability, ibot.mask_ratio)
+        views.append(Views(multi_crop, masks, getattr(sizes, "share", 1.0)))
+    return views
+
+
 class StepDataset(Dataset):
     """Item `step` is this rank's batch of that step: a contiguous block of the global batch.
 
     Args:
+        views: what is made of an image; of several, one is drawn for each step, the same on all ranks.
         batch_size: global, a multiple of world_size.
-        masks: None for no masks.
+        shift: position of step s in the stream less s · batch_size, where steps before had another batch.
 
     Raises:
         ValueError: if the batch cannot be shared evenly, or there is no image.
@@ -75,20 +105,20 @@ class StepDataset(Dataset):
     def __init__(
         self,
         data: ImageData,
-        multi_crop: MultiCrop,
+        views: Sequence[Views],
         *,
         batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        masks: MaskSpec | None = None,
+        shift: int = 0,
     ):
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch size {batch_size} is not a multiple of {world_size} ranks")
         if len(data) == 0:
             raise ValueError("the data set holds no images")
-        self.data, self.multi_crop, self.masks = data, multi_crop, masks
-        self.batch_size, self.seed = batch_size, seed
+        self.data, self.views = data, tuple(views)
+        self.batch_size, self.seed, self.shift = batch_size, seed, shift
         self.share = batch_size // world_size
         self.block = range(rank * self.share, (rank + 1) * self.share)
         self.order = (-1, np.empty(0))  # epoch and its permutation, the last one asked for
@@ -100,7 +130,9 @@ class StepDataset(Dataset):
 
     def indices(self, step: int) -> np.ndarray:
         """(batch_size,) image indices of the global batch."""
-        start = step * self.batch_size
+        if isinstance(self.data, Mixture):
+            return self.data.step_indices(step, self.batch_size, self.seed, self.shift)
+        start = step * self.batch_size + self.shift
         epochs, places = np.divmod(np.arange(start, start + self.batch_size), len(self.data))
         return np.concatenate(
             [self._epoch_order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
@@ -116,11 +148,20 @@ class StepDataset(Dataset):
     def __getitem__(self, step: int) -> Batch:
         images: list[int] = []
         bad: dict[str, str] = {}
+        views = self._views(step)
         readable = self._read(self.indices(step), images, bad)
-        tables = [self._table(step * self.batch_size + place) for place in self.block]
-        global_crops, local_crops = self.multi_crop(readable, tables)
-        masks = None if self.masks is None else self._draw_masks(step)
-        return Batch(global_crops, local_crops, masks, images, list(bad.items()))
+        first = step * self.batch_size + self.shift
+        tables = [self._table(first + place, views.multi_crop.crops) for place in self.block]
+        crops = views.multi_crop(readable, tables)
+        masks = None if views.masks is None else self._draw_masks(step, views)
+        return Batch(*crops, masks, images, list(bad.items()))
+
+    def _views(self, step: int) -> Views:
+        if len(self.views) == 1:
+            return self.views[0]
+        shares = np.array([views.share for views in self.views])
+        rng = np.random.default_rng([self.seed, SIZES, step])
+        return self.views[rng.choice(len(shares), p=shares / shares.sum())]
 
     def _read(self, indices: np.ndarray, images: list[int], bad: dict[str, str]) -> Iterator[Tensor]:
         """The images of this rank's block. An unreadable one gives its place to the next readable
@@ -147,17 +188,16 @@ class StepDataset(Dataset):
         except UnreadableImage as error:
             errors[index] = error
 
-    def _table(self, position: int) -> Tensor:
+    def _table(self, position: int, crops: int) -> Tensor:
         # torch seeds its CPU generator with 32 bits; hashing spreads neighbouring positions.
         hashed = np.random.SeedSequence([self.seed, VIEWS, position]).generate_state(1)
-        return draw(torch.Generator().manual_seed(int(hashed[0])), self.multi_crop.crops)
+        return draw(torch.Generator().manual_seed(int(hashed[0])), crops)
 
-    def _draw_masks(self, step: int) -> Tensor:
-        views = self.multi_crop.globals
-        rows = [view * self.batch_size + place for view in range(views) for place in self.block]
-        spec = self.masks
+    def _draw_masks(self, step: int, views: Views) -> Tensor:
+        count, spec = views.multi_crop.globals, views.masks
+        rows = [view * self.batch_size + place for view in range(count) for place in self.block]
         return draw_masks(
-            views * self.batch_size, spec.grid, spec.probability, spec.ratio, (self.seed, MASKS, step), rows, spec.fill
+            count * self.batch_size, spec.grid, spec.probability, spec.ratio, (self.seed, MASKS, step), rows, spec.fill
         )
 
 
@@ -170,16 +210,16 @@ def default_workers(device: str, ranks: int = 1) -> int:
 
 def make_loader(
     data: ImageData,
-    multi_crop: MultiCrop,
+    views: Sequence[Views],
     *,
     batch_size: int,
     seed: int,
     stop_step: int,
     start_step: int = 0,
+    shift: int = 0,
     rank: int = 0,
     world_size: int = 1,
     workers: int | None = 0,
-    masks: MaskSpec | None = None,
     device: str = "cpu",
 ) -> DataLoader:
     """One `Batch` per step from start_step to stop_step - 1; `.dataset` is the `StepDataset`.
@@ -191,7 +231,7 @@ def make_loader(
     """
     workers = default_workers(device, world_size) if workers is None else workers
     steps = StepDataset(
-        data, multi_crop, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, masks=masks
+        data, views, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, shift=shift
     )
     return DataLoader(
         steps,
@@ -201,6 +241,33 @@ def make_loader(
         persistent_workers=workers > 0,
         pin_memory=device == "cuda",
         generator=torch.Generator().manual_seed(0),
+    )
+
+
+def stage_loader(stage, first_step: int, patch_size: int, device: torch.device) -> DataLoader:
+    """This rank's batches of a stage (engine.stages) from `first_step` on, as its configuration says."""
+    cfg, terms = stage.cfg, stage.schedules
+    images = open_data(cfg.data.train, cfg.data.channels)
+    if len(images) < cfg.batch_size and distributed.is_main():
+        print(
+            f"{cfg.data.train} has {len(images)} images, fewer than batch_size {cfg.batch_size}: "
+            "they repeat after all were seen",
+            file=sys.stderr,
+        )
+    statistics = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
+    gram, ibot = cfg.loss.gram if "gram" in terms else None, cfg.loss.ibot if "ibot" in terms else None
+    return make_loader(
+        images,
+        views_from(cfg.crops, *statistics, patch_size, ibot, gram),
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        start_step=first_step,
+        stop_step=stage.stop,
+        shift=stage.shift,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        workers=cfg.data.workers,
+        device=device.type,
     )
 
 

@@ -12,10 +12,11 @@ from functools import reduce
 from typing import Any, Literal, Optional, Union
 
 from engine.settings import ConfigError, build, find_config, free, merge, parse_override, read_yaml, section, write_out
+from engine.stages import stage_configs
+from engine.validation import require, validate, validate_gram_teacher
 
 Span = Union[int, str]  # a number of steps, or a share of the run such as "10%"
 Size = Union[int, list[int]]  # pixels; a number, or [height, width]
-LENGTHS = ("total_steps", "epochs", "images")
 
 
 @dataclass
@@ -28,6 +29,15 @@ class DataConfig:
     workers: Optional[int] = free(None)  # loader processes a rank; null: by the number of cores; more while
     #   data_wait_fraction in metrics.jsonl is above 0.1; 0: none
     max_bad: Optional[int] = free(None)  # unreadable images before the run stops; null: more than 10 and more than 1 %
+
+
+@dataclass
+class SizeConfig:
+    """One of the pairs of `crops.mix`; pixels, as in `crops`."""
+
+    share: float = 1.0  # of the steps; the shares of all pairs are taken relative to their sum
+    global_size: Size = 224
+    local_size: Size = 96
 
 
 @dataclass
@@ -44,6 +54,7 @@ class CropsConfig:
     local_count: int = 8  # 0 = no local crops; each costs about a fifth of a global one
     policy: str = "natural"  # the colour policy's name in data/augment.py; the keys below change it
     flip: Optional[float] = None  # probability of a left-right flip; 0 where sides matter
+    turn: Optional[float] = None  # probability of a turn by 90, 180 or 270 degrees; 0.75 where there is no up
     jitter: Optional[float] = None  # probability of brightness, contrast, saturation, hue together
     brightness: Optional[float] = None  # factor from 1 - x to 1 + x; 0.4 in DINO; lower where intensity is a measurement
     contrast: Optional[float] = None  # as brightness
@@ -52,7 +63,10 @@ class CropsConfig:
     grayscale: Optional[float] = None  # probability, 0.2 in DINO; three channels only
     blur: Optional[list[float]] = None  # probabilities for global crop 1, the other global crops, local crops;
     #   1, 0.1, 0.5 in DINO; 0 for small images, where a blur removes the object
+    stain: Optional[float] = None  # strength of the stain jitter; three channels only; 0.2 in the policy histology
     solarize: Optional[float] = None  # probability, on the second global crop; 0.2 in DINO
+    mix: Optional[list[SizeConfig]] = None  # pairs of sizes, one drawn for each step, in place of global_size and
+    #   local_size; for a last stage at high resolution (DINOv3)
 
 
 @dataclass
@@ -115,10 +129,26 @@ class KoleoConfig:
 
 
 @dataclass
+class GramConfig:
+    """Patch similarities stay those of an earlier teacher (DINOv3, section 4). Steps count from the stage's first."""
+
+    weight: float = 0.0  # 2 in DINOv3's refinement, 1.5 at high resolution; schedule.gram can raise it slowly
+    teacher: str = "ema"  # ema: the teacher itself; init: as it was when the stage began, or the weights of `init`;
+    #   auto: of this run's snapshots the one with the best patches, measured without labels; "@STEP": this run's snapshot
+    #   of that step; else RUN@STEP or any MODEL
+    start: Span = 0  # when the term begins, and when `auto` chooses
+    refresh: Optional[int] = None  # steps between copies of the EMA teacher into the Gram teacher; 10,000 in DINOv3
+    max_refreshes: Optional[int] = None  # null: no limit; 3 in DINOv3
+    teacher_scale: float = 1.0  # size of the Gram teacher's crops over the student's; 2 and 1.5 in DINOv3, costs its square
+    distortions: bool = True  # whether its crops have the student's colours and blur; False in DINOv3
+
+
+@dataclass
 class LossConfig:
     dino: DinoConfig = section(DinoConfig)
     ibot: IbotConfig = section(IbotConfig)
     koleo: KoleoConfig = section(KoleoConfig)
+    gram: GramConfig = section(GramConfig)
 
 
 @dataclass
@@ -166,10 +196,11 @@ class ScheduleConfig:
     teacher_temp: Schedule = schedule(
         start=0.04, peak=0.07, warmup="30%", shape="constant"
     )  # lower if training collapses
-    dino: Optional[Schedule] = None  # these four replace the constant weights of `loss`
+    dino: Optional[Schedule] = None  # these five replace the constant weights of `loss`
     dino_local: Optional[Schedule] = None  # DINOv3's Gram stage: 1 to 0.5
     ibot: Optional[Schedule] = None  # as dino
     koleo: Optional[Schedule] = None  # as dino
+    gram: Optional[Schedule] = None  # as dino; 0 to 2 in 1,000 steps in DINOv3
 
 
 @dataclass
@@ -180,6 +211,7 @@ class ProbeConfig:
     train: Optional[str] = free(None)  # DATA specs with labels
     val: Optional[str] = free(None)
     knn: bool = free(True)  # weighted k-NN, k = 20
+    patches: bool = free(False)  # locality of the patch similarities, and where there are masks k-NN segmentation (mIoU)
 
 
 @dataclass
@@ -212,171 +244,23 @@ class TrainConfig:
     schedule: ScheduleConfig = section(ScheduleConfig)
     probe: ProbeConfig = section(ProbeConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
+    stages: Optional[dict[str, Any]] = free(None)  # compared by engine.settings.changed_stages:
+    #   name: {steps: N, any override}, in order; see engine/stages.py
 
     def __post_init__(self):
         validate(self)
 
 
-# ----------------------------------------------------------------- what may not be combined
+# ----------------------------------------------------------------- what follows from the keys
 
 
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise ConfigError(sentence)
-
-
-def validate(cfg: TrainConfig) -> None:
-    """Refuse impossible values before any work is done; one sentence each."""
-    for name in ("batch_size", "log_every"):
-        _require(getattr(cfg, name) >= 1, f"{name} is {getattr(cfg, name)}; it must be at least 1")
-    for name in (*LENGTHS, "micro_batch_size"):
-        value = getattr(cfg, name)
-        _require(value is None or value > 0, f"{name} is {value}; it must be more than 0")
-    given = [name for name in LENGTHS if getattr(cfg, name) is not None]
-    _require(len(given) <= 1, f"{' and '.join(given)} say the same length; give one of them")
-    _validate_crops(cfg)
-    _validate_model(cfg.model)
-    _validate_losses(cfg)
-    _validate_optim(cfg)
-    for name in ("every", "keep", "snapshot"):
-        _require(getattr(cfg.checkpoint, name) >= (0 if name == "snapshot" else 1), f"checkpoint.{name} is too small")
-    probe = cfg.probe
-    _require(probe.every >= 0, f"probe.every is {probe.every}; it must be 0 (off) or a number of steps")
-    _require(
-        probe.every == 0 or bool(probe.train and probe.val),
-        "probe.every is set; probe.train and probe.val must be DATA specs with labels",
-    )
-
-
-def _validate_crops(cfg: TrainConfig) -> None:
-    crops = cfg.crops
-    for kind in ("global", "local"):
-        low, high = _pair(getattr(crops, f"{kind}_scale"), f"crops.{kind}_scale")
-        _require(0 < low <= high <= 1, f"crops.{kind}_scale is [{low}, {high}]; it must be [low, high] within (0, 1]")
-        size = getattr(crops, f"{kind}_size")
-        if kind == "global" or crops.local_count:
-            _require(
-                min(size_pair(size)) >= cfg.model.patch_size,
-                f"crops.{kind}_size {size} is smaller than model.patch_size {cfg.model.patch_size}",
-            )
-    _require(crops.global_count >= 1, f"crops.global_count is {crops.global_count}; it must be at least 1")
-    _require(crops.local_count >= 0, f"crops.local_count is {crops.local_count}; it must be 0 or more")
-    _require(
-        crops.global_count + crops.local_count >= 2 or cfg.loss.dino.weight == 0,
-        "the DINO loss compares different crops of an image; crops.global_count + crops.local_count must be at least 2",
-    )
-    for name in ("flip", "jitter", "grayscale", "solarize"):
-        value = getattr(crops, name)
-        _require(value is None or 0 <= value <= 1, f"crops.{name} is {value}; a probability lies in [0, 1]")
-    for name, limit in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
-        value = getattr(crops, name)
-        _require(value is None or 0 <= value <= limit, f"crops.{name} is {value}; it must lie in [0, {limit}]")
-    if crops.blur is not None:
-        _require(
-            len(crops.blur) == 3 and all(0 <= p <= 1 for p in crops.blur),
-            f"crops.blur is {crops.blur}; it must be three probabilities: global crop 1, other global crops, local crops",
-        )
-    data = cfg.data
-    _require(data.channels >= 1, f"data.channels is {data.channels}; it must be at least 1")
-    _require(data.workers is None or data.workers >= 0, f"data.workers is {data.workers}; it must be 0 or more")
-    for name in ("mean", "std"):
-        value = getattr(data, name)
-        _require(
-            value is None or len(value) == data.channels, f"data.{name} needs {data.channels} values, one a channel"
-        )
-    _require(data.std is None or min(data.std) > 0, "data.std must be positive")
-
-
-def _pair(value: list, name: str) -> tuple:
-    _require(len(value) == 2, f"{name} is {value}; it must have two values")
-    return tuple(value)
-
-
-def _validate_model(model: ModelConfig) -> None:
-    _require(model.patch_size >= 1, f"model.patch_size is {model.patch_size}; it must be at least 1")
-    _require(model.registers >= 0, f"model.registers is {model.registers}; it must be 0 or more")
-    _require(0 <= model.drop_path < 1, f"model.drop_path is {model.drop_path}; it must lie in [0, 1)")
-    for name in ("embed_dim", "depth", "num_heads", "ffn_ratio"):
-        value = getattr(model, name)
-        _require(value is None or value > 0, f"model.{name} is {value}; it must be more than 0")
-
-
-def _validate_losses(cfg: TrainConfig) -> None:
-    loss = cfg.loss
-    _require(
-        loss.dino.weight > 0 or loss.ibot.weight > 0,
-        "loss.dino.weight and loss.ibot.weight are both 0: nothing to learn from",
-    )
-    for name in ("dino", "ibot", "koleo"):
-        _require(getattr(loss, name).weight >= 0, f"loss.{name}.weight is negative")
-    for name in ("dino", "ibot"):
-        head = getattr(loss, name)
-        for key in ("prototypes", "hidden", "bottleneck", "layers"):
-            value = getattr(head, key)
-            _require(value is None or value >= 1, f"loss.{name}.{key} is {value}; it must be at least 1")
-        _require(head.student_temp > 0, f"loss.{name}.student_temp is {head.student_temp}; it must be more than 0")
-    low, high = _pair(loss.ibot.mask_ratio, "loss.ibot.mask_ratio")
-    _require(0 <= low <= high < 1, f"loss.ibot.mask_ratio is [{low}, {high}]; it must be [low, high] within [0, 1)")
-    _require(
-        0 <= loss.ibot.mask_probability <= 1,
-        f"loss.ibot.mask_probability is {loss.ibot.mask_probability}; it lies in [0, 1]",
-    )
-    _require(
-        loss.koleo.group >= 2, f"loss.koleo.group is {loss.koleo.group}; a nearest neighbour needs at least 2 images"
-    )
-
-
-def _validate_optim(cfg: TrainConfig) -> None:
-    optim = cfg.optim
-    _require(
-        optim.clip_grad is None or optim.clip_grad > 0,
-        f"optim.clip_grad is {optim.clip_grad}; it must be more than 0, or null",
-    )
-    _require(0 < optim.layer_decay <= 1, f"optim.layer_decay is {optim.layer_decay}; it must lie in (0, 1]")
-    _require(
-        all(0 <= beta < 1 for beta in _pair(optim.betas, "optim.betas")),
-        f"optim.betas are {optim.betas}; each must lie in [0, 1)",
-    )
-    spans = {"optim.freeze_last_layer": optim.freeze_last_layer}
-    for name in schedule_names():
-        item = getattr(cfg.schedule, name)
-        if item is not None:
-            spans |= {f"schedule.{name}.warmup": item.warmup, f"schedule.{name}.decay": item.decay}
-            constant = item.shape != "constant" or item.end in (None, item.peak)
-            _require(
-                constant,
-                f"schedule.{name} is constant after its warm-up, but its end {item.end} is not its peak {item.peak}",
-            )
-    for name, span in spans.items():
-        _require(
-            span is None or span_is_valid(span), f"{name} is {span}; a span is a number of steps or a share such as 10%"
-        )
-    temp = cfg.schedule.teacher_temp
-    _require(
-        min(temp.peak, temp.peak if temp.start is None else temp.start) > 0, "schedule.teacher_temp must be more than 0"
-    )
-
-
-def schedule_names() -> list[str]:
-    return [item.name for item in dataclasses.fields(ScheduleConfig)]
-
-
-def size_pair(size: Size) -> tuple[int, int]:
-    """(height, width) in pixels."""
-    return (size, size) if isinstance(size, int) else _pair(size, "a size")
-
-
-def span_is_valid(span: Span) -> bool:
-    if isinstance(span, int):
-        return span >= 0
-    return bool(re.fullmatch(r"\d+(\.\d+)?%", span))
-
-
-def length_in_steps(cfg: TrainConfig, images: int) -> int:
-    """total_steps, epochs or images as optimiser steps, at least 1."""
+def length_in_steps(cfg: TrainConfig, images: int) -> Optional[int]:
+    """total_steps, epochs or images as optimiser steps, at least 1; None where only the stages say how long."""
     if cfg.total_steps is not None:
         return cfg.total_steps
     if cfg.epochs is None and cfg.images is None:
+        if cfg.stages:
+            return None
         raise ConfigError("how long? give total_steps, epochs or images")
     wanted = cfg.images if cfg.images is not None else cfg.epochs * images
     return max(1, round(wanted / cfg.batch_size))
@@ -396,10 +280,10 @@ def with_statistics(cfg: TrainConfig, preprocessing: Any) -> TrainConfig:
 
 def micro_batch_size(cfg: TrainConfig, ranks: int, grouped: bool) -> int:
     """Images that go through a rank's student at once; `grouped`: whether KoLeo groups must fit into them."""
-    _require(cfg.batch_size % ranks == 0, f"batch_size {cfg.batch_size} is not a multiple of the {ranks} processes")
+    require(cfg.batch_size % ranks == 0, f"batch_size {cfg.batch_size} is not a multiple of the {ranks} processes")
     local, group = cfg.batch_size // ranks, cfg.loss.koleo.group
     micro = min(cfg.micro_batch_size or local, local)
-    _require(
+    require(
         not grouped or (micro % group == 0 and local % micro % group == 0),
         f"loss.koleo.group {group} does not divide the {micro} images that go through a rank's student at once (of {local}); "
         "change batch_size, micro_batch_size or loss.koleo.group",
@@ -418,4 +302,7 @@ def load_config(config: Optional[str], overrides: list[str]) -> TrainConfig:
     """
     layers = read_yaml(find_config(config)) if config else []
     layers += [parse_override(argument) for argument in overrides]
-    return build(TrainConfig, reduce(merge, (write_out(TrainConfig, layer) for layer in layers), {}))
+    cfg = build(TrainConfig, reduce(merge, (write_out(TrainConfig, layer) for layer in layers), {}))
+    for number, (_, _, stage) in enumerate(stage_configs(cfg)):
+        validate_gram_teacher(stage, bool(number or cfg.init or stage.init), number > 0)
+    return cfg

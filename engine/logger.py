@@ -21,9 +21,10 @@ def notice(text: str) -> None:
 class Logger:
     """One JSON object per logging interval in RUN/metrics.jsonl; a bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, run: Path, total_steps: int, start_step: int, batch_size: int):
+    def __init__(self, run: Path, total_steps: int, start_step: int):
         self.path = run / "metrics.jsonl"
-        self.total_steps, self.batch_size = total_steps, batch_size
+        self.total_steps = total_steps
+        self.enter(None, 0, 0)
         self.last_step, self.last_time, self.waited = start_step, time.perf_counter(), 0.0
         self.began, self.began_step, self.said = self.last_time, start_step, float("-inf")
         self.bar = tqdm(
@@ -34,6 +35,10 @@ class Logger:
         )
         if distributed.is_main():
             truncate_metrics(self.path, start_step)
+
+    def enter(self, stage: Optional[str], batch_size: int, shift: int) -> None:
+        """From here on, `step` updates have seen step * batch_size + shift images."""
+        self.stage, self.batch_size, self.shift = stage, batch_size, shift
 
     def speed(self, step: int) -> dict:
         """Images per second, waiting and memory since the clock was started."""
@@ -47,7 +52,7 @@ class Logger:
         }
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        record = {"step": step, "images_seen": step * self.batch_size, "stage": None} | values
+        record = {"step": step, "images_seen": step * self.batch_size + self.shift, "stage": self.stage} | values
         if distributed.is_main():
             with self.path.open("a") as file:
                 file.write(json.dumps({name: _rounded(value) for name, value in record.items()}) + "\n")

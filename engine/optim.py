@@ -1,7 +1,7 @@
 """Schedules as functions of the step, parameter groups, gradient clipping, the optimiser's step."""
 
 import math
-from typing import Callable, Iterable, Optional, Union
+from typing import Any, Callable, Iterable, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,21 @@ def lr_factor(scaling: str, batch_size: int) -> float:
     }[scaling]
 
 
+def build_schedules(cfg: Any, total_steps: int) -> dict[str, Callable[[int], float]]:
+    """step -> value for lr, weight_decay, ema_momentum, teacher_temp and the weight of every term in use, from the sections
+    `schedule` and `loss` of a configuration."""
+    terms = {name: getattr(cfg.loss, name).weight for name in ("dino", "ibot", "koleo", "gram")}
+    constants = terms | {"dino_local": cfg.loss.dino.local_weight}
+    schedules = {}
+    for name, item in vars(cfg.schedule).items():
+        if item is not None:
+            factor = lr_factor(cfg.optim.lr_scaling, cfg.batch_size) if name == "lr" else 1.0
+            schedules[name] = make_schedule(total_steps, **vars(item), factor=factor)
+        elif constants[name] > 0 or name not in terms:
+            schedules[name] = lambda step, value=constants[name]: value
+    return schedules
+
+
 # ----------------------------------------------------------------- parameter groups
 
 
@@ -121,6 +136,12 @@ def make_optimizer(groups: list[dict], betas: Iterable[float]) -> torch.optim.Ad
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
     return optimizer
+
+
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Moments and step counts as at the start."""
+    for moments in optimizer.state.values():
+        torch._foreach_zero_(list(moments.values()))
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

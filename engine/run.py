@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Optional
 
+from torch import nn
+
 from engine import checkpoint, distributed
 from engine.cli import RunFailed
 from engine.figures import draw_curves
@@ -25,6 +27,8 @@ LEFT_BY_A_RUN = (
     "curves.png",
     "report.png",
     "bad_images.txt",
+    "gram_choice.json",
+    "gram_choice.png",
 )
 
 
@@ -40,10 +44,13 @@ class Cadence:
 
 
 class Run:
-    """One output folder over one length. `start_step` is 0 or where the newest checkpoint stands."""
+    """One output folder over one length. `start_step` is 0 or where the newest checkpoint stands.
 
-    def __init__(self, folder: Path, total_steps: int, batch_size: int, cadence: Cadence):
-        self.folder, self.total_steps, self.batch_size, self.cadence = folder, total_steps, batch_size, cadence
+    At the end of each of several stages, everything is saved and the teacher is kept for good.
+    """
+
+    def __init__(self, folder: Path, stage_ends: list[int], cadence: Cadence):
+        self.folder, self.stage_ends, self.total_steps, self.cadence = folder, stage_ends, stage_ends[-1], cadence
         self.start_step = 0
 
     def open(self, config: str, check: Callable[[Path], None], overwrite: bool) -> bool:
@@ -83,8 +90,9 @@ class Run:
         export: Callable[[Path], None],
         report: Callable[[Path], None],
         probe: Optional[Callable[[], dict[str, float]]],
+        locality: Callable[[nn.Module], float],
     ) -> None:
-        """Loads the checkpoint, if there is one, into `state`, and probes at step 0.
+        """Loads the checkpoint, if there is one, into `state`.
 
         Args:
             state: live tensors of the training state (engine.checkpoint.training_state).
@@ -92,37 +100,53 @@ class Run:
             export: writes the teacher's weights into a folder.
             report: draws the teacher's features into a PNG.
             probe: measures the teacher, on all ranks together.
+            locality: measures the patches of any backbone without labels.
         """
-        self.state, self.export, self.report, self.probe = state, export, report, probe
-        if self.start_step:
-            checkpoint.load_checkpoint(self.folder, self.start_step, state)
-        self.logger = Logger(self.folder, self.total_steps, self.start_step, self.batch_size)
+        self.state, self.export, self.report, self.probe, self.locality = state, export, report, probe, locality
+        self.restore(state)
+        self.logger = Logger(self.folder, self.total_steps, self.start_step)
         self.bad_images = bad_images
         self.best = max(
             (r["probe/knn"] for r in read_metrics(self.folder / "metrics.jsonl") if "probe/knn" in r), default=-math.inf
         )
-        if self.start_step == 0 and self._due(0, self.cadence.probe):
-            self._log(0, {})
 
-    def steps(self, loader: Iterable) -> Iterator[tuple[int, Any]]:
-        """(step, batch), with the wait for data timed and unreadable images counted."""
-        self.logger.restart_clock(self.start_step)
+    def enter(self, stage: Any) -> int:
+        """Begins a stage (engine.stages) or goes on within it; probes at step 0. Returns the step to go on from."""
+        step = max(self.start_step, stage.first)
+        self.logger.enter(stage.name, stage.cfg.batch_size, stage.shift)
+        if step == 0 and self._due(0, self.cadence.probe):
+            self._log(0, {})
+        if stage.name:
+            notice(f"stage {stage.name}: steps {stage.first} to {stage.stop}")
+        return step
+
+    def steps(self, loader: Iterable, first: int) -> Iterator[tuple[int, Any]]:
+        """(step, batch) from `first` on, with the wait for data timed and unreadable images counted."""
+        self.logger.restart_clock(first)
         waiting_since = time.perf_counter()
-        for step, batch in enumerate(loader, self.start_step):
+        for step, batch in enumerate(loader, first):
             self.logger.waited += time.perf_counter() - waiting_since
             self.bad_images.add(batch.bad)
             yield step, batch
             waiting_since = time.perf_counter()
-        self.logger.close()
 
     def step_done(self, step: int, metrics: Callable[[], dict]) -> None:
         """Logs, probes and saves where due. `step` counts the updates done; `metrics` is only called to be logged."""
-        last = step == self.total_steps
+        last = step in self.stage_ends
         if last or self._due(step, self.cadence.log) or self._due(step, self.cadence.probe):
             self._log(step, metrics())
         if last or self._due(step, self.cadence.every):
             self._save(step)
             self.logger.restart_clock(step)
+        elif self._due(step, self.cadence.snapshot):
+            self._on_main(lambda: self._save_snapshot(step))
+        if step == self.total_steps:
+            self.logger.close()
+
+    def restore(self, state: dict) -> None:
+        """Fills live tensors with what the checkpoint holds under the same names, where the run goes on from one."""
+        if self.start_step:
+            checkpoint.load_checkpoint(self.folder, self.start_step, state)
 
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and step % every == 0
@@ -135,7 +159,7 @@ class Run:
                 f"not finite at step {step}: {culprits}; the last checkpoint is untouched; lower schedule.lr.peak, or set precision=fp32"
             )
         values |= self.logger.speed(step)
-        if self.probe and (self._due(step, self.cadence.probe) or step == self.total_steps):
+        if self.probe and (self._due(step, self.cadence.probe) or step in self.stage_ends):
             values |= self.probe()
         self.logger.log(step, values)
         if values.get("probe/knn", -math.inf) > self.best:
@@ -150,10 +174,13 @@ class Run:
 
     def _save_teacher(self, step: int) -> None:
         checkpoint.save_folder(self.folder / "teacher", self.export)
-        if self._due(step, self.cadence.snapshot):
-            checkpoint.save_folder(self.folder / "snapshots" / str(step), self.export)
+        if self._due(step, self.cadence.snapshot) or (step in self.stage_ends and len(self.stage_ends) > 1):
+            self._save_snapshot(step)
         draw_curves(self.folder / "curves.png", {self.folder.name: read_metrics(self.folder / "metrics.jsonl")})
         self.report(self.folder / "report.png")
+
+    def _save_snapshot(self, step: int) -> None:
+        checkpoint.save_folder(self.folder / "snapshots" / str(step), self.export)
 
     def _on_main(self, work: Callable[[], None]) -> None:
         if distributed.is_main():

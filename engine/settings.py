@@ -73,14 +73,14 @@ def parse_override(argument: str) -> dict:
     return value
 
 
-ONE_OF = ("total_steps", "epochs", "images")  # three words for one thing: a layer that gives one replaces the others
+ONE_OF = ("total_steps", "epochs", "images")  # three words for one thing: a layer that gives one, or stages, replaces them
 
 
 def merge(below: Any, above: Any) -> Any:
     """Deep merge of mappings, `above` wins."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    if any(above.get(name) is not None for name in ONE_OF):
+    if any(above.get(name) is not None for name in (*ONE_OF, "stages")):
         below = {key: value for key, value in below.items() if key not in ONE_OF}
     return below | {key: merge(below[key], value) if key in below else value for key, value in above.items()}
 
@@ -160,12 +160,16 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         if value not in options:
             raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(str, options))}")
         return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} is {value!r}; it must hold names and their keys")
+        return value
     if origin is list:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{name} is {value!r}; it must be a list such as [0.1, 0.5]")
         return [convert(item, options[0], name) for item in value]
     if dataclasses.is_dataclass(hint):
-        raise ConfigError(f"{name} is a section, not the value {value!r}")
+        return build(hint, value, name, root=hint)
     return _convert_scalar(value, hint, name)
 
 
@@ -203,7 +207,13 @@ def _convert_scalar(value: Any, hint: type, name: str) -> Any:
 
 def to_dict(cfg: Any) -> dict:
     """Nested plain values, in the order of declaration."""
-    return {name: to_dict(value) if dataclasses.is_dataclass(value) else value for name, value in vars(cfg).items()}
+    return {name: _plain(value) for name, value in vars(cfg).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return to_dict(value) if dataclasses.is_dataclass(value) else value
 
 
 def to_yaml(cfg: Any, header: str = "") -> str:
@@ -211,15 +221,15 @@ def to_yaml(cfg: Any, header: str = "") -> str:
     return comment + yaml.safe_dump(to_dict(cfg), sort_keys=False, default_flow_style=None, width=110)
 
 
-def changed_keys(old: Any, new: Any, path: str = "") -> list[str]:
-    """Keys that belong to the result and differ, with both values."""
+def changed_keys(old: Any, new: Any, path: str = "", all_fields: bool = False) -> list[str]:
+    """Keys that belong to the result (or all) and differ, with both values."""
     changes = []
     for item in dataclasses.fields(new):
         full = f"{path}.{item.name}" if path else item.name
         before, after = getattr(old, item.name), getattr(new, item.name)
         if dataclasses.is_dataclass(after) and dataclasses.is_dataclass(before):
-            changes += changed_keys(before, after, full)
-        elif before != after and not item.metadata.get("free"):
+            changes += changed_keys(before, after, full, all_fields)
+        elif before != after and (all_fields or not item.metadata.get("free")):
             changes.append(f"{full} ({before} -> {after})")
     return changes
 
@@ -227,11 +237,28 @@ def changed_keys(old: Any, new: Any, path: str = "") -> list[str]:
 def refuse_changes(cfg: Any, saved: Path) -> None:
     """Raises ConfigError if `cfg` would change the result of the run whose configuration stands in `saved`."""
     old = build(type(cfg), reduce(merge, (write_out(type(cfg), layer) for layer in read_yaml(saved)), {}))
-    changes = changed_keys(old, cfg)
+    changes = changed_keys(old, cfg) + changed_stages(old.stages, cfg.stages)
+    if cfg.stages and old.total_steps != cfg.total_steps:
+        changes.append(f"total_steps ({old.total_steps} -> {cfg.total_steps}; a run with stages grows by its last stage)")
     if changes:
         raise ConfigError(
             f"{saved.parent} was begun with other settings: {', '.join(changes)}; give the old ones, another output_dir, or overwrite=true"
         )
+
+
+def changed_stages(old: Optional[dict], new: Optional[dict]) -> list[str]:
+    """What may not change in a run that has begun: anything but a longer last stage, or further ones."""
+    if old is None or new is None:
+        return [] if old == new else ["stages (there were none)" if old is None else "stages (left out)"]
+    changes = [f"stages.{name} (left out or moved)" for name, then in zip(old, [*new, *[None] * len(old)]) if name != then]
+    for number, name in enumerate(old, 1):
+        before, after = dict(old[name]), dict(new.get(name, old[name]))
+        steps = before.pop("steps", None), after.pop("steps", None)
+        if before != after:
+            changes.append(f"stages.{name} ({before} -> {after})")
+        elif steps[0] != steps[1] and (number < len(old) or steps[1] < steps[0]):
+            changes.append(f"stages.{name}.steps ({steps[0]} -> {steps[1]}; only the last stage may grow)")
+    return changes
 
 
 def provenance() -> str:

@@ -21,6 +21,7 @@ class SSLOutput:
 
     cls: Tensor  # (G·B, D) after the final norm, global crops
     patches: Tensor  # (G·B, N, D)
+    grid: tuple[int, int]  # (h, w) of the patches, h·w = N
     global_logits: Tensor  # (G·B, K)
     local_logits: Optional[Tensor] = None  # (L·B, K)
     patch_logits: Optional[Tensor] = None  # (M, K')
@@ -70,7 +71,7 @@ class SSLModel(nn.Module):
         if masks is not None and self.ibot_head is None:
             patch_logits = logits.pop()
         local_logits = logits[1] if local_crops is not None else None
-        return SSLOutput(seen.cls, seen.patches, logits[0], local_logits, patch_logits)
+        return SSLOutput(seen.cls, seen.patches, seen.grid, logits[0], local_logits, patch_logits)
 
 
 @torch.no_grad()

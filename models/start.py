@@ -1,12 +1,15 @@
 """Training from weights that exist: `init: MODEL` fills backbone and, where a run of ours brings them, heads."""
 
+import sys
 from pathlib import Path
+from typing import Any, Optional
 
 from torch import nn
 
 from models.pretrained import load_backbone, load_heads
 from models.reading import load_tensors
-from models.ssl_model import SSLModel
+from models.ssl_model import SSLModel, build_ssl_model
+from models.vit import build_backbone
 
 # Settings of a VisionTransformer that change no function of the weights: training only, or taken over from the weights.
 FREE = {"drop_path", "drop_path_shape", "mask_token", "image_size", "interpolation", "rope_shift", "rope_jitter", "rope_rescale", "fit"}
@@ -18,11 +21,31 @@ def load_initial(spec: str | Path, channels: int) -> nn.Module:
     return load_backbone(f"{spec}{joint}channels={channels}")
 
 
-def start_from(model: SSLModel, initial: nn.Module, spec: str | Path) -> str:
-    """Copies the weights of `initial` into `model`, and the heads beside them where their shapes fit.
+def build_student(cfg: Any, masked: bool, initial: Optional[nn.Module] = None) -> SSLModel:
+    """Backbone and heads as a training configuration says, with the weights of `initial`.
 
-    Returns:
-        What became of the heads, in words.
+    Args:
+        cfg: with the sections `model`, `loss`, `data.channels` and `crops.global_size`, and the spec `init`.
+        masked: whether patches are hidden in any step, for which there is a mask token.
+    """
+    options = {name: value for name, value in vars(cfg.model).items() if name != "arch" and value is not None}
+    options["in_channels"] = cfg.data.channels
+    if cfg.model.arch.startswith("timm:"):
+        backbone = build_backbone(cfg.model.arch, in_channels=cfg.data.channels)
+    else:
+        grid = {"image_size": cfg.crops.global_size}  # for which learned positions are made
+        if initial is not None:
+            grid = {name: initial.config[name] for name in ("image_size", "interpolation") if name in initial.config}
+        backbone = build_backbone(cfg.model.arch, **options, **grid, mask_token=masked)
+    model = build_ssl_model(backbone, cfg.loss, own_ibot_head=masked and cfg.loss.ibot.prototypes is not None)
+    if initial is not None:
+        start_from(model, initial, cfg.init)
+    return model
+
+
+def start_from(model: SSLModel, initial: nn.Module, spec: str | Path) -> None:
+    """Copies the weights of `initial` into `model`, and the heads beside them where their shapes fit; says so on standard
+    error.
 
     Raises:
         ValueError: if the two backbones are not the same function of their weights, with the settings that differ.
@@ -46,6 +69,5 @@ def start_from(model: SSLModel, initial: nn.Module, spec: str | Path) -> str:
     wanted = [name for name in state if not name.startswith("backbone.")]
     fitting = {name: heads[name] for name in wanted if name in heads and heads[name].shape == state[name].shape}
     model.load_state_dict(fitting, strict=False)
-    if not heads:
-        return "the heads start at random: these weights bring none"
-    return f"{len(fitting)} of {len(wanted)} head tensors come along" + ("" if len(fitting) == len(wanted) else "; the others start at random")
+    said = f"{len(fitting)} of {len(wanted)} head tensors come along" + "; the others start at random" * (len(fitting) < len(wanted))
+    print(f"{spec}: {said if heads else 'the heads start at random: these weights bring none'}", file=sys.stderr)

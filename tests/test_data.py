@@ -12,9 +12,11 @@ from torchvision.transforms import v2
 
 from data import augment
 from data.augment import POLICIES, CropSpec, MultiCrop, draw
-from data.datasets import TorchvisionImages, UnreadableImage, match_classes, open_data, read_image
-from data.loader import EvalDataset, make_loader
+from data.datasets import UnreadableImage, match_classes, open_data
+from data.loader import Views, EvalDataset, make_loader
 from data.masking import MaskSpec
+from data.pictures import read_image
+from data.published import TorchvisionImages
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -57,8 +59,9 @@ def multi_crop(channels=3, local_count=3) -> MultiCrop:
 
 
 def loader_of(data, batch_size=4, steps=3, **options):
-    options = {"seed": 3, "stop_step": steps, "masks": MaskSpec((4, 6))} | options
-    return make_loader(data, multi_crop(), batch_size=batch_size, **options)
+    options = {"seed": 3, "stop_step": steps} | options
+    views = [Views(multi_crop(), options.pop("masks", MaskSpec((4, 6))))]
+    return make_loader(data, views, batch_size=batch_size, **options)
 
 
 def assert_same(a, b):
@@ -173,7 +176,7 @@ def test_scenes_are_one_kind_among_others():
     [
         ("foldr:{}", ValueError, "did you mean 'folder'"),
         ("fashon_mnist", ValueError, "did you mean 'fashion_mnist'"),
-        ("wibble:{}", ValueError, "kinds are folder, list, scenes"),
+        ("wibble:{}", ValueError, "kinds are folder, list, tar"),
         ("folder:{}?sise=3", ValueError, "did you mean 'size'.*takes split, size, labels"),
         ("folder:{}?size=many", ValueError, "size must be a whole number"),
         ("folder:{}?size=0", ValueError, "size must be a whole number"),
@@ -245,7 +248,7 @@ def test_every_colour_mode_gives_the_pixels_of_pillow(tmp_path):
         "clear.png": 4,
         "cmyk.tif": 3,
     }
-    with pytest.raises(ValueError, match="l.png has 1 channels, 4 are asked for"):
+    with pytest.raises(UnreadableImage, match="l.png: has 1 channels, 4 are asked for"):
         read_image(tmp_path / "l.png", 4)
 
 
@@ -275,7 +278,7 @@ def test_sixteen_bits_are_not_truncated(tmp_path):
     assert np.array_equal(image[0].to(torch.int32), array)
     crop = augment.resized_crop(image, (0, 0, 32, 32), (32, 32), False)
     assert torch.equal((crop * 65535).round().int(), image.int())
-    views, _ = multi_crop(1)([image, noise(1, 9, 9)], [draw(seeded(k), 5) for k in range(2)])
+    views, _, _ = multi_crop(1)([image, noise(1, 9, 9)], [draw(seeded(k), 5) for k in range(2)])
     assert views.shape == (4, 1, 16, 24) and views.isfinite().all()
 
 
@@ -399,7 +402,7 @@ def test_a_batch_splits_into_micro_batches(folder):
 
 def test_masks_and_local_crops_are_optional(folder):
     globals_only = multi_crop(local_count=0)
-    loader = make_loader(open_data(str(folder)), globals_only, batch_size=4, seed=0, stop_step=1)
+    loader = make_loader(open_data(str(folder)), [Views(globals_only)], batch_size=4, seed=0, stop_step=1)
     batch = next(iter(loader))
     assert batch.local_crops is None and batch.masks is None
     assert [part.global_crops.shape[0] for part in batch.split(3)] == [6, 2]

@@ -1,6 +1,10 @@
-"""Pictures: colours free of chance, honest patch grids, curves from whatever was logged."""
+"""Sheets, curves and the script: honest patch grids, curves from whatever was logged, every task on images of any kind."""
 
+import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -9,22 +13,14 @@ import torch
 from PIL import Image
 
 from data.augment import POLICIES, channel_statistics, multi_crop_from
+from data.masking import draw_masks
 from engine.config import CropsConfig
-from engine.figures import (
-    COLOURS,
-    attention_image,
-    curve_names,
-    draw_curves,
-    draw_report,
-    foreground,
-    pca_basis,
-    pca_image,
-    running_mean,
-    to_picture,
-)
+from engine.figures import COLOURS, curve_names, draw_curves, draw_embedding, draw_report, running_mean
+from engine.maps import pca_basis
 from models.features import Features
-from visualize import main
+from visualize import fit, main, patch_at
 
+ROOT = Path(__file__).parent.parent
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
@@ -41,89 +37,6 @@ def random_features(images, grid, dim=16):
 
 def records(steps, **fields):
     return [{"step": step, **{key: value(step) for key, value in fields.items()}} for step in range(0, steps * 10, 10)]
-
-
-# PCA.
-
-
-def test_principal_components_are_the_directions_of_largest_variance_in_order():
-    rotation = torch.linalg.qr(torch.randn(8, 8))[0]
-    points = torch.randn(4000, 8) * torch.tensor([5.0, 3.0, 2.0, 0.1, 0.1, 0.1, 0.1, 0.1]) @ rotation + 7
-    basis = pca_basis(points)
-    assert torch.allclose((basis.axes.float() @ rotation.T).abs(), torch.eye(3, 8), atol=0.1)
-    assert torch.allclose(basis.axes @ basis.axes.T, torch.eye(3).double(), atol=1e-9)
-
-
-def test_the_basis_is_the_same_for_tokens_in_another_order_and_of_the_other_sign():
-    points = torch.randn(100, 12) * torch.arange(1, 13)
-    basis = pca_basis(points)
-    for other in (points[torch.randperm(100)], -points):
-        assert torch.allclose(pca_basis(other).axes, basis.axes, atol=1e-8)
-    assert (basis.axes.gather(1, basis.axes.abs().argmax(dim=1, keepdim=True)) > 0).all()
-
-
-@pytest.mark.parametrize(
-    "patches, flat",
-    [(torch.ones(6, 5) * 1e3, 3), (torch.randn(1, 5), 3), (torch.randn(2, 5), 2), (torch.randn(6, 2), 1)],
-    ids=["constant", "one patch", "two patches", "two dimensions"],
-)
-def test_components_that_do_not_exist_are_grey(patches, flat):
-    picture = pca_image(patches, (len(patches), 1), pca_basis(patches))
-    assert picture.shape == (len(patches), 1, 3)
-    assert (picture[..., 3 - flat :] == 127).all()
-    assert flat == 3 or len(np.unique(picture[..., 0])) > 1
-
-
-def test_a_pca_picture_lies_row_by_row_on_a_grid_that_is_not_square():
-    rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(7.0), indexing="ij")
-    patches = torch.stack([30 * rows, columns, torch.zeros(4, 7)], dim=-1).flatten(0, 1)
-    picture = pca_image(patches, (4, 7), pca_basis(patches)).astype(int)
-    assert picture.shape == (4, 7, 3)
-    assert (np.diff(picture[..., 0], axis=0) > 0).all() and (np.diff(picture[..., 0], axis=1) == 0).all()
-    assert (np.diff(picture[..., 1], axis=1) > 0).all() and (np.diff(picture[..., 1], axis=0) == 0).all()
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_the_foreground_is_the_side_away_from_the_border(sign):
-    inside = torch.zeros(6, 9, dtype=torch.bool)
-    inside[2:4, 3:6] = True
-    patches = torch.randn(54, 10) * 0.1
-    patches[inside.flatten()] += sign * torch.arange(10)
-    keep = foreground(patches, (6, 9))
-    assert torch.equal(keep, inside.flatten())
-    picture = pca_image(patches, (6, 9), pca_basis(patches[keep]), keep)
-    assert (picture[~inside.numpy()] == 0).all() and (picture[inside.numpy()] > 0).any()
-
-
-def test_patches_that_are_all_alike_are_all_foreground():
-    assert foreground(torch.ones(12, 5), (3, 4)).all()
-
-
-def test_attention_maps_leave_cls_and_registers_out():
-    attention = torch.zeros(2, 9, 9)
-    attention[1, 0, 3:] = torch.arange(6.0)
-    attention[:, 0, :3] = 100
-    attention[:, 1:] = 200
-    maps = attention_image(attention, (2, 3), prefix=3)
-    assert torch.equal(maps, torch.stack([torch.zeros(2, 3), torch.arange(6.0).view(2, 3)]))
-
-
-# Images.
-
-
-@pytest.mark.parametrize("channels, shown", [(1, [0, 0, 0]), (3, [0, 1, 2]), (13, [0, 1, 2])])
-def test_pictures_show_the_pixels_before_normalisation(channels, shown):
-    pixels = torch.randint(0, 256, (channels, 5, 4), dtype=torch.uint8)
-    mean, std = torch.rand(channels), torch.rand(channels) + 0.1
-    normalised = (pixels / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-    picture = to_picture(normalised, mean.tolist(), std.tolist())
-    assert picture.dtype == np.uint8
-    assert np.array_equal(picture, pixels[shown].permute(1, 2, 0).numpy())
-
-
-def test_pictures_survive_values_out_of_range():
-    image = torch.tensor([float("nan"), float("inf"), -9.0, 9.0]).view(1, 2, 2)
-    assert to_picture(image, [0.5], [0.5])[..., 0].tolist() == [[0, 255], [0, 255]]
 
 
 # Reports.
@@ -229,7 +142,7 @@ def test_crops_follow_the_policy_but_for_what_the_configuration_gives():
     natural = POLICIES["natural"]
     assert (multi_crop.policy.flip, multi_crop.policy.blur) == (0.0, (1, 0, 0.5))
     assert (multi_crop.policy.jitter, multi_crop.policy.solarize) == (natural.jitter, natural.solarize)
-    global_crops, local_crops = multi_crop([torch.zeros(3, 40, 40, dtype=torch.uint8)], [torch.rand(5, 36)])
+    global_crops, local_crops, _ = multi_crop([torch.zeros(3, 40, 40, dtype=torch.uint8)], [torch.rand(5, 36)])
     assert global_crops.shape == (3, 3, 32, 48) and local_crops.shape == (2, 3, 16, 16)
     with pytest.raises(ValueError, match="crops_only"):
         multi_crop_from(CropsConfig(policy="unnatural"), MEAN, STD)
@@ -285,6 +198,192 @@ def test_pca_draws_images_of_any_aspect(tmp_path, capsys, photographs, model, fl
     assert sheet.shape[0] > 3 * 224 and sheet.shape[1] > 2 * 224 * 7 / 4 and sheet.std() > 30
 
 
+TINY = "embed_dim=32&depth=2&num_heads=2&patch_size=8&image_size=32"
+MODELS = {1: f"random:vit_nano?{TINY}&in_channels=1", 3: f"random:vit_nano?{TINY}&registers=2", 4: f"random:vit_nano?{TINY}&in_channels=4"}
+
+
+@pytest.fixture
+def any_images(tmp_path):
+    """Channels of a model -> images for it: grey, colour and transparent, wide, high and tiny."""
+    folder = tmp_path / "any"
+    rng = np.random.default_rng(0)
+    for channels, shape in {1: (), 3: (3,), 4: (4,)}.items():
+        (folder / str(channels)).mkdir(parents=True)
+        for name, size in (("wide", (20, 90)), ("high", (70, 31)), ("tiny", (3, 2))):
+            pixels = rng.integers(0, 256, (*size, *shape), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / str(channels) / f"{name}.png")
+    return folder
+
+
+@pytest.mark.parametrize("channels", MODELS)
+@pytest.mark.parametrize("task", ["pca", "attention", "similarity", "embedding"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_picture_takes_any_aspect_and_number_of_channels(tmp_path, capsys, any_images, task, channels, count):
+    output, images = tmp_path / "picture.png", any_images / str(channels)
+    arguments = ["--model", MODELS[channels], "--images", images, "--count", count, "--output", output]
+    result = run_main(capsys, task, *arguments)
+    assert result["task"] == task and result["images"] == count and result["size"] == 32
+    sheet = read(output)
+    assert sheet.std() > 5
+    run_main(capsys, task, *arguments)
+    assert np.array_equal(read(output), sheet)
+
+
+@pytest.mark.parametrize("task", ["pca", "attention", "similarity", "embedding"])
+def test_six_channels_are_drawn_and_three_in_their_place_refused(tmp_path, capsys, task):
+    images = np.random.default_rng(0).integers(0, 256, (4, 20, 30, 6), dtype=np.uint8)
+    np.savez(tmp_path / "six.npz", train_images=images, train_labels=np.arange(4) % 2)
+    arguments = [task, "--model", f"random:vit_nano?{TINY}&in_channels=6", "--output", tmp_path / "picture.png", "--images"]
+    assert run_main(capsys, *arguments, f"{tmp_path / 'six.npz'}?split=train")["images"] == 4
+    assert read(tmp_path / "picture.png").std() > 5
+    with pytest.raises(ValueError, match="3 channels, 6 are asked for"):
+        run_main(capsys, *arguments, "scenes")
+
+
+def test_attention_keeps_registers_apart(tmp_path, capsys, photographs):
+    widths = {}
+    for registers in (0, 1, 4):
+        model, output = f"random:vit_nano?{TINY}&registers={registers}", tmp_path / f"{registers}.png"
+        result = run_main(capsys, "attention", "--model", model, "--images", photographs, "--output", output, "--layer", 0)
+        shares = result["cls_attends_to"]
+        assert result["heads"] == 2 and result["layer"] == 0 and sum(shares.values()) == pytest.approx(1, abs=2e-4)
+        assert (shares["registers"] > 0) == (registers > 0)
+        widths[registers] = read(output).shape[1]
+    assert widths[0] < widths[1]
+
+
+@pytest.mark.parametrize("height, width, size", [(100, 260, 64), (260, 100, 64), (57, 61, 90), (9, 9, 64)])
+def test_a_point_of_the_original_is_found_in_its_patch(height, width, size):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x, y = int(rng.integers(width)), int(rng.integers(height))
+        image = torch.zeros(1, height, width)
+        image[0, y, x] = 1
+        fitted = fit(image, size, 8, "bilinear")
+        grid = tuple(side // 8 for side in fitted.shape[-2:])
+        row, column = patch_at((x + 0.5, y + 0.5), "image", (height, width), size, grid, 8)
+        light = fitted[0].unflatten(0, (-1, 8)).unflatten(2, (-1, 8)).sum(dim=(1, 3))
+        assert light.sum() < 1e-3 or light[row, column] > 0.3 * light.max()  # no light: the point is in the rim
+    assert patch_at(None, "image", (height, width), size, grid, 8) == (grid[0] // 2, grid[1] // 2)
+
+
+def test_similarity_is_to_the_points_that_were_given(tmp_path, capsys):
+    """Left half red, right half blue; raw pixels."""
+    pixels = np.zeros((32, 64, 3), np.uint8)
+    pixels[:, :32, 0] = pixels[:, 32:, 2] = 255
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    for number, colour in enumerate(((250, 0, 0), (0, 0, 250))):
+        Image.fromarray(np.full((32, 32, 3), colour, np.uint8)).save(tmp_path / f"plain{number}.png")
+    output = tmp_path / "similarity.png"
+    arguments = ["similarity", "--model", "pixels?patch_size=8", "--size", "32", "--output", output]
+    result = run_main(capsys, *arguments, "--images", tmp_path / "image.png", "--points", "10,10", "50,10")
+    assert result["cosine"] == [0.0, 1.0] and result["points"] == ["10,10", "50,10"]
+    sheet = read(output)[100:-20].astype(int).sum(axis=-1)  # below the headings and the rings
+    left, right = sheet[:, 492:700], sheet[:, 952:1160]  # inside of the two maps
+    assert left.shape == right.shape and (left > 400).mean() > 0.9 and (right > 400).mean() < 0.1
+    alone = run_main(capsys, *arguments, "--images", tmp_path / "plain0.png", tmp_path / "plain1.png")
+    across = run_main(capsys, *arguments, "--images", tmp_path / "plain0.png", tmp_path / "plain1.png", "--across")
+    assert alone["cosine"] == [1.0, 1.0] and across["cosine"] == [0.0, 1.0]
+
+
+def test_a_basis_is_written_once_and_fixes_the_colours(tmp_path, capsys):
+    basis, model = tmp_path / "colours.basis", MODELS[3]
+    pictures = {}
+    for number, (images, flags) in enumerate([("scenes?size=3", ["--basis", basis]), ("scenes?size=1", ["--basis", basis]), ("scenes?size=1", [])]):
+        output = tmp_path / f"{number}.png"
+        run_main(capsys, "pca", "--model", model, "--images", images, "--output", output, *flags)
+        written = basis.read_bytes()
+        pictures[number] = read(output)[34:258, 260:484]  # PCA of the first image
+        assert pictures.setdefault("basis", written) == written
+    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
+    other = MODELS[3].replace("embed_dim=32", "embed_dim=64")
+    with pytest.raises(ValueError, match="tokens of 32 numbers; those of .* have 64"):
+        run_main(capsys, "pca", "--model", other, "--images", "scenes", "--output", output, "--basis", basis)
+
+
+def test_a_window_changes_nothing_for_pixels_and_the_grid_for_no_model(tmp_path, capsys, photographs):
+    for model, same in (("pixels?patch_size=8", True), (MODELS[3], False)):
+        sheets = []
+        for flags in ([], ["--window", "24"]):
+            arguments = ["--model", model, "--images", photographs, "--size", "64", "--output", tmp_path / "pca.png"]
+            run_main(capsys, "pca", *arguments, *flags)
+            sheets.append(read(tmp_path / "pca.png").astype(int))
+        assert sheets[0].shape == sheets[1].shape and (abs(sheets[0] - sheets[1]).max() <= 1) == same
+
+
+def test_an_embedding_colours_images_by_class_or_by_data_set(tmp_path, capsys, photographs):
+    output, arguments = tmp_path / "map.png", ["embedding", "--model", MODELS[3], "--output", tmp_path / "map.png"]
+    assert run_main(capsys, *arguments, "--images", "scenes", "--count", 40, "--batch-size", 16)["classes"] == 10
+    points = run_main(capsys, *arguments, "--images", "scenes?size=3", photographs, "--points")
+    assert points["images"] == 5 and points["classes"] == 4  # three scenes of three classes, and the folder
+    assert run_main(capsys, *arguments, "--images", photographs, "--size", "64")["classes"] == 0
+    draw_embedding(output, np.array([[0.0, 0.0], [1.0, 1.0]]), ["a", "b"])
+    sheet = read(output).reshape(-1, 3)
+    for colour in COLOURS[:2]:
+        assert (sheet == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=1).sum() > 50
+
+
+def test_tsne_draws_four_images_or_says_what_it_needs(tmp_path, capsys):
+    arguments = ["embedding", "--method", "tsne", "--model", MODELS[3], "--output", tmp_path / "map.png", "--images"]
+    if importlib.util.find_spec("sklearn") is None:
+        with pytest.raises(ImportError, match="pip install scikit-learn .*--method pca"):
+            run_main(capsys, *arguments, "scenes?size=4")
+        return
+    assert run_main(capsys, *arguments, "scenes?size=4")["method"] == "tsne"
+    with pytest.raises(ValueError, match="at least 4 images, not 3"):
+        run_main(capsys, *arguments, "scenes?size=3")
+
+
+def test_images_that_cannot_be_read_are_named_and_left_out(tmp_path, capsys, photographs):
+    (photographs / "0broken.png").write_bytes(b"not a picture")
+    for task in ("pca", "embedding"):
+        arguments = [task, "--model", MODELS[3], "--output", tmp_path / "picture.png", "--images"]
+        main([str(argument) for argument in [*arguments, photographs]])
+        captured = capsys.readouterr()
+        assert json.loads(captured.out)["images"] == 2 and "0broken.png" in captured.err
+        with pytest.raises(ValueError, match="none of the images of .*0broken.png could be read"):
+            run_main(capsys, *arguments, photographs / "0broken.png")
+
+
+LARGE = {
+    "attention": ["--model", "random:vit_nano?embed_dim=16&depth=1&num_heads=2&patch_size=32"],
+    "pca": ["--window", "512", "--model", "random:vit_nano?embed_dim=32&depth=1&num_heads=2&patch_size=16"],
+    "similarity": ["--window", "512", "--model", "random:vit_nano?embed_dim=32&depth=1&num_heads=2&patch_size=16"],
+}
+ALL_TOKENS = {"attention": ["--model", "random:vit_nano?embed_dim=64&depth=2&num_heads=2&patch_size=16"]}
+
+
+@pytest.mark.parametrize("calls", [LARGE, pytest.param(ALL_TOKENS, marks=pytest.mark.slow)], ids=["large", "65,537 tokens"])
+def test_4096_pixels_need_no_matrix_of_all_pairs_of_tokens(tmp_path, calls):
+    """It would take 2 GiB for the first of them, 32 for the others."""
+    ramp = np.add.outer(np.arange(4096), np.arange(4096)) // 32
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "large.png")
+    code = "import resource, visualize\n"
+    for task, arguments in calls.items():
+        images = ["--images", str(tmp_path / "large.png"), "--size", "4096", "--device", "cpu"]
+        code += f"visualize.main({[task, *arguments, *images, '--output', str(tmp_path / f'{task}.png')]!r})\n"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout.splitlines()[-1]) < 2.0  # GiB; PyTorch and the image itself take most of it
+    assert all(read(tmp_path / f"{task}.png").shape[0] > 512 for task in calls)
+
+
+def test_masks_draws_what_the_configuration_hides(tmp_path, capsys):
+    arguments = ["masks", "--images", "scenes?size=3", "--output", tmp_path / "masks.png"]
+    sizes = ["crops.global_size=64", "crops.local_size=32", "model.patch_size=8", "loss.ibot.weight=1", "seed=5"]
+    result = run_main(capsys, *arguments, *sizes, "loss.ibot.mask_ratio=[0.2, 0.6]", "loss.ibot.mask_probability=1")
+    some = read(tmp_path / "masks.png")
+    none = run_main(capsys, *arguments, *sizes, "loss.ibot.mask_probability=0")
+    drawn = draw_masks(6, (8, 8), 1.0, (0.2, 0.6), (5,))
+    assert result["grid"] == [8, 8] and result["masked_crops"] == 6 and none["masked_crops"] == none["hidden"] == 0
+    assert result["hidden"] == pytest.approx(drawn.float().mean().item(), abs=1e-4)
+    changed = torch.from_numpy((read(tmp_path / "masks.png") != some).any(axis=-1))
+    for image, top in enumerate((34, 232, 430)):
+        for view, left in enumerate((216, 414)):
+            centres = changed[top : top + 192, left : left + 192][12::24, 12::24]
+            assert torch.equal(centres.flatten(), drawn[view * 3 + image])
+
+
 def test_crops_draws_the_views_of_a_configuration(tmp_path, capsys, photographs):
     few, many = tmp_path / "few.png", tmp_path / "many.png"
     arguments = ["crops", "--images", photographs, "--count", "2", "--output"]
@@ -314,6 +413,12 @@ def test_curves_reads_run_folders(tmp_path, capsys):
         (["curves", "--runs", "x", "--output", "picture.jpg"], "picture.jpg.*png"),
         (["pca", "--model", "pixels", "--images", "scenes", "--size", "4"], "--size is 4.* 8 pixels"),
         (["pca", "--model", "pixels", "--images", "scenes", "--count", "0"], "--count is 0"),
+        (["pca", "--model", "pixels", "--images", "scenes", "--window", "4"], "--window is 4.* 8 pixels"),
+        (["attention", "--model", "pixels", "--images", "scenes"], "no attention"),
+        (["attention", "--model", MODELS[3], "--images", "scenes", "--layer", "2"], "--layer is 2.* 2 blocks"),
+        (["similarity", "--model", "pixels", "--images", "scenes", "--points", "3;4"], "'3;4'; give X,Y"),
+        (["similarity", "--model", "pixels", "--images", "scenes", "--points", "3,64"], "3,64 is outside .* 64 x 64 pixels"),
+        (["embedding", "--model", "pixels", "--images", "scenes", "--batch-size", "0"], "--batch-size is 0"),
         (["crops", "--images", "scenes", "crops.policy=other"], "policy.*natural"),
         (["crops", "--images", "crops.policy=natural"], "--images names 0"),
         (["crops", "--images", "no/such/image.png"], "no/such/image.png"),
@@ -322,3 +427,9 @@ def test_curves_reads_run_folders(tmp_path, capsys):
 def test_mistakes_are_said_in_one_sentence(tmp_path, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         main([arguments[0], "--output", str(tmp_path / "picture.png"), *arguments[1:]])
+
+
+def test_a_strip_that_would_become_millions_of_pixels_is_refused(tmp_path):
+    Image.fromarray(np.zeros((1, 2000), np.uint8)).save(tmp_path / "strip.png")
+    with pytest.raises(ValueError, match="strip.png is 2000 x 1 pixels"):
+        main(["pca", "--model", "pixels", "--images", str(tmp_path / "strip.png"), "--output", str(tmp_path / "x.png")])

@@ -4,6 +4,7 @@ import pytest
 
 import train
 from engine.config import load_config
+from engine.optim import build_schedules
 from engine.logger import read_metrics
 
 # DINO's own rates (5e-4 for a batch of 256, momentum 0.996) kept the targets of iBOT sharper in runs this short; why EMA centring
@@ -96,5 +97,5 @@ def test_recipes_build_the_published_backbone(recipe):
 
     cfg = load_config(f"{recipe}.yaml", [])
     with torch.device("meta"):
-        backbone = train.build_student(cfg, masked="ibot" in train.build_schedules(cfg, 10)).backbone
+        backbone = train.build_student(cfg, masked="ibot" in build_schedules(cfg, 10)).backbone
     assert sum(parameter.numel() for parameter in backbone.parameters()) == COUNTS[recipe]

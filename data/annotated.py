@@ -1,0 +1,133 @@
+"""Data with annotations, as dense probes take it: whole images at the model's size, their annotations at full size."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.augment import normalize, resize, to_unit
+from data.images import ImageData, Recolored
+from data.pictures import fit_channels
+
+
+class Annotated(Dataset):
+    """Whole images for a frozen model, each with one annotation; nothing is cut off.
+
+    Item i is (float32 (C, h, w), annotation, i). An annotation is what `annotations(i)` holds under `kind`, as a tensor
+    of its own size: a map is not resized with the image. With several kinds it is a dictionary.
+
+    Args:
+        kind: such as "mask", "instance", "depth", "keypoints", "boxes", or several of them, or none: ().
+        size: short side in pixels of what the model sees, or (height, width) exactly.
+        multiple: sides are rounded to multiples of it, so that whole patches cover the image.
+        mean, std, interpolation: as in `EvalDataset`.
+        ignore: this class of a "mask" becomes 255, which all probes leave out; 0 where no class is 0.
+        flip: images, but no annotations, are mirrored left to right.
+
+    Raises:
+        ValueError: if the data has no such annotation (asked of its first image).
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        kind: str | Sequence[str],
+        size: int | Sequence[int],
+        multiple: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str = "bicubic",
+        *,
+        ignore: int = 255,
+        flip: bool = False,
+    ):
+        self.data, self.single = data, isinstance(kind, str)
+        self.kinds = [kind] if self.single else list(kind)
+        self.size, self.multiple, self.ignore, self.flip = size, multiple, ignore, flip
+        self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
+        if self.kinds:
+            self.annotations(0)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any, int]:
+        return self.prepare(self.data.image(index)), self.annotations(index), index
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """(C, H, W) in the stored type -> (C, h, w) normalised."""
+        target = target_size(image.shape[-2:], self.size, self.multiple)
+        image = normalize(to_unit(resize(image, target, self.interpolation)).clone(), self.mean, self.std)
+        return image.flip(-1) if self.flip else image
+
+    def annotations(self, index: int) -> Any:
+        notes = self.data.annotations(index) if self.kinds else {}
+        missing = [kind for kind in self.kinds if kind not in notes]
+        if missing:
+            raise ValueError(f"{self.data.name(index)} has no {missing[0]}; it has {', '.join(notes) or 'nothing'}")
+        found = {kind: torch.from_numpy(np.ascontiguousarray(notes[kind])) for kind in self.kinds}
+        if self.ignore != 255 and "mask" in found:
+            found["mask"] = torch.where(found["mask"] == self.ignore, 255, found["mask"])
+        return found[self.kinds[0]] if self.single else found
+
+
+def target_size(shape: Sequence[int], size: int | Sequence[int], multiple: int) -> tuple[int, int]:
+    """(height, width): short side to `size` in the image's aspect, or to that size; sides rounded to `multiple`."""
+    wanted = [side * size / min(shape) for side in shape] if isinstance(size, int) else size
+    height, width = (max(multiple, round(side / multiple) * multiple) for side in wanted)
+    return height, width
+
+
+def kinds_of(data: ImageData) -> list[str]:
+    """Which annotations the first image has; "pair" and "clip" where the data has those."""
+    try:
+        found = list(data.annotations(0))
+    except ValueError:
+        found = []
+    return found + [method for method in ("pair", "clip") if hasattr(_source(data), method)]
+
+
+def pair(data: ImageData, index: int) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray, np.ndarray]:
+    """Two views with matching points, as `Scenes.pair` gives them, in the channels that the data was opened with.
+
+    Raises:
+        ValueError: if this kind of data has no pairs.
+    """
+    source = _with(data, "pair", "pairs of views with matching points")
+    image_a, image_b, *points = source.pair(index)
+    return _recolor(data, image_a, index), _recolor(data, image_b, index), *points
+
+
+def clip(data: ImageData, index: int) -> tuple[Tensor, np.ndarray]:
+    """Frames and instances, as `Scenes.clip` gives them, in the channels that the data was opened with.
+
+    Raises:
+        ValueError: if this kind of data has no clips.
+    """
+    frames, instances = _with(data, "clip", "clips with instance masks").clip(index)
+    return torch.stack([_recolor(data, frame, index) for frame in frames]), instances
+
+
+def _source(data: ImageData) -> ImageData:
+    return data.data if isinstance(data, Recolored) else data
+
+
+def _with(data: ImageData, method: str, words: str) -> Any:
+    if not hasattr(_source(data), method):
+        raise ValueError(f"{data.name(0)} comes without {words}; `scenes` has them")
+    return _source(data)
+
+
+def _recolor(data: ImageData, image: Tensor, index: int) -> Tensor:
+    return fit_channels(image, data.channels, data.name(index)) if isinstance(data, Recolored) else image
+
+
+def has_masks(*sets: ImageData) -> bool:
+    """Whether images of all these come with segmentation masks."""
+    try:
+        return all("mask" in data.annotations(0) for data in sets)
+    except ValueError:
+        return False
