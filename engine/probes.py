@@ -1,4 +1,4 @@
-"""Frozen features and the k-NN vote, shared by train.py's probe and the evaluation scripts."""
+"""Frozen features, the k-NN vote and ranking, shared by train.py's probe and the evaluation scripts."""
 
 from typing import Callable, Iterable, Iterator
 
@@ -10,7 +10,47 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from engine import distributed
 
 
-@torch.inference_mode()
+def extract_features(
+    describe: Callable[[Tensor], Tensor],
+    data: Dataset,
+    device: torch.device,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[Iterable], Iterator] = iter,
+) -> tuple[Tensor, Tensor]:
+    """What `describe` says of every image. Ranks share the work and each gets the whole; no random state is touched.
+
+    Args:
+        describe: normalised images (B, C, H, W) on `device` -> features (B, ...).
+        data: items (image (C, H, W) normalised, label, index).
+        dtype: in which the features are kept.
+
+    Returns:
+        features (n, ...) and labels (n,), in the data's order, on the host.
+    """
+    rank, world = distributed.rank(), distributed.world_size()
+    part = Subset(data, range(rank, len(data), world))
+    loader = DataLoader(part, batch_size=batch_size, num_workers=workers, generator=torch.Generator().manual_seed(0))
+    features, labels, filled = None, torch.empty(len(part), dtype=torch.int64), 0
+    for images, label, _ in progress(loader):
+        with torch.inference_mode():  # what is returned may be trained on, so no more than this
+            values = describe(images.to(device))
+        if features is None:  # filled in place: a list of batches would have to be copied as a whole
+            features = torch.empty(len(part), *values.shape[1:], dtype=dtype)
+        rows = slice(filled, filled := filled + len(values))
+        features[rows], labels[rows] = values, label
+    if world == 1:
+        return features, labels
+    parts = [pair for pair in distributed.gather_objects((features, labels)) if pair[0] is not None]
+    whole = [column[0].new_empty(len(data), *column[0].shape[1:]) for column in zip(*parts)]
+    for k, pair in enumerate(parts):
+        for column, values in zip(whole, pair):
+            column[k::world] = values
+    return tuple(whole)
+
+
 def extract_cls(
     backbone: nn.Module,
     data: Dataset,
@@ -28,18 +68,13 @@ def extract_cls(
     Returns:
         features (n, D) and labels (n,), in the data's order, on `device`.
     """
-    rank, world = distributed.rank(), distributed.world_size()
-    part = Subset(data, range(rank, len(data), world))
-    loader = DataLoader(part, batch_size=batch_size, num_workers=workers)
-    features, labels, indices = [], [], []
-    for images, label, index in progress(loader):
-        features.append(F.normalize(backbone(images.to(device)).cls.float(), dim=1).cpu())
-        labels.append(label)
-        indices.append(index)
-    gathered = distributed.gather_objects([torch.cat(column) for column in (features, labels, indices)])
-    features, labels, indices = (torch.cat(column) for column in zip(*gathered))
-    order = indices.argsort()
-    return features[order].to(device), labels[order].to(device)
+
+    def describe(images: Tensor) -> Tensor:
+        return F.normalize(backbone(images).cls.float(), dim=1)
+
+    options = {"batch_size": batch_size, "workers": workers, "progress": progress}
+    features, labels = extract_features(describe, data, device, **options)
+    return features.to(device), labels.to(device)
 
 
 @torch.inference_mode()
@@ -94,6 +129,62 @@ def _nearest(queries: Tensor, train: Tensor, k: int, block: int = 65536) -> tupl
             rows = rows.gather(1, order)
         best, best_rows = values, rows
     return best, best_rows
+
+
+@torch.inference_mode()
+def average_precision(similarity: Tensor, relevant: Tensor, ignored: Tensor | None = None) -> Tensor:
+    """Area under each query's precision-recall curve by trapezoids, as in the evaluation of Holidays, Copydays and the
+    revisited Oxford and Paris.
+
+    Args:
+        similarity: (Q, n) of queries to the database.
+        relevant: (Q, n) bool, what should come first.
+        ignored: (Q, n) bool, taken out of the ranking.
+
+    Returns:
+        (Q,) in [0, 1]; NaN where nothing is relevant.
+    """
+    if ignored is not None:  # moved behind everything, where they change no rank that counts
+        similarity, relevant = similarity.masked_fill(ignored, -float("inf")), relevant & ~ignored
+    hits = relevant.gather(1, similarity.argsort(dim=1, descending=True, stable=True)).double()
+    found, rank = hits.cumsum(1), torch.arange(hits.shape[1], device=hits.device)
+    before = torch.where(rank == 0, 1.0, (found - 1) / rank.clamp(min=1))
+    after = found / (rank + 1)
+    return (hits * (before + after) / 2).sum(1) / hits.sum(1)
+
+
+@torch.inference_mode()
+def retrieval_map(
+    queries: Tensor, database: Tensor, judge: Callable[[range], tuple[Tensor, Tensor]], cells: int = 1 << 22
+) -> dict[str, float]:
+    """Mean average precision of the ranking by cosine, of the queries that have something to find.
+
+    Args:
+        queries, database: (Q, D) and (n, D), L2-normalised.
+        judge: rows of queries -> relevant and ignored, (rows, n) bool; see `average_precision`.
+        cells: similarities held at a time.
+
+    Returns:
+        map: in [0, 1]; queries: how many count. Both 0 where none does.
+    """
+    scores, chunk = [], max(1, cells // len(database))
+    for begin in range(0, len(queries), chunk):
+        rows = range(begin, min(begin + chunk, len(queries)))
+        relevant, ignored = (mask.to(queries.device) for mask in judge(rows))
+        scores.append(average_precision(queries[begin : rows.stop] @ database.T, relevant, ignored))
+    scores = torch.cat(scores)
+    scores = scores[~scores.isnan()]
+    return {"map": float(scores.mean()) if len(scores) else 0.0, "queries": len(scores)}
+
+
+def whitening(features: Tensor) -> Callable[[Tensor], Tensor]:
+    """PCA whitening learned on (n, D), followed by L2 normalisation (DINO's copy detection); directions in which
+    `features` do not vary are left out."""
+    mean = features.mean(0)
+    _, scale, axes = torch.linalg.svd(features.double() - mean.double(), full_matrices=False)
+    kept = scale > 1e-5 * scale[0]
+    turn = (axes[kept] / scale[kept, None] * len(features) ** 0.5).T.to(features.dtype)
+    return lambda rows: F.normalize((rows - mean) @ turn, dim=1)
 
 
 def knn_probe(backbone: nn.Module, train: Dataset, val: Dataset, device: torch.device, k: int = 20) -> float:
