@@ -1,4 +1,4 @@
-"""Pictures as PNG files: what patch tokens see (PCA), where CLS looks, crops, curves over a run.
+"""Sheets of pictures, maps of images and curves over runs, as PNG files.
 
 Patch grids are enlarged without smoothing, so that one square is one token; photographs are
 resampled smoothly.
@@ -7,130 +7,23 @@ resampled smoothly.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from engine.maps import PCABasis, Picture, attention_image, heat_picture, pca_basis, pca_image, to_picture
+
 GAP = 6  # pixels between the pictures of a sheet
 COLOURS = ("#2563a8", "#d9711c", "#2e8b57", "#b0357a", "#6a4fb0", "#8a6d3b", "#3aa0b5", "#666666")
+RINGS = ("#ffffff", *COLOURS)
 CURVES = (
     "loss", "loss/", "probe/", "health/", "grad_norm",
     "lr", "weight_decay", "ema_momentum", "teacher_temp", "images_per_second",
 )  # fmt: skip
 NOISY = ("loss", "health/", "grad_norm", "images_per_second")  # drawn with a running mean
-Picture = np.ndarray  # (H, W, 3) uint8
-
-# Patch tokens as colours.
-
-
-@dataclass
-class PCABasis:
-    """Directions of largest variance of patch tokens, and the range of each that spans a colour."""
-
-    mean: Tensor  # (D,) float64
-    axes: Tensor  # (components, D), unit length; 0 where the tokens have fewer directions than that
-    low: Tensor  # (components,) of the projections: drawn as 0
-    high: Tensor  # drawn as 255
-
-    def project(self, patches: Tensor) -> Tensor:
-        """(n, D) to (n, components), float64 on the CPU."""
-        return (patches.detach().cpu().double() - self.mean) @ self.axes.T
-
-
-def pca_basis(patches: Tensor, components: int = 3) -> PCABasis:
-    """Principal components of patches (n, D), of one or of several images; most variance first.
-
-    The same tokens in any order give the same basis: an axis points to where its largest loading
-    is positive. Colours span the 2nd to the 98th percentile, for a few outlier tokens would leave
-    the rest grey.
-    """
-    points = patches.detach().cpu().double()
-    mean = points.mean(dim=0)
-    centred = points - mean
-    variances, vectors = torch.linalg.eigh(centred.T @ centred / len(points))
-    variances, axes = (item.flip(0)[:components] for item in (variances, vectors.T))
-    largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
-    # What rounding of float32 features leaves of a variance of 0; its directions are chance.
-    rounding = 1e-12 * points.square().sum(dim=1).mean()
-    axes = axes * largest.sign() * (variances > rounding)[:, None]
-    axes = F.pad(axes, (0, 0, 0, components - len(axes)))
-    low, high = torch.quantile(centred @ axes.T, torch.tensor([0.02, 0.98]).double(), dim=0)
-    return PCABasis(mean, axes, low, high)
-
-
-def pca_image(patches: Tensor, grid: tuple[int, int], basis: PCABasis, keep: Optional[Tensor] = None) -> Picture:
-    """One pixel a patch: the first three components as red, green and blue.
-
-    Args:
-        patches: (N, D) of one image; grid: (h, w), h * w = N.
-        keep: (N,) bool; the others are black.
-
-    Returns:
-        (h, w, 3) uint8. A component without variance is drawn as 127, mid grey.
-    """
-    span = basis.high - basis.low
-    scaled = (basis.project(patches) - basis.low) / torch.where(span > 0, span, 1.0)
-    scaled = torch.where(span > 0, scaled.clamp(0, 1), 0.5)
-    if keep is not None:
-        scaled = scaled * keep.cpu()[:, None]
-    return (scaled * 255).to(torch.uint8).view(*grid, -1).numpy()
-
-
-def foreground(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(N,) bool: one side of the mean along the first component, as in DINOv2's PCA pictures.
-
-    The sign of a component means nothing; the side that touches the border of the image less is
-    the foreground (ours). Where all patches are alike, all are kept.
-    """
-    side = pca_basis(patches, components=1).project(patches)[:, 0] > 0
-    border = torch.ones(grid, dtype=torch.bool)
-    border[1:-1, 1:-1] = False
-    border = border.flatten()
-    keep = side if side[border].double().mean() <= 0.5 else ~side
-    return keep if keep.any() else ~keep
-
-
-def attention_image(attention: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
-    """What CLS attends to among the patches, each head apart.
-
-    Args:
-        attention: (heads, T, T) of one image, T = prefix + h * w; rows sum to 1.
-        prefix: tokens before the patches: CLS and registers, which are left out of the picture.
-
-    Returns:
-        (heads, h, w); sums to less than 1, for CLS also attends to the prefix.
-    """
-    return attention[:, 0, prefix:].reshape(len(attention), *grid)
-
-
-def heat_picture(values: Tensor) -> Picture:
-    """(h, w) from its least (dark) to its largest value (bright)."""
-    from matplotlib import colormaps
-
-    values = values.detach().cpu().double()
-    span = values.max() - values.min()
-    scaled = (values - values.min()) / span if span > 0 else torch.zeros_like(values)
-    return (colormaps["magma"](scaled.numpy())[..., :3] * 255).astype(np.uint8)
-
-
-def to_picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Picture:
-    """A normalised image (C, H, W) as (H, W, 3) uint8.
-
-    Of 3 channels or more the first three are red, green and blue; fewer are averaged to grey.
-    """
-    mean, std = (torch.tensor(list(values)[:3]).float().view(-1, 1, 1) for values in (mean, std))
-    pixels = image.detach().cpu().float()[:3] * std + mean
-    if len(pixels) < 3:
-        pixels = pixels.mean(dim=0, keepdim=True).expand(3, -1, -1)
-    pixels = pixels.nan_to_num(0.0).clamp(0, 1) * 255
-    return pixels.round().to(torch.uint8).permute(1, 2, 0).numpy()
-
 
 # Sheets of pictures.
 
@@ -142,10 +35,20 @@ def enlarge(picture: Picture, height: int, smooth: bool = True) -> Picture:
     return np.asarray(Image.fromarray(picture).resize((width, height), filter))
 
 
-def pack(pictures: Sequence[Picture], rows: int, height: int) -> Picture:
+def mark(picture: Picture, places: Sequence[tuple[float, float]], first: int = 0, radius: int = 7) -> Picture:
+    """With a ring around each place (x, y) in pixels of the picture, in the colours of RINGS from number `first` on."""
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    for number, (x, y) in enumerate(places, first):
+        for size, line, ink in ((radius + 1, 5, "#000000"), (radius, 3, RINGS[number % len(RINGS)])):
+            draw.ellipse((x - size, y - size, x + size, y + size), outline=ink, width=line)
+    return np.asarray(image)
+
+
+def pack(pictures: Sequence[Picture], rows: int, height: int, smooth: bool = True) -> Picture:
     """Pictures of one size in reading order, in rows that together are `height` pixels high."""
     rows = min(rows, len(pictures))
-    pictures = [enlarge(picture, (height - GAP * (rows - 1)) // rows) for picture in pictures]
+    pictures = [enlarge(picture, max(1, (height - GAP * (rows - 1)) // rows), smooth) for picture in pictures]
     (h, w), columns = pictures[0].shape[:2], math.ceil(len(pictures) / rows)
     canvas = np.full((height, columns * (w + GAP) - GAP, 3), 255, np.uint8)
     for number, picture in enumerate(pictures):
@@ -179,6 +82,13 @@ def draw_sheet(path: Path, rows: Sequence[Sequence[Picture]], headings: Sequence
     canvas.save(path, format="PNG")
 
 
+def draw_groups(path: Path, groups: Sequence[Sequence[Picture]], headings: Sequence[str]) -> None:
+    """A group of cells an image, as many groups side by side as make the sheet about square."""
+    across = max(1, round(math.sqrt(len(groups) / len(headings))))
+    rows = [list(itertools.chain(*groups[i : i + across])) for i in range(0, len(groups), across)]
+    draw_sheet(path, rows, [*headings] * min(across, len(groups)))
+
+
 def draw_report(
     path: Path,
     images: Sequence[Union[Tensor, Picture]],
@@ -199,7 +109,7 @@ def draw_report(
         features: `Features` of the images; None leaves PCA and attention out.
         crops: those of each image, normalised or pictures; crops of one size stand together,
             smaller sizes in several rows.
-        attention: (n, heads, T, T), drawn as the mean over heads; None leaves it out.
+        attention: (n, heads, rows, T) whose first row is that of CLS, drawn as the mean over heads; None leaves it out.
         basis: by default that of the images together, so that a colour means the same in every row.
         height: of a row, in pixels.
     """
@@ -237,6 +147,54 @@ def _crop_headings(views: Sequence[Union[Tensor, Picture]]) -> list[str]:
     shapes = (view.shape[-2:] if isinstance(view, Tensor) else view.shape[:2] for view in views)
     groups = [(shape, len(list(group))) for shape, group in itertools.groupby(shapes)]
     return [f"{n} crops, {h} px" if h == w else f"{n} crops, {h} × {w} px" for (h, w), n in groups]
+
+
+# Images as points.
+
+
+def draw_embedding(
+    path: Path,
+    positions: np.ndarray,
+    names: Sequence[str],
+    thumbnails: Sequence[Picture] = (),
+    axis_labels: tuple[str, str] = ("", ""),
+) -> None:
+    """Images at their positions (n, 2), by thumbnails or as points, coloured by name.
+
+    Args:
+        names: of a class or a data set, one an image; "" for none, drawn in grey.
+        thumbnails: one an image, framed in its colour, as large as leaves half of the sheet free; none draws points.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+    known = sorted(set(names) - {""})
+    colour_of = {"": "#777777", **dict(zip(known, distinct_colours(len(known))))}
+    inches, dpi = (9, 8), 160
+    side = min(1.0, math.sqrt(0.5 * math.prod(inches) / max(1, len(names))))  # of a thumbnail
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(inches, dpi=dpi, layout="constrained")
+        axes = figure.add_subplot()
+        for name in ["", *known]:
+            chosen = np.array([other == name for other in names])
+            axes.scatter(*positions[chosen].T, s=14, color=colour_of[name], label=name or None, linewidths=0)
+        for place, name, picture in zip(positions, names, thumbnails):
+            frame = {"edgecolor": colour_of[name], "linewidth": 1.5}
+            small = OffsetImage(picture, zoom=72 * side / max(picture.shape[:2]))  # matplotlib takes 72 dots an inch
+            axes.add_artist(AnnotationBbox(small, place, pad=0.05, bboxprops=frame))
+        axes.margins(0.02 + (side / 10 if len(thumbnails) else 0.02))
+        axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1], xticks=[], yticks=[])
+        if 1 < len(known) <= 40:
+            figure.legend(loc="outside right upper", markerscale=2)
+        figure.savefig(path, format="png")
+
+
+def distinct_colours(count: int) -> list:
+    """COLOURS as far as they reach, more from around the rainbow."""
+    from matplotlib import colormaps
+
+    return list(COLOURS[:count]) if count <= len(COLOURS) else list(colormaps["turbo"](np.linspace(0.03, 0.97, count)))
 
 
 # Curves.

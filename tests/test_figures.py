@@ -1,4 +1,4 @@
-"""Sheets, curves and the script: honest patch grids, curves from whatever was logged, every task on images of any kind."""
+"""Sheets, curves and the script: honest patch grids, curves from whatever was logged, every task on any images."""
 
 import importlib.util
 import json
@@ -199,7 +199,11 @@ def test_pca_draws_images_of_any_aspect(tmp_path, capsys, photographs, model, fl
 
 
 TINY = "embed_dim=32&depth=2&num_heads=2&patch_size=8&image_size=32"
-MODELS = {1: f"random:vit_nano?{TINY}&in_channels=1", 3: f"random:vit_nano?{TINY}&registers=2", 4: f"random:vit_nano?{TINY}&in_channels=4"}
+MODELS = {
+    1: f"random:vit_nano?{TINY}&in_channels=1",
+    3: f"random:vit_nano?{TINY}&registers=2",
+    4: f"random:vit_nano?{TINY}&in_channels=4",
+}
 
 
 @pytest.fixture
@@ -233,7 +237,14 @@ def test_every_picture_takes_any_aspect_and_number_of_channels(tmp_path, capsys,
 def test_six_channels_are_drawn_and_three_in_their_place_refused(tmp_path, capsys, task):
     images = np.random.default_rng(0).integers(0, 256, (4, 20, 30, 6), dtype=np.uint8)
     np.savez(tmp_path / "six.npz", train_images=images, train_labels=np.arange(4) % 2)
-    arguments = [task, "--model", f"random:vit_nano?{TINY}&in_channels=6", "--output", tmp_path / "picture.png", "--images"]
+    arguments = [
+        task,
+        "--model",
+        f"random:vit_nano?{TINY}&in_channels=6",
+        "--output",
+        tmp_path / "picture.png",
+        "--images",
+    ]
     assert run_main(capsys, *arguments, f"{tmp_path / 'six.npz'}?split=train")["images"] == 4
     assert read(tmp_path / "picture.png").std() > 5
     with pytest.raises(ValueError, match="3 channels, 6 are asked for"):
@@ -244,7 +255,9 @@ def test_attention_keeps_registers_apart(tmp_path, capsys, photographs):
     widths = {}
     for registers in (0, 1, 4):
         model, output = f"random:vit_nano?{TINY}&registers={registers}", tmp_path / f"{registers}.png"
-        result = run_main(capsys, "attention", "--model", model, "--images", photographs, "--output", output, "--layer", 0)
+        result = run_main(
+            capsys, "attention", "--model", model, "--images", photographs, "--output", output, "--layer", 0
+        )
         shares = result["cls_attends_to"]
         assert result["heads"] == 2 and result["layer"] == 0 and sum(shares.values()) == pytest.approx(1, abs=2e-4)
         assert (shares["registers"] > 0) == (registers > 0)
@@ -289,7 +302,9 @@ def test_similarity_is_to_the_points_that_were_given(tmp_path, capsys):
 def test_a_basis_is_written_once_and_fixes_the_colours(tmp_path, capsys):
     basis, model = tmp_path / "colours.basis", MODELS[3]
     pictures = {}
-    for number, (images, flags) in enumerate([("scenes?size=3", ["--basis", basis]), ("scenes?size=1", ["--basis", basis]), ("scenes?size=1", [])]):
+    for number, (images, flags) in enumerate(
+        [("scenes?size=3", ["--basis", basis]), ("scenes?size=1", ["--basis", basis]), ("scenes?size=1", [])]
+    ):
         output = tmp_path / f"{number}.png"
         run_main(capsys, "pca", "--model", model, "--images", images, "--output", output, *flags)
         written = basis.read_bytes()
@@ -353,7 +368,9 @@ LARGE = {
 ALL_TOKENS = {"attention": ["--model", "random:vit_nano?embed_dim=64&depth=2&num_heads=2&patch_size=16"]}
 
 
-@pytest.mark.parametrize("calls", [LARGE, pytest.param(ALL_TOKENS, marks=pytest.mark.slow)], ids=["large", "65,537 tokens"])
+@pytest.mark.parametrize(
+    "calls", [LARGE, pytest.param(ALL_TOKENS, marks=pytest.mark.slow)], ids=["large", "65,537 tokens"]
+)
 def test_4096_pixels_need_no_matrix_of_all_pairs_of_tokens(tmp_path, calls):
     """It would take 2 GiB for the first of them, 32 for the others."""
     ramp = np.add.outer(np.arange(4096), np.arange(4096)) // 32
@@ -417,7 +434,10 @@ def test_curves_reads_run_folders(tmp_path, capsys):
         (["attention", "--model", "pixels", "--images", "scenes"], "no attention"),
         (["attention", "--model", MODELS[3], "--images", "scenes", "--layer", "2"], "--layer is 2.* 2 blocks"),
         (["similarity", "--model", "pixels", "--images", "scenes", "--points", "3;4"], "'3;4'; give X,Y"),
-        (["similarity", "--model", "pixels", "--images", "scenes", "--points", "3,64"], "3,64 is outside .* 64 x 64 pixels"),
+        (
+            ["similarity", "--model", "pixels", "--images", "scenes", "--points", "3,64"],
+            "3,64 is outside .* 64 x 64 pixels",
+        ),
         (["embedding", "--model", "pixels", "--images", "scenes", "--batch-size", "0"], "--batch-size is 0"),
         (["crops", "--images", "scenes", "crops.policy=other"], "policy.*natural"),
         (["crops", "--images", "crops.policy=natural"], "--images names 0"),
