@@ -29,12 +29,12 @@ from engine import checkpoint, distributed, optim
 from engine.cli import config_parser, run_script
 from engine.config import LossConfig, TrainConfig, length_in_steps, load_config
 from engine.config import micro_batch_size, with_statistics
-from engine.figures import draw_report
+from engine.finite import FiniteSteps
 from engine.gram import build_gram_teacher
-from engine.health import health
+from engine.health import CollapseWatch, health
 from engine.logger import BadImages, notice
-from engine.patches import mean_locality, patch_knn_segmentation
-from engine.probes import knn_probe
+from engine.inloop import probe_teacher, report_teacher
+from engine.patches import mean_locality
 from engine.run import Cadence, Run
 from engine.settings import provenance, refuse_changes, to_yaml
 from engine.stages import Stage, plan_stages
@@ -45,6 +45,7 @@ from losses.gram import downsample_patches, gram_loss
 from losses.ibot import ibot_loss
 from losses.koleo import koleo_loss
 from models.features import Preprocessing
+from models.lora import merged_copy, tune
 from models.ssl_model import SSLModel, SSLOutput, count_parameters, make_teacher, save_heads, update_ema
 from models.start import build_student, load_initial, start_from
 from models.writing import save_teacher
@@ -54,7 +55,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     arguments = config_parser(__doc__).parse_args(argv)
     cfg = load_config(arguments.config, arguments.overrides)
     device = distributed.choose_device(cfg.device)
-    with distributed.process_group(device):
+    with distributed.process_group(device, cfg.hang_timeout):
         train(cfg, device)
 
 
@@ -67,7 +68,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     for stage in stages:  # a mistake in the last one costs nothing either
         micro_batch_size(stage.cfg, distributed.world_size(), "koleo" in stage.schedules)
     cadence = Cadence(log=cfg.log_every, probe=cfg.probe.every, **vars(cfg.checkpoint))
-    run = Run(Path(cfg.output_dir), [stage.stop for stage in stages], cadence)
+    run = Run(Path(cfg.output_dir), [stage.stop for stage in stages], cadence, device, cfg.time_limit)
     if not run.open(to_yaml(cfg, provenance()), partial(refuse_changes, cfg), cfg.overwrite):
         return
 
@@ -77,18 +78,31 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
         f"{cfg.model.arch}: {count_parameters(student.backbone):,} parameters, {count_parameters(student):,} with the heads"
     )
     teacher = make_teacher(student)
+    whole = distributed.Whole(teacher, cfg.strategy, device, cfg.precision)
+    distributed.prepare(student, cfg.checkpointing, device.type == "cuda" if cfg.compile is None else cfg.compile)
+    whole.place(student), whole.place(teacher)
     centering = build_centering(cfg.loss, terms).to(device)
-    optimizer = optim.make_optimizer(
-        optim.parameter_groups(student, cfg.optim.layer_decay, cfg.optim.patch_embed_lr), cfg.optim.betas
-    )
+    current = [stage for stage in stages if stage.first < max(run.start_step, 1)][-1]  # of which a checkpoint is
+    tune(student, teacher, cfg.seed + current.first, **vars(current.cfg.tune))
+    optimizer = optim.optimizer_for(student, cfg.optim)
+    watch = CollapseWatch(cfg.health.on_collapse)
+    if run.start_step == 0 and (warning := watch.look_at(images)):
+        notice(warning)
     run.start(
         checkpoint.training_state(student, teacher, centering, optimizer),
         bad_images=BadImages(run.folder, len(images), cfg.data.max_bad),
-        **teacher_outputs(cfg, images, teacher, device),
+        refresh=whole.refresh,
+        watch=watch,
+        **teacher_outputs(cfg, images, whole.module, device),
     )
     for stage in stages:
         if run.start_step < stage.stop:
-            train_stage(stage, run, student, teacher, centering, optimizer, device)
+            if stage.cfg.tune != current.cfg.tune:
+                tune(student, teacher, cfg.seed + stage.first, **vars(stage.cfg.tune))
+                optimizer = optim.optimizer_for(student, cfg.optim, optimizer)
+                run.state = checkpoint.training_state(student, teacher, centering, optimizer)
+            current = stage
+            train_stage(stage, run, student, teacher, whole, centering, optimizer, device)
 
 
 def train_stage(
@@ -96,6 +110,7 @@ def train_stage(
     run: Run,
     student: SSLModel,
     teacher: SSLModel,
+    whole: distributed.Whole,
     centering: nn.ModuleDict,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
@@ -107,12 +122,17 @@ def train_stage(
         start_from(student, load_initial(cfg.init, cfg.data.channels), cfg.init)
         teacher.load_state_dict(student.state_dict())
         optim.forget(optimizer)
-    gram_teacher = build_gram_teacher(stage, run, teacher.backbone, lambda spec: load_initial(spec, cfg.data.channels).to(device))
+    gram_teacher = build_gram_teacher(stage, run, whole, lambda spec: load_initial(spec, cfg.data.channels).to(device))
     loader = stage_loader(stage, first_step, student.backbone.patch_size, device)
-    parallel = distributed.wrap(student, cfg.strategy, device, all_used=uses_all(student, stage.schedules))
+    parallel = distributed.wrap(student, cfg.strategy, device, all_used=student.uses_all(stage.schedules))
     micro_batch = micro_batch_size(cfg, distributed.world_size(), "koleo" in stage.schedules)
     freeze_steps = optim.span_steps(cfg.optim.freeze_last_layer, stage.stop - stage.first)
     autocast, scaler = distributed.choose_precision(cfg.precision, device)
+    finite = FiniteSteps(optimizer, scaler, device)
+
+    def logged() -> dict:
+        finite.report(step + 1)
+        return metrics(totals, now) | health(targets[-1].dino, out.cls.unflatten(0, (-1, len(crops.images))), out.patches)
 
     for step, batch in run.steps(loader, first_step):
         distributed.seed_step(cfg.seed, step)
@@ -145,16 +165,14 @@ def train_stage(
             optim.drop_last_layer_gradients(student)
         totals["grad_norm"] = optim.clip_gradients(student, cfg.optim.clip_grad, cfg.optim.clip_per)
         optim.set_rates(optimizer, now["lr"], now["weight_decay"])
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        finite.step(totals)
 
         # 5. The teacher follows the student, and at its times the Gram teacher the teacher.
-        update_ema(teacher, student, now["ema_momentum"])
+        update_ema(teacher, student, now["ema_momentum"], distributed.local)
         if gram_teacher:
             gram_teacher.follow(step + 1)
             run.state["gram_teacher"] = gram_teacher.weights
-        run.step_done(step + 1, lambda: metrics(totals, now) | health(targets[-1].dino.flatten(0, 1), out.cls))
+        run.step_done(step + 1, logged)
     run.state.pop("gram_teacher", None)
 
 
@@ -222,15 +240,12 @@ def compute_losses(
     if "ibot" in now:
         losses["ibot"] = ibot_loss(out.patch_logits, targets.ibot, crops.masks, cfg.ibot.student_temp)
     if "koleo" in now:  # per view: two views of an image must not be pushed apart
-        losses["koleo"] = sum(koleo_loss(cls, cfg.koleo.group) for cls in out.cls.unflatten(0, views))
+        losses["koleo"] = sum(
+            koleo_loss(cls, cfg.koleo.group, distributed.gather_rows) for cls in out.cls.unflatten(0, views)
+        )
     if targets.gram is not None:
         losses["gram"] = gram_loss(out.patches, targets.gram)
     return losses
-
-
-def uses_all(student: SSLModel, terms: Iterable[str]) -> bool:
-    """Whether every parameter takes part in the loss of every step, which DDP has to know."""
-    return "dino" in terms and ("ibot" in terms or student.ibot_head is None)
 
 
 # ----------------------------------------------------------------- what comes out
@@ -248,36 +263,27 @@ def teacher_outputs(
     cfg: TrainConfig, images: ImageData, teacher: SSLModel, device: torch.device
 ) -> dict[str, Callable]:
     """How to export, draw and probe the teacher; see `Run.start`."""
-    backbone, size = teacher.backbone, size_pair(cfg.crops.global_size)
+    size = size_pair(cfg.crops.global_size)
     mean, std = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
     prepare = partial(EvalDataset, resize=max(size), size=size, mean=mean, std=std)
     probed = cfg.probe.every > 0
     train, val = open_labelled(cfg.probe.train, cfg.probe.val, cfg.data.channels) if probed else (None, None)
-    annotated = partial(Annotated, kind="mask", size=size, multiple=backbone.patch_size, mean=mean, std=std)
+    annotated = partial(Annotated, kind="mask", size=size, multiple=teacher.backbone.patch_size, mean=mean, std=std)
     masks = [annotated(data) for data in (train, val)] if probed and cfg.probe.patches and has_masks(train, val) else None
 
     def export(folder: Path) -> None:
-        save_teacher(backbone, folder, Preprocessing(size, max(size), mean, std))
+        save_teacher(merged_copy(teacher.backbone), folder, Preprocessing(size, max(size), mean, std))
         save_heads(teacher, folder)
 
-    @torch.inference_mode()
     def report(path: Path) -> None:
         data = val if probed else images
         shown = first_readable(data, 4)
         inputs = torch.stack([prepare(data)[index][0] for index in shown]).to(device)
         crops = multi_crop_from(cfg.crops, mean, std).examples([data.image(index) for index in shown], cfg.seed)
-        attention = backbone.attention(inputs) if hasattr(backbone, "attention") else None
-        draw_report(
-            path, inputs, backbone(inputs), crops, mean=mean, std=std, attention=attention, title=path.parent.name
-        )
+        report_teacher(path, teacher.backbone, inputs, crops, mean=mean, std=std)
 
     def probe() -> dict[str, float]:
-        values = {"probe/knn": knn_probe(backbone, prepare(train), prepare(val), device)} if cfg.probe.knn else {}
-        if cfg.probe.patches:
-            values["probe/locality"] = mean_locality(backbone, prepare(val), device)
-        if masks:
-            values["probe/miou"] = patch_knn_segmentation(backbone, *masks, device)["miou"]
-        return values
+        return probe_teacher(cfg.probe, teacher.backbone, prepare(train), prepare(val), masks, device)
 
     return {
         "export": export,

@@ -5,16 +5,16 @@ checkpoints/latest    a text file with the newest complete step
 teacher/ snapshots/<step>/ best/    backbone as a folder that load_backbone opens, heads beside it
 """
 
-import contextlib
 import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Callable, Iterator, Optional
+from typing import Callable, Optional
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from engine import distributed
 from engine.cli import RunFailed
@@ -29,10 +29,11 @@ def training_state(
     Randomness needs no state: each step's is drawn from (seed, step).
     """
     student = unwrap(student)
+    frozen = {name for name, p in student.named_parameters() if not p.requires_grad}  # the teacher's are the same
     moments = {name: optimizer.state[p] for name, p in student.named_parameters() if p in optimizer.state}
     return {
         "student": student.state_dict(),
-        "teacher": teacher.state_dict(),
+        "teacher": {name: tensor for name, tensor in teacher.state_dict().items() if name not in frozen},
         "centering": centering.state_dict(),
         "optimizer": moments,
     }
@@ -45,45 +46,74 @@ def latest_step(run: Path) -> Optional[int]:
 
 
 def load_checkpoint(run: Path, step: int, state: dict) -> None:
-    """Fills `state`'s tensors in place."""
-    with _quietly():
-        dcp.load(state, checkpoint_id=run / "checkpoints" / str(step), no_dist=not distributed.active())
+    """Fills `state`'s tensors in place, whatever the number of ranks and the strategy that wrote them."""
+    dcp.load(state, checkpoint_id=run / "checkpoints" / str(step), no_dist=not distributed.active())
 
 
-def save_checkpoint(run: Path, step: int, state: dict, keep: int) -> None:
+class CheckpointWriter:
     """Writes the state beside its place, then moves it there: a kill at any moment leaves the previous one whole.
 
-    Raises:
-        RunFailed: if a weight is not finite; the previous checkpoint stays.
+    The state is copied to the host, and written while the run goes on; the step comes to count with `finish`, which the next
+    save, the end of the run and every `poll` that finds the writing done call.
     """
-    _refuse_non_finite(state["student"], step)
-    folder = run / "checkpoints"
-    unfinished = folder / f"{step}.unfinished"
-    if distributed.is_main():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    distributed.barrier()
-    with _quietly():
-        dcp.save(state, checkpoint_id=unfinished, no_dist=not distributed.active())
-    if distributed.is_main():
-        shutil.rmtree(folder / str(step), ignore_errors=True)
-        os.replace(unfinished, folder / str(step))
-        write_atomically(folder / "latest", str(step))
-        _prune(folder, keep)
-    distributed.barrier()
 
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the warning that a single process is a single process."""
-    with warnings.catch_warnings():
+    def __init__(self, run: Path, keep: int):
+        self.run, self.folder, self.keep = run, run / "checkpoints", keep
+        self.future, self.step = None, None
+        # Said by the thread that writes, of a single process, which is what there is.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        # Written by a thread: a group of its own, or its messages would mix with those of the steps.
+        self.group = torch.distributed.new_group(backend="gloo") if distributed.active() else None
+
+    def save(self, step: int, state: dict) -> None:
+        """
+        Raises:
+            RunFailed: if a weight is not finite, or the disk is full; the previous checkpoint stays.
+        """
+        self.finish()
+        _refuse_non_finite(state["student"], step)
+        unfinished = self.folder / f"{step}.unfinished"
+        if distributed.is_main():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        distributed.barrier()
+        self.future = dcp.async_save(state, checkpoint_id=unfinished, process_group=self.group)
+        self.step = step
+
+    def poll(self) -> None:
+        """Takes note of a writing that is done. On one process only: ranks would have to agree first."""
+        if self.future is not None and self.future.done() and not distributed.active():
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for what is being written, and makes it the newest checkpoint. All ranks together."""
+        if self.future is None:
+            return
+        future, step, self.future = self.future, self.step, None
+        try:
+            future.result()
+            if distributed.is_main():
+                self._publish(step)
+        except (OSError, CheckpointException, RuntimeError) as error:
+            shutil.rmtree(self.folder / f"{step}.unfinished", ignore_errors=True)
+            reason = " ".join(str(error).split())[-300:]
+            raise RunFailed(
+                f"the checkpoint of step {step} could not be written ({reason}); is the disk full? The one before, of step "
+                f"{latest_step(self.run)}, is untouched: make room and start again"
+            ) from error
+        distributed.barrier()
+
+    def _publish(self, step: int) -> None:
+        shutil.rmtree(self.folder / str(step), ignore_errors=True)
+        os.replace(self.folder / f"{step}.unfinished", self.folder / str(step))
+        write_atomically(self.folder / "latest", str(step))
+        _prune(self.folder, self.keep)
 
 
 def _refuse_non_finite(weights: dict, step: int) -> None:
-    total = sum(tensor.float().sum() for tensor in weights.values() if tensor.is_floating_point())
-    if not torch.isfinite(total):
+    tensors = [tensor for tensor in distributed.local(weights.values()) if tensor.is_floating_point()]
+    bad = not torch.isfinite(sum(tensor.float().sum() for tensor in tensors))
+    if distributed.any_rank(bad, tensors[0].device):
         raise RunFailed(
             f"weights are not finite at step {step}, nothing was saved; lower schedule.lr.peak or schedule.teacher_temp, "
             "or set precision=fp32"
@@ -103,11 +133,23 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """`write(beside)` fills a folder beside its place; then each file is replaced in one move, so readers find no half."""
+    """`write(beside)` fills a folder beside its place; then each file is replaced in one move, so readers find no half.
+
+    Raises:
+        RunFailed: if the disk is full; what stood there before stays.
+    """
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    write(unfinished)
+    try:
+        write(unfinished)
+    except Exception as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # which is no OSError
+            raise RunFailed(
+                f"{folder} could not be written ({error}); is the disk full? What stood there, and the last checkpoint, are untouched"
+            ) from error
+        raise
     folder.mkdir(parents=True, exist_ok=True)
     for file in unfinished.iterdir():
         os.replace(file, folder / file.name)

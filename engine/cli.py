@@ -9,7 +9,11 @@ from typing import Any, Callable, Optional
 
 import torch
 
-DONE, FAILED, MISTAKE = 0, 1, 2
+DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 3
+
+
+class StoppedEarly(RuntimeError):
+    """A signal or the time limit ended the run after a checkpoint to go on from (exit 3)."""
 
 
 class RunFailed(RuntimeError):
@@ -23,6 +27,9 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     """
     try:
         main(sys.argv[1:])
+    except StoppedEarly as error:
+        print(sentence(error), file=sys.stderr)
+        sys.exit(STOPPED)
     except (ValueError, OSError, ImportError, RunFailed, torch.OutOfMemoryError) as error:
         if os.environ.get("NANODINO_TRACEBACK") == "1":
             raise

@@ -211,6 +211,7 @@ class ProbeConfig:
     train: Optional[str] = free(None)  # DATA specs with labels
     val: Optional[str] = free(None)
     knn: bool = free(True)  # weighted k-NN, k = 20
+    linear: bool = free(False)  # linear probe, DINOv2's grid; takes longer than k-NN
     patches: bool = free(False)  # locality of the patch similarities, and where there are masks k-NN segmentation (mIoU)
 
 
@@ -222,13 +223,38 @@ class CheckpointConfig:
 
 
 @dataclass
+class HealthConfig:
+    """What to do when the teacher's targets or the features collapse (engine/health.py)."""
+
+    on_collapse: Literal["warn", "stop"] = free("warn")  # stop: the run fails, with its last checkpoint intact
+
+
+@dataclass
+class TuneConfig:
+    """What of the backbone trains; the heads always do."""
+
+    mode: Literal["full", "lora", "partial"] = "full"  # lora: low-rank adapters, merged on export; partial: what `targets` names
+    targets: list[str] = field(default_factory=list)  # parts of names: q, v, attn.proj, blocks.11, norm*; lora: [] is q, v;
+    #   partial: [] freezes the backbone
+    rank: int = 8  # of the adapters
+    alpha: float = 16.0  # over rank, the adapters' factor
+    dropout: float = 0.0  # of the adapters' inputs
+
+
+@dataclass
 class TrainConfig:
     output_dir: str = free("runs/default")
     seed: int = 0  # of initial weights, order of images, crops and masks
     overwrite: bool = free(False)  # start afresh where a run already stands
     device: Literal["auto", "cpu", "cuda", "mps"] = free("auto")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the matrix products; auto: bf16 where it is fast
-    strategy: Literal["none", "ddp"] = free("ddp")  # under torchrun; alone it is none
+    strategy: Literal["none", "ddp", "fsdp"] = free("ddp")  # under torchrun or srun; alone it is none. fsdp shards weights,
+    #   gradients, moments and teachers over the ranks: for what does not fit into one GPU
+    compile: Optional[bool] = free(None)  # torch.compile of the blocks; null: on CUDA. The first steps are slow, the others not
+    checkpointing: Literal["none", "blocks", "full"] = free("none")  # activations are computed again in the backward pass: a
+    #   third more time for a fraction of the memory; full: of the heads too
+    time_limit: Optional[float] = free(None)  # hours after which the run saves and ends with exit status 3
+    hang_timeout: float = free(600.0)  # seconds that ranks wait for one that does not answer before the run ends
     total_steps: Optional[int] = free(None)  # one of the three gives the length
     epochs: Optional[float] = free(None)  # passes over data.train
     images: Optional[int] = free(None)  # images seen
@@ -242,13 +268,38 @@ class TrainConfig:
     loss: LossConfig = section(LossConfig)
     optim: OptimConfig = section(OptimConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)
+    tune: TuneConfig = section(TuneConfig)
     probe: ProbeConfig = section(ProbeConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
+    health: HealthConfig = section(HealthConfig)
     stages: Optional[dict[str, Any]] = free(None)  # compared by engine.settings.changed_stages:
     #   name: {steps: N, any override}, in order; see engine/stages.py
 
     def __post_init__(self):
         validate(self)
+
+
+@dataclass
+class DistillConfig:
+    """A frozen teacher and who learns from it; the rest of the configuration holds for every student, unless its entry says otherwise."""
+
+    teacher: Optional[str] = None  # a MODEL
+    teacher_size: Optional[Size] = None  # pixels of the global crops as the teacher sees them; null: crops.global_size. Half of
+    #   it for ConvNeXts and their stride of 32: so the patch grids are one (DINOv3)
+    match: Literal["auto", "heads", "features"] = "auto"  # heads: `loss.dino` and `loss.ibot` on the teacher's prototypes
+    #   (DINOv3), for a run of ours; features: its CLS and patches after a learned projection, those two terms and local
+    #   crops have no part; auto: heads where the teacher brings them
+    cls_weight: float = 1.0  # of the two terms of features; 0 = off
+    patch_weight: float = 1.0
+    students: dict[str, Any] = field(default_factory=dict, metadata={"free": True})  # each is compared in its own folder:
+    #   name: {share: of the ranks (1), any override}; see engine/students.py
+
+
+@dataclass
+class DistillTrainConfig(TrainConfig):
+    """What distill.py reads. `crops` says at which size the crops are cut for all; a student's own sizes, resized from them."""
+
+    distill: DistillConfig = section(DistillConfig)
 
 
 # ----------------------------------------------------------------- what follows from the keys
@@ -279,12 +330,15 @@ def with_statistics(cfg: TrainConfig, preprocessing: Any) -> TrainConfig:
 
 
 def micro_batch_size(cfg: TrainConfig, ranks: int, grouped: bool) -> int:
-    """Images that go through a rank's student at once; `grouped`: whether KoLeo groups must fit into them."""
+    """Images that go through a rank's student at once; `grouped`: whether there are KoLeo groups, which must fit into them or
+    span ranks that each take their share at once."""
     require(cfg.batch_size % ranks == 0, f"batch_size {cfg.batch_size} is not a multiple of the {ranks} processes")
     local, group = cfg.batch_size // ranks, cfg.loss.koleo.group
     micro = min(cfg.micro_batch_size or local, local)
+    fits = micro % group == 0 and local % micro % group == 0
+    spans = micro == local and group % local == 0 and cfg.batch_size % group == 0
     require(
-        not grouped or (micro % group == 0 and local % micro % group == 0),
+        not grouped or fits or spans,
         f"loss.koleo.group {group} does not divide the {micro} images that go through a rank's student at once (of {local}); "
         "change batch_size, micro_batch_size or loss.koleo.group",
     )
@@ -294,15 +348,15 @@ def micro_batch_size(cfg: TrainConfig, ranks: int, grouped: bool) -> int:
 # ----------------------------------------------------------------- loading
 
 
-def load_config(config: Optional[str], overrides: list[str]) -> TrainConfig:
-    """Defaults, then the YAML file with its bases, then `key=value` overrides; validated.
+def load_config(config: Optional[str], overrides: list[str], schema: type = TrainConfig) -> TrainConfig:
+    """Defaults of the `schema`, then the YAML file with its bases, then `key=value` overrides; validated.
 
     Raises:
         ConfigError: one sentence naming the key, what was given and what is allowed.
     """
     layers = read_yaml(find_config(config)) if config else []
     layers += [parse_override(argument) for argument in overrides]
-    cfg = build(TrainConfig, reduce(merge, (write_out(TrainConfig, layer) for layer in layers), {}))
+    cfg = build(schema, reduce(merge, (write_out(schema, layer) for layer in layers), {}))
     for number, (_, _, stage) in enumerate(stage_configs(cfg)):
         validate_gram_teacher(stage, bool(number or cfg.init or stage.init), number > 0)
     return cfg

@@ -1,17 +1,24 @@
 """The leaf that knows about ranks: process group, collectives (identities on one process), wrapping.
 
-Nothing here is needed on one process, where no process group exists. `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK.
+Nothing here is needed on one process, where no process group exists. `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK, and
+`srun` what they are taken from.
 """
 
 import contextlib
+import copy
 import os
+from datetime import timedelta
 from functools import partial
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 
 def choose_device(name: str) -> torch.device:
@@ -51,18 +58,34 @@ def choose_precision(name: str, device: torch.device) -> tuple[Callable, torch.a
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the group that torchrun announces in the environment, and leaves it at the end."""
+def process_group(device: torch.device, timeout: float = 600.0) -> Iterator[None]:
+    """Joins the group that torchrun or srun announce in the environment, and leaves it at the end.
+
+    Args:
+        timeout: seconds after which ranks that wait for another give it up, and the run ends.
+    """
+    _from_slurm()
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # checkpoints are written through gloo
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _from_slurm() -> None:
+    """srun's names for what torchrun sets. MASTER_ADDR is the first node, which SLURM does not spell out."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) < 2 or "SLURM_PROCID" not in os.environ:
+        return
+    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    os.environ.update({ours: os.environ[theirs] for ours, theirs in names.items()})
+    os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+    os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 50000))
 
 
 def active() -> bool:
@@ -117,14 +140,102 @@ def gather_objects(item: Any) -> list[Any]:
     return items
 
 
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = all_reduce_sum(gradient.contiguous())
+        return gradient.chunk(world_size())[rank()]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(n, D) of each rank, n alike, joined in the order of ranks; gradients go back to where the rows came from, summed over
+    ranks: right for a loss that all ranks compute alike and whose gradients are then averaged."""
+    return _GatherRows.apply(rows) if active() else rows
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether it is true on any rank; all ranks get the same answer."""
+    return bool(all_reduce_max(torch.tensor(float(flag), device=device))) if active() else flag
+
+
+# ----------------------------------------------------------------- models made parallel from outside
+
+
+def prepare(module: nn.Module, checkpointing: str, compiled: bool) -> None:
+    """Recomputes activations in the backward pass, and compiles; block by block, names stay as they are.
+
+    Args:
+        checkpointing: "none", "blocks" (of the backbone) or "full" (the heads as well).
+        compiled: whether torch.compile is used; where it fails, the block runs as it is.
+    """
+    blocks = _blocks(module)
+    heads = [child for name, child in module.named_children() if name != "backbone"]
+    for part in {"none": [], "blocks": blocks, "full": [*blocks, *heads]}[checkpointing]:
+        part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+    if compiled:
+        torch._dynamo.config.suppress_errors = True
+        for block in blocks:
+            block.compile()
+
+
+def shard(module: nn.Module, strategy: str, device: torch.device, precision: str) -> nn.Module:
+    """With strategy "fsdp", each block, each head and the rest hold a shard of their parameters on every rank, gathered
+    when they run; in bf16 on CUDA, with gradients reduced in float32. Otherwise nothing happens."""
+    if strategy != "fsdp" or not active():
+        return module
+    mesh = init_device_mesh(device.type, (world_size(),))
+    half = precision == "bf16" and device.type == "cuda"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    parts = list(module.children()) if hasattr(module, "backbone") else []  # the backbone also runs alone, as a Gram teacher
+    for part in [*_blocks(module), *parts, module]:
+        # Given back right after use, or the teacher would run on what it gathered before its last update.
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    return module
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    backbone = getattr(module, "backbone", module)
+    return list(getattr(backbone, "blocks", getattr(getattr(backbone, "model", None), "blocks", [])))
+
+
+class Whole:
+    """A module to look at, export and draw from. Made before the module is placed; `module` is the module itself, or where it
+    is then sharded a copy which `refresh` fills, on all ranks together."""
+
+    def __init__(self, module: nn.Module, strategy: str, device: torch.device, precision: str):
+        self.source, self.sharded = module, strategy == "fsdp" and active()
+        self.module = copy.deepcopy(module) if self.sharded else module
+        self.place = partial(shard, strategy=strategy, device=device, precision=precision)  # any module, like this one
+
+    def refresh(self) -> None:
+        if self.sharded:
+            self.module.load_state_dict({name: gathered(tensor) for name, tensor in self.source.state_dict().items()})
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's shards, as plain tensors that share their storage; tensors that are whole as they are."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
 def wrap(module: nn.Module, strategy: str, device: torch.device, *, all_used: bool = True) -> nn.Module:
-    """`module` made parallel from outside; itself where there is no process group.
+    """`module` made parallel from outside; itself where there is no process group, or where it is sharded.
 
     Args:
         strategy: "ddp" averages the gradients over ranks; "none" leaves the module as it is.
         all_used: whether every parameter takes part in every loss; where not, DDP looks for the idle ones each step.
     """
-    if not active() or strategy == "none":
+    if not active() or strategy != "ddp":
         return module
     devices = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids=devices, find_unused_parameters=not all_used)
@@ -136,4 +247,6 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def accumulate(module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
     """Gradients of all but the last micro batch stay on their rank."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
     return contextlib.nullcontext() if last or not hasattr(module, "no_sync") else module.no_sync()

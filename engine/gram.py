@@ -9,6 +9,7 @@ from torch import nn
 
 from engine import distributed
 from engine.checkpoint import write_atomically
+from engine.distributed import Whole
 from engine.figures import draw_curves
 from engine.logger import notice
 from engine.optim import span_steps
@@ -26,6 +27,7 @@ class GramTeacher:
         first: int,
         stop: int,
         ema: nn.Module,
+        snapshot: Callable[[], nn.Module],
         load: Callable[[str], nn.Module],
         choose: Callable[[int], str],
         resumed_at: Optional[int] = None,
@@ -34,7 +36,8 @@ class GramTeacher:
         Args:
             settings: the section `loss.gram`.
             first, stop: the stage's steps.
-            ema: the EMA teacher's backbone, as it is when the stage begins.
+            ema: the EMA teacher's backbone.
+            snapshot: a frozen copy of it, as it is now.
             load: a backbone from a MODEL.
             choose: for `auto`, the MODEL to take among what there is at a step.
             resumed_at: the step at which a run goes on within the stage; its weights are about to be loaded.
@@ -48,9 +51,9 @@ class GramTeacher:
         if settings.teacher == "ema":
             self.backbone = ema
         elif settings.teacher == "init" or settings.teacher == "auto" and (resumed_at or -1) > self.start:
-            self.backbone = _frozen(copy.deepcopy(ema))
+            self.backbone = snapshot()
         elif settings.teacher != "auto":
-            self.backbone = _frozen(load(settings.teacher))
+            self.backbone = load(settings.teacher)
         if settings.refresh and self.backbone is not None and _shapes(self.backbone) != _shapes(ema):
             raise ValueError(
                 f"loss.gram.refresh copies the teacher into the Gram teacher, but {settings.teacher} is another architecture"
@@ -66,7 +69,7 @@ class GramTeacher:
         if step < self.start:
             return None
         if self.backbone is None:
-            self.backbone = _frozen(self.load(self.choose(step)))
+            self.backbone = self.load(self.choose(step))
         return self.backbone
 
     def follow(self, step: int) -> None:
@@ -78,11 +81,11 @@ class GramTeacher:
             self.backbone.load_state_dict(self.ema.state_dict())
 
 
-def build_gram_teacher(stage: Any, run: Any, ema: nn.Module, load: Callable[[str], nn.Module]) -> Optional[GramTeacher]:
+def build_gram_teacher(stage: Any, run: Any, whole: Whole, load: Callable[[str], nn.Module]) -> Optional[GramTeacher]:
     """The one of a stage (engine.stages) of a run (engine.run), as far as the run has come; None without the Gram term.
 
     Args:
-        ema: the EMA teacher's backbone.
+        whole: the EMA teacher.
         load: a backbone from a MODEL.
     """
     if "gram" not in stage.schedules:
@@ -93,9 +96,14 @@ def build_gram_teacher(stage: Any, run: Any, ema: nn.Module, load: Callable[[str
         return best_snapshot(run.folder, step, lambda spec: run.locality(load(spec)))
 
     def find(spec: str) -> nn.Module:
-        return load(f"{run.folder}{spec}" if spec.startswith("@") else spec)
+        return whole.place(_frozen(load(f"{run.folder}{spec}" if spec.startswith("@") else spec)))
 
-    gram_teacher = GramTeacher(stage.cfg.loss.gram, stage.first, stage.stop, ema, find, choose, resumed)
+    def snapshot() -> nn.Module:
+        whole.refresh()
+        return whole.place(_frozen(copy.deepcopy(whole.module.backbone)))
+
+    settings, ema = stage.cfg.loss.gram, whole.source.backbone
+    gram_teacher = GramTeacher(settings, stage.first, stage.stop, ema, snapshot, find, choose, resumed)
     if resumed and gram_teacher.weights:
         run.restore({"gram_teacher": gram_teacher.weights})
     return gram_teacher

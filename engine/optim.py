@@ -6,6 +6,8 @@ from typing import Any, Callable, Iterable, Optional, Union
 import torch
 from torch import Tensor, nn
 
+from engine import distributed
+
 Span = Union[int, str]
 
 
@@ -124,18 +126,28 @@ def parameter_groups(model: nn.Module, layer_decay: float = 1.0, patch_embed_lr:
     return list(groups.values())
 
 
-def make_optimizer(groups: list[dict], betas: Iterable[float]) -> torch.optim.AdamW:
-    """AdamW whose state exists from the start, so that a checkpoint of any step holds the same tensors."""
+def make_optimizer(
+    groups: list[dict], betas: Iterable[float], before: Optional[torch.optim.Optimizer] = None
+) -> torch.optim.AdamW:
+    """AdamW whose state exists from the start, so that a checkpoint of any step holds the same tensors.
+
+    Parameters that `before` has moments for keep them.
+    """
     kind = groups[0]["params"][0].device.type
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), weight_decay=0.0, fused=kind in ("cpu", "cuda"))
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = {
+            optimizer.state[parameter] = before.state[parameter] if before and parameter in before.state else {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
     return optimizer
+
+
+def optimizer_for(student: nn.Module, settings: Any, before: Optional[torch.optim.Optimizer] = None) -> torch.optim.AdamW:
+    """`make_optimizer` for what trains of the student, as the section `optim` of the configuration says."""
+    return make_optimizer(parameter_groups(student, settings.layer_decay, settings.patch_embed_lr), settings.betas, before)
 
 
 def forget(optimizer: torch.optim.Optimizer) -> None:
@@ -154,7 +166,7 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
 
 
 def clip_gradients(model: nn.Module, max_norm: Optional[float], per: str) -> Tensor:
-    """Scales gradients down in place; returns the L2 norm of all of them before.
+    """Scales gradients down in place; returns the L2 norm of all of them before, shards of all ranks taken together.
 
     Args:
         per: "module" holds each top-level sub-module (backbone, heads) to `max_norm` (DINOv2, DINOv3); "tensor" each
@@ -162,14 +174,17 @@ def clip_gradients(model: nn.Module, max_norm: Optional[float], per: str) -> Ten
     """
     norms = []
     for child in model.children():
-        gradients = [parameter.grad for parameter in child.parameters() if parameter.grad is not None]
-        if not gradients:
+        whole = [parameter.grad for parameter in child.parameters() if parameter.grad is not None]
+        if not whole:
             continue
-        tensor_norms = torch.stack(torch._foreach_norm(gradients))
-        norms.append(torch.linalg.vector_norm(tensor_norms))
+        gradients = distributed.local(whole)
+        squares = torch.stack(torch._foreach_norm(gradients)).square()
+        if gradients[0] is not whole[0]:  # shards: fully_shard takes all parameters of a module
+            distributed.all_reduce_sum(squares)
+        norms.append(squares.sum().sqrt())
         if max_norm is None:
             continue
-        limits = tensor_norms if per == "tensor" else norms[-1].expand(len(gradients))
+        limits = squares.sqrt() if per == "tensor" else norms[-1].expand(len(gradients))
         scales = (max_norm / (limits + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, list(scales))
     return torch.linalg.vector_norm(torch.stack(norms))

@@ -5,16 +5,21 @@ What to probe, save and draw is handed in as functions, so that one student of m
 
 import math
 import shutil
+import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Optional
 
+import torch
 from torch import nn
 
 from engine import checkpoint, distributed
-from engine.cli import RunFailed
+from engine.checkpoint import CheckpointWriter
+from engine.cli import StoppedEarly
 from engine.figures import draw_curves
+from engine.health import CollapseWatch
 from engine.logger import BadImages, Logger, notice, read_metrics
 
 LEFT_BY_A_RUN = (
@@ -49,9 +54,20 @@ class Run:
     At the end of each of several stages, everything is saved and the teacher is kept for good.
     """
 
-    def __init__(self, folder: Path, stage_ends: list[int], cadence: Cadence):
+    def __init__(
+        self,
+        folder: Path,
+        stage_ends: list[int],
+        cadence: Cadence,
+        device: torch.device,
+        hours: Optional[float] = None,
+    ):
         self.folder, self.stage_ends, self.total_steps, self.cadence = folder, stage_ends, stage_ends[-1], cadence
+        self.device = device
         self.start_step = 0
+        self.writer = CheckpointWriter(folder, cadence.keep)
+        self.deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
+        self.signal: Optional[int] = None
 
     def open(self, config: str, check: Callable[[Path], None], overwrite: bool) -> bool:
         """Makes or re-opens the folder; False if there is nothing left to do.
@@ -91,6 +107,8 @@ class Run:
         report: Callable[[Path], None],
         probe: Optional[Callable[[], dict[str, float]]],
         locality: Callable[[nn.Module], float],
+        refresh: Callable[[], None],
+        watch: CollapseWatch,
     ) -> None:
         """Loads the checkpoint, if there is one, into `state`.
 
@@ -101,8 +119,14 @@ class Run:
             report: draws the teacher's features into a PNG.
             probe: measures the teacher, on all ranks together.
             locality: measures the patches of any backbone without labels.
+            refresh: gathers the teacher where it is sharded; called by all ranks before any of these.
+            watch: says when what is logged looks like collapse.
         """
         self.state, self.export, self.report, self.probe, self.locality = state, export, report, probe, locality
+        self.refresh, self.watch = refresh, watch
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+                signal.signal(number, self._note_signal)
         self.restore(state)
         self.logger = Logger(self.folder, self.total_steps, self.start_step)
         self.bad_images = bad_images
@@ -131,17 +155,40 @@ class Run:
             waiting_since = time.perf_counter()
 
     def step_done(self, step: int, metrics: Callable[[], dict]) -> None:
-        """Logs, probes and saves where due. `step` counts the updates done; `metrics` is only called to be logged."""
+        """Logs, probes and saves where due. `step` counts the updates done; `metrics` is only called to be logged.
+
+        Raises:
+            StoppedEarly: after a signal or the time limit, once everything is saved.
+        """
         last = step in self.stage_ends
+        stopped = self._asked_to_stop(step)
         if last or self._due(step, self.cadence.log) or self._due(step, self.cadence.probe):
             self._log(step, metrics())
-        if last or self._due(step, self.cadence.every):
+        self.writer.poll()
+        if last or stopped or self._due(step, self.cadence.every):
             self._save(step)
             self.logger.restart_clock(step)
         elif self._due(step, self.cadence.snapshot):
+            self.refresh()
             self._on_main(lambda: self._save_snapshot(step))
-        if step == self.total_steps:
+        if step == self.total_steps or stopped:
+            self.writer.finish()
             self.logger.close()
+        if stopped and step < self.total_steps:
+            raise StoppedEarly(f"{self.folder}: stopped at step {step} of {self.total_steps} {stopped}; the same command goes on")
+
+    def _note_signal(self, number: int, frame: Any) -> None:
+        self.signal = number
+
+    def _asked_to_stop(self, step: int) -> str:
+        """Why to stop after this step, or nothing; ranks agree every tenth step, for it costs them a wait."""
+        why = f"by {signal.Signals(self.signal).name}" if self.signal else ""
+        why = "at the time limit" if time.monotonic() > self.deadline else why
+        if not distributed.active():
+            return why
+        if step % 10 or not distributed.any_rank(bool(why), self.device):
+            return ""
+        return why or "with another rank"
 
     def restore(self, state: dict) -> None:
         """Fills live tensors with what the checkpoint holds under the same names, where the run goes on from one."""
@@ -153,13 +200,12 @@ class Run:
 
     def _log(self, step: int, values: dict) -> None:
         values = {name: float(value) for name, value in values.items()}
-        if not math.isfinite(values.get("loss", 0.0)):
-            culprits = ", ".join(name for name, value in values.items() if not math.isfinite(value))
-            raise RunFailed(
-                f"not finite at step {step}: {culprits}; the last checkpoint is untouched; lower schedule.lr.peak, or set precision=fp32"
-            )
+        warning = self.watch.look(step, values)
+        if warning:
+            notice(warning)
         values |= self.logger.speed(step)
         if self.probe and (self._due(step, self.cadence.probe) or step in self.stage_ends):
+            self.refresh()
             values |= self.probe()
         self.logger.log(step, values)
         if values.get("probe/knn", -math.inf) > self.best:
@@ -169,8 +215,9 @@ class Run:
 
     def _save(self, step: int) -> None:
         """The checkpoint comes last: where it stands, everything else of that step does too."""
+        self.refresh()
         self._on_main(lambda: self._save_teacher(step))
-        checkpoint.save_checkpoint(self.folder, step, self.state, self.cadence.keep)
+        self.writer.save(step, self.state)
 
     def _save_teacher(self, step: int) -> None:
         checkpoint.save_folder(self.folder / "teacher", self.export)

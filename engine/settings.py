@@ -44,11 +44,17 @@ def find_config(name: str) -> Path:
     raise ConfigError(f"no configuration {name}: give a path or one of {known}")
 
 
-def read_yaml(path: Path) -> list[dict]:
-    """The file's keys after those of its `base:` (relative to the file, or in `configs/`): layers, the last one wins."""
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[dict]:
+    """The file's keys after those of its `base:` (relative to the file, or in `configs/`): layers, the last one wins.
+
+    Args:
+        above: the files whose base this is.
+    """
+    if path.resolve() in above:
+        raise ConfigError(f"{path} is its own base, by way of {', '.join(map(str, above))}")
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no text, or `2020-99-99` and `!!float x`
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values")
@@ -56,7 +62,8 @@ def read_yaml(path: Path) -> list[dict]:
     if base is None:
         return [values]
     beside = path.parent / str(base)
-    return [*read_yaml(beside if beside.is_file() else find_config(str(base))), values]
+    below = beside if beside.is_file() else find_config(str(base))
+    return [*read_yaml(below, (*above, path.resolve())), values]
 
 
 def parse_override(argument: str) -> dict:
@@ -66,7 +73,7 @@ def parse_override(argument: str) -> dict:
         raise ConfigError(f"cannot read {argument!r}: write key=value, for example optim.clip_grad=1.0")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = text  # DATA specs hold characters that YAML gives a meaning
     for part in reversed(key.split(".")):
         value = {part: value}
@@ -85,16 +92,20 @@ def merge(below: Any, above: Any) -> Any:
     return below | {key: merge(below[key], value) if key in below else value for key, value in above.items()}
 
 
-def write_out(cls: type, values: Any) -> Any:
-    """Replaces short forms (a schedule given as a number) by the mapping that they stand for, so that layers merge."""
+def write_out(cls: type, values: Any, path: str = "") -> Any:
+    """Replaces short forms (a schedule given as a number) by the mapping that they stand for, so that layers merge.
+
+    A section that holds none is refused here, where no layer above it can hide the mistake.
+    """
     values = cls.shorthand(values) if hasattr(cls, "shorthand") else values
     if not isinstance(values, dict):
-        return values
+        raise ConfigError(f"{path} is a section, not the value {values!r}")
     inner = {key: _without_none(hint) for key, hint in typing.get_type_hints(cls).items()}
-    return {
-        key: write_out(inner[key], value) if dataclasses.is_dataclass(inner.get(key)) and value is not None else value
-        for key, value in values.items()
-    }
+    written = {}
+    for key, value in values.items():
+        is_section = dataclasses.is_dataclass(inner.get(key)) and value is not None
+        written[key] = write_out(inner[key], value, f"{path}.{key}" if path else str(key)) if is_section else value
+    return written
 
 
 def build(cls: type, values: Any, path: str = "", default: Any = None, root: Optional[type] = None) -> Any:

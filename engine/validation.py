@@ -20,6 +20,14 @@ def validate(cfg: Any) -> None:
     for name in (*LENGTHS, "micro_batch_size"):
         value = getattr(cfg, name)
         require(value is None or value > 0, f"{name} is {value}; it must be more than 0")
+    for name in ("time_limit", "hang_timeout"):
+        value = getattr(cfg, name)
+        require(value is None or value > 0, f"{name} is {value}; it must be more than 0")
+    require(
+        cfg.strategy != "fsdp" or cfg.tune.mode == "full",
+        f"strategy=fsdp shards what trains, tune.mode={cfg.tune.mode} trains little; use strategy=ddp",
+    )
+    require(0 <= cfg.seed < 2**63, f"seed is {cfg.seed}; it must lie in [0, 2^63)")
     given = [name for name in LENGTHS if getattr(cfg, name) is not None]
     require(len(given) <= 1, f"{' and '.join(given)} say the same length; give one of them")
     _validate_crops(cfg)
@@ -72,6 +80,7 @@ def _validate_crops(cfg: Any) -> None:
     data = cfg.data
     require(data.channels >= 1, f"data.channels is {data.channels}; it must be at least 1")
     require(data.workers is None or data.workers >= 0, f"data.workers is {data.workers}; it must be 0 or more")
+    require(data.max_bad is None or data.max_bad >= 0, f"data.max_bad is {data.max_bad}; it must be 0 or more")
     for name in ("mean", "std"):
         value = getattr(data, name)
         require(
@@ -89,15 +98,18 @@ def _validate_model(model: Any) -> None:
     require(model.patch_size >= 1, f"model.patch_size is {model.patch_size}; it must be at least 1")
     require(model.registers >= 0, f"model.registers is {model.registers}; it must be 0 or more")
     require(0 <= model.drop_path < 1, f"model.drop_path is {model.drop_path}; it must lie in [0, 1)")
-    for name in ("embed_dim", "depth", "num_heads", "ffn_ratio"):
+    for name in ("embed_dim", "depth", "num_heads", "ffn_ratio", "norm_eps", "rope_base"):
         value = getattr(model, name)
         require(value is None or value > 0, f"model.{name} is {value}; it must be more than 0")
+    for name, least in (("rope_shift", 0), ("rope_jitter", 1), ("rope_rescale", 1)):
+        value = getattr(model, name)
+        require(value is None or value >= least, f"model.{name} is {value}; it must be at least {least}, or null")
 
 
 def _validate_losses(cfg: Any) -> None:
     loss = cfg.loss
     require(
-        loss.dino.weight > 0 or loss.ibot.weight > 0,
+        _largest_weight(cfg, "dino") > 0 or _largest_weight(cfg, "ibot") > 0,
         "loss.dino.weight and loss.ibot.weight are both 0: nothing to learn from",
     )
     for name in ("dino", "ibot", "koleo", "gram"):
@@ -117,6 +129,12 @@ def _validate_losses(cfg: Any) -> None:
     require(
         loss.koleo.group >= 2, f"loss.koleo.group is {loss.koleo.group}; a nearest neighbour needs at least 2 images"
     )
+
+
+def _largest_weight(cfg: Any, term: str) -> float:
+    """Of a loss term over the run: its schedule replaces its weight."""
+    item = getattr(cfg.schedule, term)
+    return getattr(cfg.loss, term).weight if item is None else max(item.peak, item.start or 0, item.end or 0)
 
 
 def _validate_gram(gram: Any) -> None:
@@ -161,9 +179,11 @@ def _validate_optim(cfg: Any) -> None:
         all(0 <= beta < 1 for beta in _pair(optim.betas, "optim.betas")),
         f"optim.betas are {optim.betas}; each must lie in [0, 1)",
     )
+    require(optim.patch_embed_lr >= 0, f"optim.patch_embed_lr is {optim.patch_embed_lr}; it must be 0 or more")
     spans = {"optim.freeze_last_layer": optim.freeze_last_layer}
     for name, item in vars(cfg.schedule).items():
         if item is not None:
+            _validate_range(name, item)
             spans |= {f"schedule.{name}.warmup": item.warmup, f"schedule.{name}.decay": item.decay}
             constant = item.shape != "constant" or item.end in (None, item.peak)
             require(
@@ -178,6 +198,15 @@ def _validate_optim(cfg: Any) -> None:
     require(
         min(temp.peak, temp.peak if temp.start is None else temp.start) > 0, "schedule.teacher_temp must be more than 0"
     )
+
+
+def _validate_range(name: str, schedule: Any) -> None:
+    """Rates, weights, temperatures and momenta are not negative, and a momentum is at most 1."""
+    for key in ("start", "peak", "end"):
+        value = getattr(schedule, key)
+        require(value is None or value >= 0, f"schedule.{name}.{key} is {value}; it must be 0 or more")
+        momentum = name == "ema_momentum" and value is not None
+        require(not momentum or value <= 1, f"schedule.{name}.{key} is {value}; it must lie in [0, 1]")
 
 
 def size_pair(size: Union[int, list[int]]) -> tuple[int, int]:

@@ -136,6 +136,7 @@ class Centering(nn.Module):
         sums = all_reduce_sum(torch.cat([row_sum, count]))
         total = sums[-1]
         mean = sums[:-1] / total.clamp(min=1)
+        mean = torch.where(mean.isfinite().all(), mean, self.center)  # a step that is skipped leaves no trace
         self.center.lerp_(mean, (1 - self.momentum) * (total > 0))
 
 

@@ -1,5 +1,6 @@
 """The KoLeo term: features of different images spread out."""
 
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -10,7 +11,9 @@ EPS = 1e-8
 DUPLICATE = 1e-6  # closer than this, two unit vectors differ by float32 rounding only
 
 
-def koleo_loss(features: Tensor, group: Optional[int] = None) -> Tensor:
+def koleo_loss(
+    features: Tensor, group: Optional[int] = None, gather: Callable[[Tensor], Tensor] = lambda rows: rows
+) -> Tensor:
     """Kozachenko-Leonenko entropy estimator: minus the log distance to the nearest neighbour.
 
     From Sablayrolles et al., arXiv 1806.03198, as used in DINOv2. With x the features scaled to
@@ -26,6 +29,8 @@ def koleo_loss(features: Tensor, group: Optional[int] = None) -> Tensor:
         group: neighbours are looked for among so many consecutive rows; None = among all. A fixed
             group gives the same loss whether the batch comes whole, in micro-batches or on
             several ranks, as long as each part is a multiple of it.
+        gather: joins the rows of all ranks, differentiably, where a group is larger than B; every rank then computes
+            the loss of the whole.
 
     Returns:
         Scalar, mean over rows. 0 with a graph when groups have fewer than 2 rows.
@@ -33,6 +38,8 @@ def koleo_loss(features: Tensor, group: Optional[int] = None) -> Tensor:
     Raises:
         ValueError: if B is not a multiple of group, or group is below 1.
     """
+    if group is not None and group > len(features) > 0:
+        features = gather(features)
     rows = len(features)
     size = rows if group is None else group
     if group is not None and (group < 1 or rows % group != 0):

@@ -1,15 +1,15 @@
 """Backbone and projection heads behind ONE forward (DDP and FSDP need one), and the teacher's update."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Iterable, Optional
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.head import ProjectionHead
+from models.lora import copy_sharing_frozen
 
 
 @dataclass
@@ -38,6 +38,10 @@ class SSLModel(nn.Module):
         self.backbone = backbone
         self.dino_head = dino_head
         self.ibot_head = ibot_head
+
+    def uses_all(self, terms: Iterable[str]) -> bool:
+        """Whether every parameter takes part in a loss of these terms, which DDP has to know."""
+        return "dino" in terms and ("ibot" in terms or self.ibot_head is None)
 
     def forward(
         self,
@@ -75,12 +79,15 @@ class SSLModel(nn.Module):
 
 
 @torch.no_grad()
-def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum · teacher + (1 - momentum) · student, over parameters, paired by order.
+def update_ema(
+    teacher: nn.Module, student: nn.Module, momentum: float, local: Callable[[Iterable[Tensor]], list[Tensor]] = list
+) -> None:
+    """teacher <- momentum · teacher + (1 - momentum) · student, over what trains, paired by order.
 
-    Buffers (the running statistics of batch norms in convolutional backbones) are taken from the student as they are.
+    `local` gives this rank's shards of sharded parameters. Buffers (the running statistics of batch norms in convolutional backbones) are taken from the student as they are.
     """
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)
+    pairs = [(own, new) for own, new in zip(teacher.parameters(), student.parameters()) if new.requires_grad]
+    torch._foreach_lerp_(*(local(part) for part in zip(*pairs)), 1.0 - momentum)
     for own, new in zip(teacher.buffers(), student.buffers()):
         own.copy_(new)
 
@@ -112,8 +119,8 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def make_teacher(student: SSLModel) -> SSLModel:
-    """A copy that shares no storage with the student, takes no gradient and stays in eval mode."""
-    return copy.deepcopy(student).requires_grad_(False).eval()
+    """A copy that shares nothing with the student but what is frozen there, takes no gradient and stays in eval mode."""
+    return copy_sharing_frozen(student).requires_grad_(False).eval()
 
 
 def save_heads(model: SSLModel, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Several stages in one run, and Gram anchoring in any of them: who acts when, resumed at any step, refused in a sentence."""
 
+import copy
 import itertools
 import shutil
 
@@ -203,7 +204,7 @@ def test_start_and_refreshes_are_honoured():
     settings = load_config(None, ["loss.gram.teacher=init", "loss.gram.start=2", "loss.gram.refresh=3", "loss.gram.max_refreshes=2", "init=x"]).loss.gram
     ema = torch.nn.Linear(1, 1)
     torch.nn.init.constant_(ema.weight, 0.0)
-    gram = GramTeacher(settings, first=10, stop=40, ema=ema, load=None, choose=None)
+    gram = GramTeacher(settings, 10, 40, ema, snapshot=lambda: copy.deepcopy(ema), load=None, choose=None)
     seen = []
     for step in range(10, 30):
         seen.append(None if gram.at(step) is None else float(gram.at(step).weight.detach()))
