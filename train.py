@@ -68,7 +68,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     for stage in stages:  # a mistake in the last one costs nothing either
         micro_batch_size(stage.cfg, distributed.world_size(), "koleo" in stage.schedules)
     cadence = Cadence(log=cfg.log_every, probe=cfg.probe.every, **vars(cfg.checkpoint))
-    run = Run(Path(cfg.output_dir), [stage.stop for stage in stages], cadence, device, cfg.time_limit)
+    run = Run(Path(cfg.output_dir), [stage.stop for stage in stages], cadence, device, cfg.time_limit, cfg.mirrors)
     if not run.open(to_yaml(cfg, provenance()), partial(refuse_changes, cfg), cfg.overwrite):
         return
 
@@ -132,7 +132,8 @@ def train_stage(
 
     def logged() -> dict:
         finite.report(step + 1)
-        return metrics(totals, now) | health(targets[-1].dino, out.cls.unflatten(0, (-1, len(crops.images))), out.patches)
+        probs = targets[-1].dino if "dino" in now else targets[-1].ibot
+        return metrics(totals, now) | health(probs, out.cls.unflatten(0, (-1, len(crops.images))), out.patches)
 
     for step, batch in run.steps(loader, first_step):
         distributed.seed_step(cfg.seed, step)

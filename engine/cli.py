@@ -30,11 +30,14 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except StoppedEarly as error:
         print(sentence(error), file=sys.stderr)
         sys.exit(STOPPED)
-    except (ValueError, OSError, ImportError, RunFailed, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        known = isinstance(error, (RunFailed, torch.OutOfMemoryError)) or not isinstance(error, RuntimeError)
+        if not known and "DataLoader worker" not in str(error):
+            raise
         if os.environ.get("NANODINO_TRACEBACK") == "1":
             raise
         print(f"error: {sentence(error)}", file=sys.stderr)
-        sys.exit(FAILED if isinstance(error, RunFailed) else MISTAKE)
+        sys.exit(FAILED if isinstance(error, RunFailed) or not known else MISTAKE)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -43,7 +46,12 @@ def sentence(error: BaseException) -> str:
     """The message on one line; out of memory says what to lower."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory on the device; lower batch_size or micro_batch_size (--batch-size for evaluations), or the crop sizes"
-    return " ".join(str(error).split()) or type(error).__name__
+    said = str(error)
+    if "DataLoader worker" in said and "Traceback" in said:  # raised in a worker, which sends its whole traceback
+        said = said.strip().splitlines()[-1].partition(": ")[2]
+    elif "DataLoader worker" in said:
+        said = f"a loader process died ({said.partition(chr(10))[0]}); if memory ran out, lower data.workers or batch_size and start again"
+    return " ".join(said.split()) or type(error).__name__
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:

@@ -262,6 +262,7 @@ class TrainConfig:
     batch_size: int = 64  # images a step, over all ranks
     micro_batch_size: Optional[int] = free(None)  # images a rank and forward, at most; accumulation is exact
     log_every: int = free(10)  # steps
+    mirrors: list[Literal["tensorboard", "wandb"]] = field(default_factory=list, metadata={"free": True})  # of metrics.jsonl
     data: DataConfig = section(DataConfig)
     crops: CropsConfig = section(CropsConfig)
     model: ModelConfig = section(ModelConfig)

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional, Sequence
 
 import torch
 from tqdm import tqdm
@@ -18,10 +18,31 @@ def notice(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
+def _tensorboard(run: Path) -> Callable[[int, dict], None]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError("mirrors: [tensorboard] needs the package tensorboard: pip install tensorboard") from None
+    writer = SummaryWriter(run / "tensorboard")
+    return lambda step, values: [writer.add_scalar(name, value, step) for name, value in values.items()] and writer.flush()
+
+
+def _wandb(run: Path) -> Callable[[int, dict], None]:
+    try:
+        import wandb
+    except ImportError:
+        raise ImportError("mirrors: [wandb] needs the package wandb: pip install wandb") from None
+    wandb.init(project="nanodino", name=run.name, dir=run, id=run.name, resume="allow")
+    return lambda step, values: wandb.log(values, step=step)
+
+
+MIRRORS = {"tensorboard": _tensorboard, "wandb": _wandb}
+
+
 class Logger:
     """One JSON object per logging interval in RUN/metrics.jsonl; a bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, run: Path, total_steps: int, start_step: int):
+    def __init__(self, run: Path, total_steps: int, start_step: int, mirrors: Sequence[str] = ()):
         self.path = run / "metrics.jsonl"
         self.total_steps = total_steps
         self.enter(None, 0, 0)
@@ -33,8 +54,10 @@ class Logger:
             unit="step",
             disable=not distributed.is_main() or not sys.stderr.isatty(),
         )
+        self.mirrors = []
         if distributed.is_main():
             truncate_metrics(self.path, start_step)
+            self.mirrors = [MIRRORS[name](run) for name in mirrors]
 
     def enter(self, stage: Optional[str], batch_size: int, shift: int) -> None:
         """From here on, `step` updates have seen step * batch_size + shift images."""
@@ -56,6 +79,8 @@ class Logger:
         if distributed.is_main():
             with self.path.open("a") as file:
                 file.write(json.dumps({name: _rounded(value) for name, value in record.items()}) + "\n")
+            for mirror in self.mirrors:
+                mirror(step, {name: value for name, value in record.items() if isinstance(value, (int, float))})
             self._show(step, record, time.perf_counter())
 
     def restart_clock(self, step: int) -> None:

@@ -10,7 +10,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Optional
+from typing import Any, Callable, Iterable, Iterator, Optional, Sequence
 
 import torch
 from torch import nn
@@ -61,9 +61,10 @@ class Run:
         cadence: Cadence,
         device: torch.device,
         hours: Optional[float] = None,
+        mirrors: Sequence[str] = (),
     ):
         self.folder, self.stage_ends, self.total_steps, self.cadence = folder, stage_ends, stage_ends[-1], cadence
-        self.device = device
+        self.device, self.mirrors = device, mirrors
         self.start_step = 0
         self.writer = CheckpointWriter(folder, cadence.keep)
         self.deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
@@ -77,6 +78,8 @@ class Run:
             check: raises ValueError if the config.yaml of the run so far forbids going on.
             overwrite: removes what an earlier run left, and nothing else.
         """
+        if self.folder.is_file():
+            raise ValueError(f"output_dir {self.folder} is a file; give a folder")
         if overwrite and distributed.is_main():
             for name in LEFT_BY_A_RUN:
                 path = self.folder / name
@@ -128,7 +131,7 @@ class Run:
             for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
                 signal.signal(number, self._note_signal)
         self.restore(state)
-        self.logger = Logger(self.folder, self.total_steps, self.start_step)
+        self.logger = Logger(self.folder, self.total_steps, self.start_step, self.mirrors)
         self.bad_images = bad_images
         self.best = max(
             (r["probe/knn"] for r in read_metrics(self.folder / "metrics.jsonl") if "probe/knn" in r), default=-math.inf
