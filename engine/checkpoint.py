@@ -47,7 +47,8 @@ def latest_step(run: Path) -> Optional[int]:
 
 def load_checkpoint(run: Path, step: int, state: dict) -> None:
     """Fills `state`'s tensors in place, whatever the number of ranks and the strategy that wrote them."""
-    dcp.load(state, checkpoint_id=run / "checkpoints" / str(step), no_dist=not distributed.active())
+    group = distributed.current_group()
+    dcp.load(state, checkpoint_id=run / "checkpoints" / str(step), process_group=group, no_dist=not distributed.active())
 
 
 class CheckpointWriter:
@@ -63,7 +64,7 @@ class CheckpointWriter:
         # Said by the thread that writes, of a single process, which is what there is.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         # Written by a thread: a group of its own, or its messages would mix with those of the steps.
-        self.group = torch.distributed.new_group(backend="gloo") if distributed.active() else None
+        self.group = distributed.twin_group("gloo")
 
     def save(self, step: int, state: dict) -> None:
         """

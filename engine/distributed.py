@@ -9,12 +9,12 @@ import copy
 import os
 from datetime import timedelta
 from functools import partial
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -92,17 +92,50 @@ def active() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+_group: Any = None  # of ranks that everything below speaks of; None: all of them
+
+
+@contextlib.contextmanager
+def within(group: Any) -> Iterator[None]:
+    """In here ranks are counted, reduce, gather and wrap within `group` only; None: all of them."""
+    global _group
+    before, _group = _group, group
+    try:
+        yield
+    finally:
+        _group = before
+
+
+def split_ranks(parts: Sequence[Sequence[int]]) -> Any:
+    """A group of ranks for each part; that of this rank is returned. All ranks call it, with the same parts."""
+    groups = [dist.new_group(list(part)) for part in parts]
+    return next(group for group, part in zip(groups, parts) if rank() in part)
+
+
+def twin_group(backend: str) -> Any:
+    """Another group of the same ranks, whose messages do not mix with those of this one; None on one process."""
+    if not active():
+        return None
+    ranks = None if _group is None else dist.get_process_group_ranks(_group)
+    return dist.new_group(ranks, backend=backend, use_local_synchronization=ranks is not None)
+
+
+def current_group() -> Any:
+    """For torch.distributed's own functions: the group of `within`, or None."""
+    return _group
+
+
 def seed_step(seed: int, step: int) -> None:
     """All randomness of a step on this rank follows from (seed, step, rank): a resumed run draws what it would have."""
     torch.manual_seed((seed * 2**40 + step * 2**12 + rank()) % 2**63)
 
 
 def rank() -> int:
-    return dist.get_rank() if active() else 0
+    return dist.get_rank(_group) if active() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if active() else 1
+    return dist.get_world_size(_group) if active() else 1
 
 
 def is_main() -> bool:
@@ -111,19 +144,19 @@ def is_main() -> bool:
 
 def barrier() -> None:
     if active():
-        dist.barrier()
+        dist.barrier(_group)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place; the tensor is returned."""
     if active():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=_group)
     return tensor
 
 
 def all_reduce_max(tensor: Tensor) -> Tensor:
     if active():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_group)
     return tensor
 
 
@@ -136,7 +169,7 @@ def gather_objects(item: Any) -> list[Any]:
     if not active():
         return [item]
     items: list[Any] = [None] * world_size()
-    dist.all_gather_object(items, item)
+    dist.all_gather_object(items, item, group=_group)
     return items
 
 
@@ -144,7 +177,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         parts = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(parts, rows.contiguous())
+        dist.all_gather(parts, rows.contiguous(), group=_group)
         return torch.cat(parts)
 
     @staticmethod
@@ -157,6 +190,16 @@ def gather_rows(rows: Tensor) -> Tensor:
     """(n, D) of each rank, n alike, joined in the order of ranks; gradients go back to where the rows came from, summed over
     ranks: right for a loss that all ranks compute alike and whose gradients are then averaged."""
     return _GatherRows.apply(rows) if active() else rows
+
+
+def exchange_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    """Rows in the order of the ranks that they go to, so many each -> those that come, in the order of the ranks that had them;
+    without gradient."""
+    if not active():
+        return rows
+    arrived = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(arrived, rows.contiguous(), list(received), list(sent), group=_group)
+    return arrived
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
@@ -189,7 +232,8 @@ def shard(module: nn.Module, strategy: str, device: torch.device, precision: str
     when they run; in bf16 on CUDA, with gradients reduced in float32. Otherwise nothing happens."""
     if strategy != "fsdp" or not active():
         return module
-    mesh = init_device_mesh(device.type, (world_size(),))
+    every = _group is None
+    mesh = init_device_mesh(device.type, (world_size(),)) if every else DeviceMesh.from_group(_group, device.type)
     half = precision == "bf16" and device.type == "cuda"
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
     parts = list(module.children()) if hasattr(module, "backbone") else []  # the backbone also runs alone, as a Gram teacher
@@ -238,7 +282,7 @@ def wrap(module: nn.Module, strategy: str, device: torch.device, *, all_used: bo
     if not active() or strategy != "ddp":
         return module
     devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=devices, find_unused_parameters=not all_used)
+    return DistributedDataParallel(module, device_ids=devices, process_group=_group, find_unused_parameters=not all_used)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

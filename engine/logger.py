@@ -44,6 +44,7 @@ class Logger:
 
     def __init__(self, run: Path, total_steps: int, start_step: int, mirrors: Sequence[str] = ()):
         self.path = run / "metrics.jsonl"
+        self.name = f"{run.name}: " if run.parent.name == "students" else ""  # one of several that speak here
         self.total_steps = total_steps
         self.enter(None, 0, 0)
         self.last_step, self.last_time, self.waited = start_step, time.perf_counter(), 0.0
@@ -51,6 +52,7 @@ class Logger:
         self.bar = tqdm(
             total=total_steps,
             initial=start_step,
+            desc=self.name.rstrip(": ") or None,
             unit="step",
             disable=not distributed.is_main() or not sys.stderr.isatty(),
         )
@@ -98,7 +100,7 @@ class Logger:
             left = (now - self.began) / done * (self.total_steps - step) if done else None
             words = "  ".join(f"{name} {value}" for name, value in shown.items())
             ending = "" if left is None else f"  {left / 60:.1f} min left"
-            print(f"step {step}/{self.total_steps}  {words}{ending}", file=sys.stderr, flush=True)
+            print(f"{self.name}step {step}/{self.total_steps}  {words}{ending}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.bar.close()

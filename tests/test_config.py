@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import Schedule, TrainConfig, load_config
+from engine.config import DistillTrainConfig, Schedule, TrainConfig, load_config
 from engine.settings import ConfigError, all_keys, changed_keys, read_yaml, to_dict, to_yaml
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -12,7 +12,7 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_configuration_loads_and_opens_with_a_command(path):
-    cfg = load_config(path.name, [])
+    cfg = load_config(path.name, [], DistillTrainConfig if path.name.startswith("distill_") else TrainConfig)
     assert cfg.output_dir.startswith("runs/")
     header = path.read_text().split("\n\n")[0]
     assert header.startswith("#") and f"--config configs/{path.name}" in header or f"--config {path.name}" in header

@@ -1,0 +1,84 @@
+"""Feature matching, for teachers without heads: the student's vectors, projected, point where the teacher's do."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FLOOR = 1e-2  # of the mean variance: a dimension in which the teacher hardly varies is not blown up to full size
+
+
+@torch.no_grad()
+def standardize(
+    parts: Sequence[Tensor], all_reduce_sum: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> list[Tensor]:
+    """Each dimension with mean 0 and variance about 1 over the rows of all parts and ranks.
+
+    Features of released models have a large common part and a few huge dimensions; either would be most of a cosine
+    (ours). Of the step's own rows, so it is exact however they are divided.
+
+    Args:
+        parts: (..., D) each, any float type; computed in float32.
+        all_reduce_sum: sum over ranks; called twice with D + 1 and D numbers.
+
+    Returns:
+        float32, shaped as `parts`, without gradient.
+    """
+    rows = [part.float().flatten(0, -2) for part in parts]
+    totals = sum(part.sum(0) for part in rows)
+    count = totals.new_tensor([sum(len(part) for part in rows)])
+    sums = all_reduce_sum(torch.cat([totals, count]))
+    mean, count = sums[:-1] / sums[-1], sums[-1]
+    variance = all_reduce_sum(sum((part - mean).square().sum(0) for part in rows)) / count
+    scale = (variance + FLOOR * variance.mean()).clamp(min=1e-12).rsqrt()
+    return [((part - mean) * scale).view(whole.shape) for part, whole in zip(rows, parts)]
+
+
+def matching_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cosine between what corresponds, averaged (UNIC, arXiv 2408.05088, without its smooth L1 part).
+
+    Args:
+        student: (..., D) after the projection, any float type; computed in float32.
+        teacher: (..., D) targets. Gets no gradient.
+
+    Returns:
+        Scalar in [0, 2]. Local to this rank: with equal batches, averaging ranks gives the global loss.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        shapes = f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+        raise ValueError(f"{shapes} must correspond row by row")
+    with torch.autocast(student.device.type, enabled=False):
+        return 1 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=-1).mean()
+
+
+@dataclass
+class MatchingTargets:
+    """What the projected features of a student should point at, without gradient."""
+
+    cls: Tensor  # (G·B, D')
+    patches: Tensor  # (G·B, N, D'), on the student's grid
+    gram: Optional[Tensor] = None
+
+
+def matching_targets(
+    cls: Sequence[Tensor], patches: Sequence[Tensor], all_reduce_sum: Callable[[Tensor], Tensor]
+) -> list[MatchingTargets]:
+    """One for each part of a batch, standardised over the whole of it; see `standardize`."""
+    sides = (standardize(parts, all_reduce_sum) for parts in (cls, patches))
+    return [MatchingTargets(*pair) for pair in zip(*sides)]
+
+
+def matching_losses(out: Any, targets: Any, weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """The terms "cls" and "patches", unweighted, of those that have a weight.
+
+    Args:
+        out: with `matched_cls` and `matched_patches`, shaped as in `targets`.
+    """
+    names = [name for name in ("cls", "patches") if name in weights]
+    return {name: matching_loss(getattr(out, f"matched_{name}"), getattr(targets, name)) for name in names}

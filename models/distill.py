@@ -1,0 +1,121 @@
+"""The two sides of distillation: a frozen teacher with the heads it brings, and a student that matches features."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, Mapping, Optional
+
+import torch
+from torch import Tensor, nn
+
+from models.features import Features
+from models.head import ProjectionHead
+from models.pretrained import load_backbone, load_heads
+
+
+@dataclass
+class Seen:
+    """What the teacher says of n crops, small enough to be exchanged between ranks.
+
+    With heads, their vectors before the prototypes, of length 1; without, the backbone's own.
+    """
+
+    cls: Tensor  # (n, E)
+    patches: Tensor  # (n, N, E')
+    grid: tuple[int, int]  # (h, w), h·w = N
+
+
+class Teacher(nn.Module):
+    """A frozen backbone, with the DINO head and the iBOT head that it brings, or None."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        dino_head: Optional[ProjectionHead] = None,
+        ibot_head: Optional[ProjectionHead] = None,
+    ):
+        super().__init__()
+        self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
+        self.requires_grad_(False).eval()
+
+    @property
+    def patch_head(self) -> ProjectionHead:
+        """The iBOT head; the DINO head where it is shared."""
+        return self.dino_head if self.ibot_head is None else self.ibot_head
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, heads: bool) -> Seen:
+        """(n, C, H, W) normalised as the backbone wants it -> `Seen`."""
+        seen: Features = self.backbone(images)
+        if not heads:
+            return Seen(seen.cls, seen.patches, seen.grid)
+        return Seen(self.dino_head.bottleneck(seen.cls), self.patch_head.bottleneck(seen.patches), seen.grid)
+
+
+def load_teacher(spec: str | Path, channels: int) -> Teacher:
+    """The backbone of a MODEL with `channels` input channels, and the heads beside it where it is a run of ours.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: if its files are damaged, or the heads are another backbone's.
+    """
+    joint = "&" if "?" in str(spec) else "?"
+    backbone = load_backbone(f"{spec}{joint}channels={channels}")
+    tensors = load_heads(spec)
+    heads = [head_from(tensors, name) for name in ("dino_head", "ibot_head")]
+    for head in heads:
+        if head is not None and head.mlp[0].in_features != backbone.embed_dim:
+            width = head.mlp[0].in_features
+            raise ValueError(f"the heads beside {spec} take vectors of {width}; its backbone has {backbone.embed_dim}")
+    return Teacher(backbone, *heads)
+
+
+def head_from(tensors: Mapping[str, Tensor], name: str) -> Optional[ProjectionHead]:
+    """The head of that name in a run's heads.safetensors, by its shapes; None where there is none."""
+    own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+    if not own:
+        return None
+    places = sorted(int(key.split(".")[1]) for key in own if key.startswith("mlp.") and key.endswith("weight"))
+    kinds = {"last_layer.weight": "plain", "last_layer.weight_g": "weight_norm"}
+    kind = next((kinds[key] for key in kinds if key in own), "unit_norm")
+    prototypes = own["last_layer.weight" if kind == "plain" else "last_layer.weight_v"]
+    hidden, width = own[f"mlp.{places[0]}.weight"].shape
+    head = ProjectionHead(width, len(prototypes), hidden, prototypes.shape[1], len(places), kind)
+    head.load_state_dict(own)
+    return head
+
+
+@dataclass
+class MatchingOutput:
+    """As `SSLOutput`, with the projected vectors in place of logits."""
+
+    cls: Tensor  # (G·B, D) before the projection
+    patches: Tensor  # (G·B, N, D)
+    grid: tuple[int, int]
+    matched_cls: Tensor  # (G·B, D') in the teacher's space
+    matched_patches: Tensor  # (G·B, N, D')
+
+
+class MatchingStudent(nn.Module):
+    """A backbone and two linear maps into the teacher's space, which only training needs."""
+
+    def __init__(self, backbone: nn.Module, teacher_dim: int):
+        super().__init__()
+        self.backbone = backbone
+        self.cls_projection = nn.Linear(backbone.embed_dim, teacher_dim)
+        self.patch_projection = nn.Linear(backbone.embed_dim, teacher_dim)
+
+    def uses_all(self, terms: Iterable[str]) -> bool:
+        """Whether every parameter takes part in a loss of these terms, which DDP has to know."""
+        return {"cls", "patches"} <= set(terms)
+
+    def forward(
+        self,
+        global_crops: Tensor,
+        local_crops: Optional[Tensor] = None,
+        masks: Optional[Tensor] = None,
+        hide: bool = False,
+    ) -> MatchingOutput:
+        """(G·B, C, H, W) normalised -> `MatchingOutput`; the other arguments are SSLModel's, without effect."""
+        seen = self.backbone(global_crops)
+        projected = self.cls_projection(seen.cls), self.patch_projection(seen.patches)
+        return MatchingOutput(seen.cls, seen.patches, seen.grid, *projected)
