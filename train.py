@@ -27,10 +27,10 @@ from data.datasets import ImageData, open_data, open_labelled
 from data.loader import Batch, EvalDataset, first_readable, stage_loader
 from engine import checkpoint, distributed, optim
 from engine.cli import config_parser, run_script
-from engine.config import LossConfig, TrainConfig, length_in_steps, load_config
-from engine.config import micro_batch_size, with_statistics
+from engine.config import LossConfig, TrainConfig, length_in_steps, load_config, micro_batch_size, with_statistics
 from engine.finite import FiniteSteps
 from engine.gram import build_gram_teacher
+from engine.guard import build_guard
 from engine.health import CollapseWatch, health
 from engine.logger import BadImages, notice
 from engine.inloop import probe_teacher, report_teacher
@@ -93,6 +93,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
         bad_images=BadImages(run.folder, len(images), cfg.data.max_bad),
         refresh=whole.refresh,
         watch=watch,
+        guard=build_guard(cfg),
         **teacher_outputs(cfg, images, whole.module, device),
     )
     for stage in stages:
@@ -118,7 +119,7 @@ def train_stage(
     """The steps of one stage; a run without `stages` has one."""
     cfg = stage.cfg
     first_step = run.enter(stage)
-    if cfg.init and first_step == stage.first:  # a stage's own
+    if stage.name and cfg.init and first_step == stage.first:  # a stage's own
         start_from(student, load_initial(cfg.init, cfg.data.channels), cfg.init)
         teacher.load_state_dict(student.state_dict())
         optim.forget(optimizer)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.guided import steered
 from data.stains import stain_jitter
 
 # Columns of the table.
@@ -27,6 +28,7 @@ GRAYSCALE, BLUR, SIGMA, SOLARIZE = 32, 33, 34, 35
 FIRST_NUMBERS = 36  # drawn first; what was added later is drawn after them, so that old seeds keep their views
 TURN, STAINS = 36, slice(37, 43)
 NUMBERS = 43
+TARGET = slice(43, 45)  # row and column in pixels; not drawn, and there in guided runs only (data/guided.py)
 
 BLUR_RADIUS = 4  # pixels; kernel 9 as in DINOv2 and DINOv3
 HELD = 16  # decoded images held at a time while their crops are cut
@@ -317,17 +319,22 @@ class MultiCrop:
         self.locals = local_spec.count if local_spec is not None else 0
         self.crops = self.globals + self.locals
 
-    def views(self, images: Iterable[Tensor], tables: Sequence[Tensor]) -> list[Tensor]:
+    def views(
+        self, images: Iterable[Tensor], tables: Sequence[Tensor], targets: Iterable[Tensor] | None = None
+    ) -> list[Tensor]:
         """Geometry only: crops (G·B, C, H, W) and, where L > 0, (L·B, C, h, w), uint8 from uint8;
         last those for a Gram teacher, if there is one.
 
-        Images (C, H, W) may differ in size; of an iterator, a few at a time are held in memory.
+        Images (C, H, W) may differ in size; of an iterator, a few at a time are held in memory. `targets` (crops, 2) of each
+        image, asked for after it, are places in pixels that its crops must show, NaN for none.
         """
-        images = iter(images)
+        images, targets = iter(images), None if targets is None else iter(targets)
         specs = [*self.specs, *([] if self.gram_spec is None else [self.gram_spec])]
         crops = [[] for _ in specs]  # of all images, one image after the other
         for table in torch.stack(list(tables)).split(HELD):
             held = list(islice(images, len(table)))
+            if targets is not None:
+                table = torch.cat([table, torch.stack(list(islice(targets, len(held))))], 2)
             parts = list(table.split([spec.count for spec in self.specs], 1))
             for cut, u, spec in zip(crops, [*parts, parts[0]], specs):
                 cut += self._cut(held, u.flatten(0, 1), spec)
@@ -338,22 +345,24 @@ class MultiCrop:
 
     def _cut(self, images: list[Tensor], u: Tensor, spec: CropSpec) -> list[Tensor]:
         sizes = np.array([image.shape[-2:] for image in images]).repeat(spec.count, 0)
-        boxes = crop_boxes(u, sizes[:, 0], sizes[:, 1], spec).tolist()
+        boxes = crop_boxes(u, sizes[:, 0], sizes[:, 1], spec)
+        if u.shape[1] > NUMBERS:
+            boxes = steered(boxes, u[:, TARGET].double().numpy(), u[:, TOP : LEFT + 1].double().numpy(), sizes)
         flips = (u[:, FLIP] < self.policy.flip).tolist()
         turns = [0] * len(u)
         if self.policy.turn > 0:  # one number says whether and how far: below the probability it is uniform again
             turns = torch.where(u[:, TURN] < self.policy.turn, 1 + 3 * u[:, TURN] / self.policy.turn, 0).int().tolist()
         return [
             resized_crop(images[k // spec.count], box, spec.size, flip, turn)
-            for k, (box, flip, turn) in enumerate(zip(boxes, flips, turns))
+            for k, (box, flip, turn) in enumerate(zip(boxes.tolist(), flips, turns))
         ]
 
     def __call__(
-        self, images: Iterable[Tensor], tables: Sequence[Tensor]
+        self, images: Iterable[Tensor], tables: Sequence[Tensor], targets: Iterable[Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Normalised float32: global crops (G·B, C, H, W), local crops (L·B, C, h, w), and those of the
         Gram teacher, in the order of the global ones; None where there are none."""
-        views = self.views(images, tables)
+        views = self.views(images, tables, targets)
         u = torch.stack(list(tables), 1)  # (crops, B, NUMBERS)
         global_u, local_u = u[: self.globals], u[self.globals :]
         gram_crops = None

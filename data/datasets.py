@@ -3,8 +3,9 @@
 A spec is `kind[:path][?key=value&...]`; the kind may be left out for a folder or file that exists.
 
     folder:DIR                  all images below DIR; class = first sub-folder, or labels=FILE.csv
-                                (columns file, label); split=NAME takes the sub-folder of that name
-    list:FILE.txt, FILE.csv     a path a line, or columns file and label; relative to the list
+                                (columns file, label); split=NAME takes the sub-folder of that name;
+                                marks=FILE.csv: boxes or masks of some of them (data/guided.py)
+    list:FILE.txt, FILE.csv     a path a line, or columns file and label; relative to the list; marks=
     tar:DIR/{0000..0127}.tar    WebDataset shards; class from the .cls or .json beside an image
     npz:FILE.npz                MedMNIST's layout, split=
     hf:ORG/NAME or hf:DIR       the Hugging Face hub (package datasets), split=, config=, image=, label=
@@ -35,8 +36,8 @@ from data.tar import open_tar
 __all__ = ["ImageData", "UnreadableImage", "match_classes", "open_data", "open_labelled"]
 
 KEYS = {
-    "folder": ("split", "size", "labels", "window", "page"),
-    "list": ("size", "window", "page"),
+    "folder": ("split", "size", "labels", "marks", "window", "page"),
+    "list": ("size", "marks", "window", "page"),
     "tar": ("size", "window", "page"),
     "npz": ("split", "size", "window"),
     "hf": ("split", "size", "config", "image", "label", "window", "page"),
@@ -45,7 +46,7 @@ KEYS = {
     "scenes": ("split", "size", "seed", "resolution", "frames"),
 }
 TORCHVISION_KEYS = ("split", "size", "download", "window")
-TEXTS = ("split", "labels", "config", "image", "label")
+TEXTS = ("split", "labels", "marks", "config", "image", "label")
 FILES = {".tar": "tar", ".yaml": "mix", ".yml": "mix"}  # a file that exists, by its extension; otherwise a list
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from data.guided import Marks
 from data.images import SPLITS, ImageData, number_classes
 from data.pictures import EXTENSIONS, read_image
 
@@ -18,12 +19,19 @@ class FileImages(ImageData):
         names: class names, or None where there is none.
         reading: keywords of `read_image`.
         size: first so many.
+        marks: boxes or masks of some of the files.
     """
 
     def __init__(
-        self, root: Path, files: list[str], names: list[str | None] | None, reading: dict, size: int | None = None
+        self,
+        root: Path,
+        files: list[str],
+        names: list[str | None] | None,
+        reading: dict,
+        size: int | None = None,
+        marks: Marks | None = None,
     ):
-        self.root, self.reading = root, reading
+        self.root, self.reading, self.marks = root, reading, marks
         # Bytes in one array: a list of strings would be copied into every worker as it is read.
         self.files = np.array([os.fsencode(file) for file in files[:size]])
         if names is not None:
@@ -40,9 +48,17 @@ class FileImages(ImageData):
     def name(self, index: int) -> str:
         return str(self.root / os.fsdecode(self.files[index]))
 
+    def annotations(self, index: int) -> dict:
+        return super().annotations(index) if self.marks is None else self.marks.of(os.fsdecode(self.files[index]))
+
 
 def open_folder(
-    root: Path, reading: dict, split: str | None = None, size: int | None = None, labels: str | None = None
+    root: Path,
+    reading: dict,
+    split: str | None = None,
+    size: int | None = None,
+    labels: str | None = None,
+    marks: str | None = None,
 ) -> FileImages:
     """All images below a folder; see the grammar in data/datasets.py."""
     if not root.is_dir():
@@ -59,15 +75,29 @@ def open_folder(
     if labels is None:
         names = [file.partition("/")[0] if "/" in file else None for file in files]
     else:
-        given = Path(labels).expanduser()
-        rows = _read_csv(given if given.exists() else root / given, ("file", "label"))
+        rows = _read_csv(_beside(root, labels), ("file", "label"))
         label_of = {Path(row["file"]).as_posix(): row["label"] or None for row in rows}
         names = [label_of.get(file) for file in files]
         if not any(names):
             raise ValueError(
                 f"{labels!r} names no image of {str(root)!r}; its column file holds paths relative to that folder"
             )
-    return FileImages(root, files, names, reading, size)
+    return FileImages(root, files, names, reading, size, _read_marks(root, marks, files))
+
+
+def _beside(root: Path, given: str) -> Path:
+    path = Path(given).expanduser()
+    return path if path.exists() else root / path
+
+
+def _read_marks(root: Path, given: str | None, files: list[str]) -> Marks | None:
+    if given is None:
+        return None
+    path = _beside(root, given)
+    marks = Marks(_read_csv(path, ("file",)), path.parent)
+    if not any(file in marks for file in files):
+        raise ValueError(f"{given!r} marks no image of {str(root)!r}; its column file holds paths as in the data")
+    return marks
 
 
 def _walk(root: Path):
@@ -80,7 +110,7 @@ def _walk(root: Path):
                 yield (relative / file).as_posix()
 
 
-def open_list(path: Path, reading: dict, size: int | None = None) -> FileImages:
+def open_list(path: Path, reading: dict, size: int | None = None, marks: str | None = None) -> FileImages:
     """The images that a .txt or .csv names, or the one image at that path."""
     names = None
     if path.suffix.lower() in EXTENSIONS:
@@ -96,7 +126,7 @@ def open_list(path: Path, reading: dict, size: int | None = None) -> FileImages:
         raise ValueError(f"{str(path)!r} is no list of images: a list ends in .txt or .csv")
     if not files:
         raise FileNotFoundError(f"{str(path)!r} lists no image")
-    return FileImages(path.parent, files, names, reading, size)
+    return FileImages(path.parent, files, names, reading, size, _read_marks(path.parent, marks, files))
 
 
 def _open_text(path: Path):

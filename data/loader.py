@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.augment import MultiCrop, channel_statistics, draw, multi_crop_from, normalize, resize, to_unit
 from data.datasets import ImageData, UnreadableImage, open_data
+from data.guided import Guidance, guidance_from, require_marks
 from data.masking import MaskSpec, draw_masks
 from data.mixture import Mixture
 from engine import distributed
@@ -67,11 +68,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Views:
-    """What is made of an image: crops, and masks over the global ones or None. `share` of the steps."""
+    """What is made of an image: crops, guided by marks or not, and masks over the global ones or None. `share` of the steps."""
 
     multi_crop: MultiCrop
     masks: MaskSpec | None = None
     share: float = 1.0
+    guidance: Guidance | None = None
 
 
 def views_from(crops, mean: Sequence[float], std: Sequence[float], patch_size: int, ibot=None, gram=None) -> list[Views]:
@@ -86,7 +88,7 @@ def views_from(crops, mean: Sequence[float], std: Sequence[float], patch_size: i
         multi_crop = multi_crop_from(crops, mean, std, sizes, gram)
         grid = tuple(side // patch_size for side in multi_crop.specs[0].size)
         masks = None if ibot is None else MaskSpec(grid, ibot.mask_probability, ibot.mask_ratio)
-        views.append(Views(multi_crop, masks, getattr(sizes, "share", 1.0)))
+        views.append(Views(multi_crop, masks, getattr(sizes, "share", 1.0), guidance_from(crops)))
     return views
 
 
@@ -152,7 +154,7 @@ class StepDataset(Dataset):
         readable = self._read(self.indices(step), images, bad)
         first = step * self.batch_size + self.shift
         tables = [self._table(first + place, views.multi_crop.crops) for place in self.block]
-        crops = views.multi_crop(readable, tables)
+        crops = views.multi_crop(readable, tables, self._targets(views, first, images))
         masks = None if views.masks is None else self._draw_masks(step, views)
         return Batch(*crops, masks, images, list(bad.items()))
 
@@ -192,6 +194,16 @@ class StepDataset(Dataset):
         # torch seeds its CPU generator with 32 bits; hashing spreads neighbouring positions.
         hashed = np.random.SeedSequence([self.seed, VIEWS, position]).generate_state(1)
         return draw(torch.Generator().manual_seed(int(hashed[0])), crops)
+
+    def _targets(self, views: Views, first: int, images: list[int]) -> Iterator[Tensor] | None:
+        """Where the crops of this rank's images should look; `images` fills as they are read, each before it is asked for."""
+        if views.guidance is None:
+            return None
+        counts = views.multi_crop.globals, views.multi_crop.crops
+        return (
+            views.guidance.targets(self.data, images[number], first + place, self.seed, *counts)
+            for number, place in enumerate(self.block)
+        )
 
     def _draw_masks(self, step: int, views: Views) -> Tensor:
         count, spec = views.multi_crop.globals, views.masks
@@ -248,6 +260,8 @@ def stage_loader(stage, first_step: int, patch_size: int, device: torch.device) 
     """This rank's batches of a stage (engine.stages) from `first_step` on, as its configuration says."""
     cfg, terms = stage.cfg, stage.schedules
     images = open_data(cfg.data.train, cfg.data.channels)
+    if cfg.crops.guided > 0:
+        require_marks(images, cfg.data.train)
     if len(images) < cfg.batch_size and distributed.is_main():
         print(
             f"{cfg.data.train} has {len(images)} images, fewer than batch_size {cfg.batch_size}: "

@@ -65,6 +65,10 @@ class CropsConfig:
     #   1, 0.1, 0.5 in DINO; 0 for small images, where a blur removes the object
     stain: Optional[float] = None  # strength of the stain jitter; three channels only; 0.2 in the policy histology
     solarize: Optional[float] = None  # probability, on the second global crop; 0.2 in DINO
+    guided: float = 0.0  # probability that a local crop of an image with marks (boxes, masks) shows a marked place (DINO-LG);
+    #   0 = marks are not looked at; folder:DIR?marks=FILE.csv brings marks
+    guided_globals: bool = False  # whether global crops follow marks as well; for things smaller than a global crop
+    guided_share: float = 1.0  # of the images, whose marks are looked at; below 1 to see how many are needed
     mix: Optional[list[SizeConfig]] = None  # pairs of sizes, one drawn for each step, in place of global_size and
     #   local_size; for a last stage at high resolution (DINOv3)
 
@@ -230,6 +234,16 @@ class HealthConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What to do when the teacher becomes worse than it was at step 0 (engine/guard.py)."""
+
+    probe: Literal["knn", "linear", "miou"] = free("knn")  # which of the probes counts, here and for best/
+    tolerance: float = free(0.02)  # how far it may fall below step 0; 0.02 is two points; more where few images are probed
+    action: Optional[Literal["warn", "stop"]] = free(None)  # stop: the run fails, best/ holds the best weights; null: warn
+    #   where there is `init` and a probe, nothing otherwise
+
+
+@dataclass
 class TuneConfig:
     """What of the backbone trains; the heads always do."""
 
@@ -273,6 +287,7 @@ class TrainConfig:
     probe: ProbeConfig = section(ProbeConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     health: HealthConfig = section(HealthConfig)
+    guard: GuardConfig = section(GuardConfig)
     stages: Optional[dict[str, Any]] = free(None)  # compared by engine.settings.changed_stages:
     #   name: {steps: N, any override}, in order; see engine/stages.py
 

@@ -19,6 +19,7 @@ from engine import checkpoint, distributed
 from engine.checkpoint import CheckpointWriter
 from engine.cli import StoppedEarly
 from engine.figures import draw_curves
+from engine.guard import Guard
 from engine.health import CollapseWatch
 from engine.logger import BadImages, Logger, notice, read_metrics
 
@@ -112,6 +113,7 @@ class Run:
         locality: Callable[[nn.Module], float],
         refresh: Callable[[], None],
         watch: CollapseWatch,
+        guard: Optional[Guard] = None,
     ) -> None:
         """Loads the checkpoint, if there is one, into `state`.
 
@@ -124,18 +126,17 @@ class Run:
             locality: measures the patches of any backbone without labels.
             refresh: gathers the teacher where it is sharded; called by all ranks before any of these.
             watch: says when what is logged looks like collapse.
+            guard: says when a probe has fallen below step 0, and which one makes weights the best.
         """
         self.state, self.export, self.report, self.probe, self.locality = state, export, report, probe, locality
-        self.refresh, self.watch = refresh, watch
+        self.refresh, self.watch, self.guard = refresh, watch, guard or Guard()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
                 signal.signal(number, self._note_signal)
         self.restore(state)
         self.logger = Logger(self.folder, self.total_steps, self.start_step, self.mirrors)
         self.bad_images = bad_images
-        self.best = max(
-            (r["probe/knn"] for r in read_metrics(self.folder / "metrics.jsonl") if "probe/knn" in r), default=-math.inf
-        )
+        self.best = self.guard.recall(read_metrics(self.folder / "metrics.jsonl"))
 
     def enter(self, stage: Any) -> int:
         """Begins a stage (engine.stages) or goes on within it; probes at step 0. Returns the step to go on from."""
@@ -211,9 +212,11 @@ class Run:
             self.refresh()
             values |= self.probe()
         self.logger.log(step, values)
-        if values.get("probe/knn", -math.inf) > self.best:
-            self.best = values["probe/knn"]
+        if values.get(self.guard.key, -math.inf) > self.best:
+            self.best = values[self.guard.key]
             self._on_main(lambda: checkpoint.save_folder(self.folder / "best", self.export))
+        if warning := self.guard.look(step, values, self.folder / "best"):
+            notice(warning)
         self.logger.restart_clock(step)
 
     def _save(self, step: int) -> None:

@@ -45,7 +45,8 @@ def find_config(name: str) -> Path:
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[dict]:
-    """The file's keys after those of its `base:` (relative to the file, or in `configs/`): layers, the last one wins.
+    """The file's keys after those of its `base:` (relative to the file, or in `configs/`; or a list, such as of a model's recipe
+    and of continue.yaml): layers, the last one wins.
 
     Args:
         above: the files whose base this is.
@@ -58,12 +59,12 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[dict]:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values")
-    base = values.pop("base", None)
-    if base is None:
-        return [values]
-    beside = path.parent / str(base)
-    below = beside if beside.is_file() else find_config(str(base))
-    return [*read_yaml(below, (*above, path.resolve())), values]
+    bases, layers = values.pop("base", None), []
+    for base in bases if isinstance(bases, list) else [] if bases is None else [bases]:
+        beside = path.parent / str(base)
+        below = beside if beside.is_file() else find_config(str(base))
+        layers += read_yaml(below, (*above, path.resolve()))
+    return [*layers, values]
 
 
 def parse_override(argument: str) -> dict:

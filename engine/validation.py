@@ -43,6 +43,13 @@ def validate(cfg: Any) -> None:
         probe.every == 0 or bool(probe.train and probe.val),
         "probe.every is set; probe.train and probe.val must be DATA specs with labels",
     )
+    guard = cfg.guard
+    require(guard.tolerance >= 0, f"guard.tolerance is {guard.tolerance}; it must be 0 or more")
+    wanted = "patches" if guard.probe == "miou" else guard.probe
+    require(
+        guard.action is None or (probe.every > 0 and getattr(probe, wanted)),
+        f"guard.action is {guard.action}, but {guard.probe} is not measured; set probe.every and probe.{wanted}, or guard.action=null",
+    )
 
 
 def _validate_crops(cfg: Any) -> None:
@@ -65,7 +72,7 @@ def _validate_crops(cfg: Any) -> None:
         crops.global_count + crops.local_count >= 2 or cfg.loss.dino.weight == 0,
         "the DINO loss compares different crops of an image; crops.global_count + crops.local_count must be at least 2",
     )
-    for name in ("flip", "turn", "jitter", "grayscale", "solarize"):
+    for name in ("flip", "turn", "jitter", "grayscale", "solarize", "guided", "guided_share"):
         value = getattr(crops, name)
         require(value is None or 0 <= value <= 1, f"crops.{name} is {value}; a probability lies in [0, 1]")
     for name, limit in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):

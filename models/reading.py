@@ -128,7 +128,8 @@ def load_tensors(
         faults = "; ".join(f"{title}: {_shorten(names)}" for title, names in groups.items() if names)
         cause = _likely_cause(misshapen, missing, unexpected)
         raise ValueError(f"{source} does not hold the weights of this backbone; {faults}{cause}")
-    backbone.load_state_dict(state, assign=True)
+    # Into the parameters that there are: an optimizer may hold them. Those on the meta device hold nothing and are replaced.
+    backbone.load_state_dict(state, assign=any(tensor.is_meta for tensor in own.values()))
 
 
 def _join(parts: list[Tensor], wanted: Tensor) -> Tensor:

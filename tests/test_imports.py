@@ -18,7 +18,7 @@ ALLOWED = {
     "models": {"torch", "timm", "safetensors", "huggingface_hub"},
     "losses": {"torch"},
     "data": {"torch", "torchvision", "numpy", "PIL", "yaml", "engine.distributed", "tifffile", "datasets"},  # the last two where asked for
-    "engine": {"torch", "numpy", "PIL", "matplotlib", "tqdm", "yaml"},
+    "engine": {"torch", "numpy", "PIL", "matplotlib", "tqdm", "yaml", "wandb"},  # the last where asked for
 }
 STEP_IS_TAKEN_FROM_TRAIN = {"distill", "bench"}
 

@@ -1,0 +1,168 @@
+"""Label-guided crops (DINO-MX, arXiv 2511.01610; DINO-LG, arXiv 2411.07976): marks say where crops are cut.
+
+Boxes or masks of a few images or of all; no label enters the loss. With a set probability a local crop, by choice a global
+one too, is moved to where it shows a marked place. Its size, mirroring and colours stay as drawn, as do all crops of images
+without a mark. The papers give neither the probability nor how a crop lies around the mark: that is ours.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.pictures import read_image
+
+GUIDES, MARKED = range(24, 26)  # purposes of random numbers; those below are the loader's and the mixture's
+BOX = ("x0", "y0", "x1", "y1")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How often crops follow marks.
+
+    Args:
+        probability: of a crop to follow a mark, where its image has one.
+        global_crops: whether that holds for the global crops too.
+        share: of the images, whose marks are looked at; always the same ones.
+    """
+
+    probability: float
+    global_crops: bool = False
+    share: float = 1.0
+
+    def targets(self, data: Any, index: int, position: int, seed: int, global_count: int, count: int) -> Tensor:
+        """Where the crops of an image should look: a function of image, position in the stream, and seed.
+
+        Args:
+            data: with `annotations(index)`.
+            global_count: of the `count` crops, those that come first.
+
+        Returns:
+            (count, 2) float32 row and column in pixels of the image; NaN for the crops that stay where they are.
+        """
+        u = np.random.default_rng([seed, GUIDES, position]).random((count, 4))
+        follow = u[:, 0] < self.probability
+        if not self.global_crops:
+            follow[:global_count] = False
+        points = np.full((count, 2), np.nan, dtype=np.float32)
+        if follow.any() and self._uses(index, seed):
+            points[follow] = marked_points(annotations_of(data, index), u[follow, 1:])
+        return torch.from_numpy(points)
+
+    def _uses(self, index: int, seed: int) -> bool:
+        drawn = np.random.SeedSequence([seed, MARKED, index]).generate_state(1)[0] / 2**32
+        return drawn < self.share
+
+
+def guidance_from(crops: Any) -> Guidance | None:
+    """From the configuration's section `crops`; None where nothing is guided."""
+    return Guidance(crops.guided, crops.guided_globals, crops.guided_share) if crops.guided > 0 else None
+
+
+def marked_points(notes: dict, u: np.ndarray) -> np.ndarray:
+    """Places within marks: uniform in a box drawn uniformly, so that small things count as much as large ones; without
+    boxes uniform over the pixels of the mask that are neither 0 nor 255 (background, unknown).
+
+    Args:
+        notes: `boxes` (m, 4) x0, y0, x1, y1 or `mask` (H, W), in pixels of the image; or neither.
+        u: (n, 3) uniform in [0, 1).
+
+    Returns:
+        (n, 2) row and column; NaN where there is no mark.
+    """
+    boxes = np.asarray(notes.get("boxes", ()), dtype=np.float64).reshape(-1, 4)
+    if len(boxes):
+        chosen = boxes[(u[:, 0] * len(boxes)).astype(int)]
+        low, high = chosen[:, 1::-1], chosen[:, :1:-1]
+        return low + u[:, 1:] * (high - low)
+    mask = np.asarray(notes.get("mask", np.zeros((1, 1))))
+    pixels = np.flatnonzero((mask > 0) & (mask != 255))
+    if not len(pixels):
+        return np.full((len(u), 2), np.nan)
+    return np.stack(np.divmod(pixels[(u[:, 0] * len(pixels)).astype(int)], mask.shape[1]), 1) + u[:, 1:]
+
+
+def steered(boxes: np.ndarray, points: np.ndarray, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Crops moved, inside their images, to where they contain their points; each point lies in the middle half of its crop,
+    at random, unless the border of the image forbids it: a model must not learn that what matters is in the centre.
+
+    Args:
+        boxes: (n, 4) int64 top, left, height, width in pixels.
+        points: (n, 2) row and column; NaN leaves a box as it is.
+        u: (n, 2) uniform in [0, 1): down and across.
+        sizes: (n, 2) height and width of the images.
+    """
+    extent, pixel = boxes[:, 2:], np.clip(np.floor(points), 0, sizes - 1)
+    corner = np.clip(np.rint(points - extent * (0.25 + 0.5 * u)), pixel - extent + 1, pixel)
+    corner = np.clip(corner, 0, sizes - extent)
+    stays = np.isnan(points)
+    return np.concatenate([np.where(stays, boxes[:, :2], np.nan_to_num(corner).astype(np.int64)), extent], 1)
+
+
+# ----------------------------------------------------------------- where marks come from
+
+
+def annotations_of(data: Any, index: int) -> dict:
+    """Empty where this image has none, which in a mixture of sources is no mistake."""
+    try:
+        return data.annotations(index)
+    except ValueError:
+        return {}
+
+
+def require_marks(data: Any, spec: str) -> None:
+    """
+    Raises:
+        ValueError: if no source of the data has boxes or masks.
+    """
+    for source in getattr(data, "sources", [data]):
+        if {"boxes", "mask"} & annotations_of(source, 0).keys():
+            return
+    raise ValueError(
+        f"crops.guided is set, but {spec} has neither boxes nor masks; give a folder or list ?marks=FILE.csv with the columns "
+        f"file, {', '.join(BOX)} or file, mask"
+    )
+
+
+class Marks:
+    """Marks of files, from the rows of a CSV file: `file, x0, y0, x1, y1` in pixels, a row a box, or `file, mask`, with the
+    path of a picture of the image's size, not 0 where marked.
+
+    Args:
+        folder: of the CSV file, from which the masks' paths count.
+
+    Raises:
+        ValueError: for columns or values that say neither.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, str]], folder: Path):
+        self.folder, self.masks, self.boxes = folder, {}, {}
+        for row in rows:
+            file = Path(row["file"]).as_posix()
+            if row.get("mask"):
+                self.masks[file] = row["mask"]
+            else:
+                self.boxes.setdefault(file, []).append(_box(row))
+
+    def __contains__(self, file: str) -> bool:
+        return file in self.masks or file in self.boxes
+
+    def of(self, file: str) -> dict[str, np.ndarray]:
+        """`mask` (H, W) uint8, 1 where marked, or `boxes` (m, 4) float32; m is 0 where there is no mark."""
+        if file in self.masks:
+            return {"mask": (read_image(self.folder / self.masks[file], None)[0] > 0).numpy().astype(np.uint8)}
+        return {"boxes": np.array(self.boxes.get(file, ()), dtype=np.float32).reshape(-1, 4)}
+
+
+def _box(row: dict[str, str]) -> list[float]:
+    try:
+        box = [float(row[name]) for name in BOX]
+    except (KeyError, TypeError, ValueError):
+        box = []
+    if not box or not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
+        raise ValueError(f"{row} marks nothing; give {', '.join(BOX)} in pixels with x0 < x1 and y0 < y1, or mask")
+    return box

@@ -1,0 +1,79 @@
+"""How fast a device can multiply matrices, against which a step is held (MFU), and how many operations a step takes."""
+
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+# Dense bf16 (fp16 where there is no bf16) and float32 operations a second, from the vendors' data sheets; the first name found in the device's counts.
+GPUS = {
+    "B200": (2250e12, 75e12),
+    "GH200": (989e12, 67e12),
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "A10G": (70e12, 35e12),
+    "A10": (125e12, 31.2e12),
+    "L4": (121e12, 30.3e12),
+    "RTX 5090": (209.5e12, 104.8e12),
+    "RTX 4090": (165.2e12, 82.6e12),
+    "RTX 3090": (71e12, 35.6e12),
+    "V100": (125e12, 15.7e12),
+    "T4": (65e12, 8.1e12),
+}
+
+
+def peak_flops(device: torch.device, kind: torch.dtype) -> tuple[float, str]:
+    """(operations a second, where the number is from) of products of matrices of `kind`: of known GPUs the data sheet's,
+    elsewhere the fastest of some large products, on as many threads as are set."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((peaks for part, peaks in GPUS.items() if part in name), None)
+        if known is not None:
+            return known[kind == torch.float32], f"data sheet of {name}"
+    return _fastest_product(device, kind), f"products of {SIDE} x {SIDE} matrices"
+
+
+SIDE = 2048
+
+
+def _fastest_product(device: torch.device, kind: torch.dtype, trials: int = 7) -> float:
+    left, right = (torch.randn(SIDE, SIDE, device=device).to(kind) for _ in range(2))
+    seconds = []
+    for _ in range(trials):
+        synchronize(device)
+        start = time.perf_counter()
+        left @ right
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * SIDE**3 / min(seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+class FlopClock:
+    """Floating-point operations of matrix products, convolutions and attention, forward and backward, by phase: `mark(name)`
+    puts what was counted since the last mark down to `name`. A multiplication and an addition count as two."""
+
+    def __init__(self):
+        self.counter = FlopCounterMode(display=False)
+        self.done, self.phases = 0, {}
+
+    def __enter__(self) -> "FlopClock":
+        self.counter.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.counter.__exit__(*error)
+
+    def mark(self, name: str) -> None:
+        total = self.counter.get_total_flops()
+        self.phases[name] = self.phases.get(name, 0) + total - self.done
+        self.done = total
