@@ -325,8 +325,8 @@ class MultiCrop:
         """Geometry only: crops (G·B, C, H, W) and, where L > 0, (L·B, C, h, w), uint8 from uint8;
         last those for a Gram teacher, if there is one.
 
-        Images (C, H, W) may differ in size; of an iterator, a few at a time are held in memory. `targets` (crops, 2) of each
-        image, asked for after it, are places in pixels that its crops must show, NaN for none.
+        Images (C, H, W) may differ in size; of an iterator, a few at a time are held in memory. `targets` (crops, 2) of
+        each image, asked for after it, are places in pixels that its crops must show, NaN for none.
         """
         images, targets = iter(images), None if targets is None else iter(targets)
         specs = [*self.specs, *([] if self.gram_spec is None else [self.gram_spec])]

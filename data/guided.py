@@ -1,8 +1,8 @@
 """Label-guided crops (DINO-MX, arXiv 2511.01610; DINO-LG, arXiv 2411.07976): marks say where crops are cut.
 
-Boxes or masks of a few images or of all; no label enters the loss. With a set probability a local crop, by choice a global
-one too, is moved to where it shows a marked place. Its size, mirroring and colours stay as drawn, as do all crops of images
-without a mark. The papers give neither the probability nor how a crop lies around the mark: that is ours.
+Boxes or masks of a few images or of all; no label enters the loss. With a set probability a local crop, by choice a
+global one too, is moved to where it shows a marked place. Its size, mirroring and colours stay as drawn, as do all
+crops of images without a mark. The papers give neither the probability nor how a crop lies around the mark: that is ours.
 """
 
 from collections.abc import Iterable
@@ -87,8 +87,8 @@ def marked_points(notes: dict, u: np.ndarray) -> np.ndarray:
 
 
 def steered(boxes: np.ndarray, points: np.ndarray, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Crops moved, inside their images, to where they contain their points; each point lies in the middle half of its crop,
-    at random, unless the border of the image forbids it: a model must not learn that what matters is in the centre.
+    """Crops moved, inside their images, to where they contain their points. Each point lies in the middle half of its
+    crop, at random, unless the image's border forbids it: a model must not learn that what matters is in the centre.
 
     Args:
         boxes: (n, 4) int64 top, left, height, width in pixels.
@@ -123,14 +123,14 @@ def require_marks(data: Any, spec: str) -> None:
         if {"boxes", "mask"} & annotations_of(source, 0).keys():
             return
     raise ValueError(
-        f"crops.guided is set, but {spec} has neither boxes nor masks; give a folder or list ?marks=FILE.csv with the columns "
-        f"file, {', '.join(BOX)} or file, mask"
+        f"crops.guided is set, but {spec} has neither boxes nor masks; give a folder or list ?marks=FILE.csv with the "
+        f"columns file, {', '.join(BOX)} or file, mask"
     )
 
 
 class Marks:
-    """Marks of files, from the rows of a CSV file: `file, x0, y0, x1, y1` in pixels, a row a box, or `file, mask`, with the
-    path of a picture of the image's size, not 0 where marked.
+    """Marks of files, from the rows of a CSV file: `file, x0, y0, x1, y1` in pixels, a row a box, or `file, mask`, with
+    the path of a picture of the image's size, not 0 where marked.
 
     Args:
         folder: of the CSV file, from which the masks' paths count.

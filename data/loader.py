@@ -68,7 +68,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Views:
-    """What is made of an image: crops, guided by marks or not, and masks over the global ones or None. `share` of the steps."""
+    """What is made of an image: crops, guided by marks or not, and masks over the global ones or None; for `share` of the
+    steps."""
 
     multi_crop: MultiCrop
     masks: MaskSpec | None = None
@@ -196,7 +197,8 @@ class StepDataset(Dataset):
         return draw(torch.Generator().manual_seed(int(hashed[0])), crops)
 
     def _targets(self, views: Views, first: int, images: list[int]) -> Iterator[Tensor] | None:
-        """Where the crops of this rank's images should look; `images` fills as they are read, each before it is asked for."""
+        """Where the crops of this rank's images should look. `images` fills as they are read, each before it is asked for.
+        """
         if views.guidance is None:
             return None
         counts = views.multi_crop.globals, views.multi_crop.crops

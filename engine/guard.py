@@ -8,8 +8,9 @@ from engine.cli import RunFailed
 from engine.logger import notice
 
 REMEDIES = (
-    "lower schedule.lr.peak, raise schedule.ema_momentum, let the heads warm up on a frozen backbone (configs/continue.yaml), "
-    "train less (tune.mode=lora), or hold on to the initial weights (loss.gram.weight=1 loss.gram.teacher=init)"
+    "lower schedule.lr.peak, raise schedule.ema_momentum, let the heads warm up on a frozen backbone "
+    "(configs/continue.yaml), train less (tune.mode=lora), or hold on to the initial weights "
+    "(loss.gram.weight=1 loss.gram.teacher=init)"
 )
 
 
@@ -28,7 +29,11 @@ class Guard:
         self.said = False
 
     def recall(self, records: Sequence[dict]) -> float:
-        """What a run that goes on has measured (metrics.jsonl), so that it is compared with its own step 0. Returns the best."""
+        """Takes over what a run that goes on has measured (metrics.jsonl): it is compared with its own step 0.
+
+        Returns:
+            The best value, -inf where there is none.
+        """
         values = {record["step"]: record[self.key] for record in records if record.get(self.key) is not None}
         self.initial = values.get(0)
         self.said = any(self._fell(value) for value in values.values())
@@ -49,14 +54,16 @@ class Guard:
         if step == 0:
             self.initial = values.get(self.key)
             if self.action and self.initial is None:
-                raise ValueError(f"guard.probe: the probe of step 0 gave no {self.key}; choose another, or guard.action=null")
+                raise ValueError(
+                    f"guard.probe: the probe of step 0 gave no {self.key}; choose another, or guard.action=null"
+                )
         value = values.get(self.key)
         if self.action is None or value is None or not self._fell(value) or (self.said and self.action == "warn"):
             return None
         self.said = True
         sentence = (
-            f"guard: {self.key} is {value:.3f} at step {step}, more than {self.tolerance:g} below the {self.initial:.3f} of step 0; "
-            f"{best} holds the best weights. What helps: {REMEDIES}"
+            f"guard: {self.key} is {value:.3f} at step {step}, more than {self.tolerance:g} below the "
+            f"{self.initial:.3f} of step 0; {best} holds the best weights. What helps: {REMEDIES}"
         )
         if self.action == "stop":
             raise RunFailed(sentence)
@@ -69,6 +76,10 @@ class Guard:
 
 def build_guard(cfg: Any) -> Guard:
     """As the section `guard` says; where it does not say what to do: a warning in a run that starts from `init`."""
-    measured = {"knn": cfg.probe.knn, "linear": cfg.probe.linear, "miou": False}  # whether there are masks shows at step 0
+    measured = {
+        "knn": cfg.probe.knn,
+        "linear": cfg.probe.linear,
+        "miou": False,
+    }  # whether there are masks shows at step 0
     default = "warn" if cfg.init and cfg.probe.every > 0 and measured[cfg.guard.probe] else None
     return Guard(cfg.guard.probe, cfg.guard.tolerance, cfg.guard.action or default)

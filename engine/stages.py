@@ -67,6 +67,8 @@ def stage_configs(cfg: Any) -> Iterator[tuple[Optional[str], Optional[int], Any]
         for change in changed_keys(replace(cfg, stages=None, init=None), stage, all_fields=True):
             if not change.startswith(ALLOWED):
                 raise ConfigError(f"stages.{name} cannot change {change}; a stage may change {', '.join(ALLOWED)}")
+        if stage.init and stage.tune.mode == "lora":
+            raise ConfigError(f"stages.{name} has an init of its own and tune.mode=lora; load it in a stage before, or as the run's init")
         yield name, steps, stage
 
 

@@ -44,13 +44,15 @@ def before(tmp_path_factory) -> Path:
 
 
 def test_a_run_from_weights_trains_its_backbone(before, tiny):
-    """Stages once loaded the weights a second time, into parameters that the optimiser did not hold: only heads learned."""
+    """Stages once loaded the weights again, into parameters that the optimiser did not hold: only heads learned."""
     train.main([*tiny[:-1], f"init={before}", "schedule.lr=1e-3", "total_steps=2", tiny[-1]])
     assert len(moved(before, folder_of(tiny))) == len(load_backbone(before).state_dict())
 
 
 def test_a_stage_of_its_own_weights_trains_them(before, tiny, tmp_path):
-    (tmp_path / "s.yaml").write_text(f"stages: {{one: {{steps: 1}}, two: {{steps: 2, init: {before}, schedule: {{lr: 1e-3}}}}}}")
+    (tmp_path / "s.yaml").write_text(
+        f"stages: {{one: {{steps: 1}}, two: {{steps: 2, init: {before}, schedule: {{lr: 1e-3}}}}}}"
+    )
     train.main(["--config", str(tmp_path / "s.yaml"), *(item for item in tiny if "total_steps" not in item)])
     weights, after = (load_backbone(run).state_dict() for run in (before, folder_of(tiny)))
     assert moved(before, folder_of(tiny)) == weights.keys()
@@ -70,9 +72,21 @@ def test_a_run_from_weights_may_train_little_of_them(mode, before, tiny):
 
 def continued(before: Path, run: Path, *keys: str) -> list[str]:
     """continue.yaml at the tiny size: two stages of 2 and 3 steps."""
-    size = [item for item in conftest.TINY if not item.startswith(("total_steps", "loss.koleo.weight", "loss.ibot.weight"))]
+    size = [
+        item for item in conftest.TINY if not item.startswith(("total_steps", "loss.koleo.weight", "loss.ibot.weight"))
+    ]
     short = ["stages.heads.steps=2", "stages.adapt.steps=3", "schedule.lr.peak=1e-2", "checkpoint.every=99"]
-    return ["--config", "continue.yaml", *size, f"init={before}", *short, "probe.every=0", "guard.action=null", *keys, f"output_dir={run}"]
+    return [
+        "--config",
+        "continue.yaml",
+        *size,
+        f"init={before}",
+        *short,
+        "probe.every=0",
+        "guard.action=null",
+        *keys,
+        f"output_dir={run}",
+    ]
 
 
 def test_a_frozen_backbone_stays_bit_equal_through_the_first_stage_and_heads_learn(before, tmp_path, monkeypatch):
@@ -99,11 +113,15 @@ def test_a_gram_anchor_holds_on_to_the_initial_weights(before, tmp_path):
     assert records[-1]["loss/gram"] > 0
 
 
-@pytest.mark.parametrize("recipe", ["dinov2_vits14.yaml", "dinov3_vits16.yaml", "dino_vits16.yaml", "ibot_vits16.yaml", "vits.yaml"])
+@pytest.mark.parametrize(
+    "recipe", ["dinov2_vits14.yaml", "dinov3_vits16.yaml", "dino_vits16.yaml", "ibot_vits16.yaml", "vits.yaml"]
+)
 def test_continue_builds_on_the_recipe_of_any_model(recipe, tmp_path):
     (tmp_path / "mine.yaml").write_text(f"base: [{recipe}, continue.yaml]\noutput_dir: runs/mine\n")
     cfg, model = load_config(str(tmp_path / "mine.yaml"), []), load_config(recipe, [])
-    assert cfg.model == model.model and cfg.output_dir == "runs/mine" and cfg.batch_size == 64 and cfg.total_steps is None
+    assert (
+        cfg.model == model.model and cfg.output_dir == "runs/mine" and cfg.batch_size == 64 and cfg.total_steps is None
+    )
     assert list(cfg.stages) == ["heads", "adapt"] and cfg.guard.action == "stop" and cfg.optim.lr_scaling == "none"
 
 
@@ -139,11 +157,18 @@ def deep_images(folder: Path, channels: int) -> str:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 13])
-def test_deep_images_of_any_channels_train_and_come_back_from_hugging_face_with_equal_features(channels, tiny, tmp_path):
+def test_deep_images_of_any_channels_train_and_come_back_from_hugging_face_with_equal_features(
+    channels, tiny, tmp_path
+):
     images, run = deep_images(tmp_path / "images", channels), folder_of(tiny)
     assert len(open_data(images, channels).image(0).unique()) > 256
     mean = [0.3 + 0.01 * k for k in range(channels)]
-    settings = [f"data.train={images}", f"data.channels={channels}", f"data.mean={mean}", f"data.std={[0.2] * channels}"]
+    settings = [
+        f"data.train={images}",
+        f"data.channels={channels}",
+        f"data.mean={mean}",
+        f"data.std={[0.2] * channels}",
+    ]
     train.main([*tiny[:-1], *settings, "crops.policy=microscopy", "total_steps=3", "checkpoint.every=3", tiny[-1]])
     assert all(np.isfinite(record["loss"]) for record in metrics(run))
     export.main(["--model", str(run), "--format", "hf", "--output", str(tmp_path / "exported")])
@@ -155,7 +180,9 @@ def test_deep_images_of_any_channels_train_and_come_back_from_hugging_face_with_
         assert torch.equal(first.cls, second.cls) and torch.equal(first.patches, second.patches)
         transformers = pytest.importorskip("transformers")
         theirs = transformers.AutoModel.from_pretrained(tmp_path / "exported").eval()(inputs).last_hidden_state
-    assert torch.allclose(theirs[:, 0], first.cls, atol=1e-5) and torch.allclose(theirs[:, 1:], first.patches, atol=1e-5)
+    assert torch.allclose(theirs[:, 0], first.cls, atol=1e-5) and torch.allclose(
+        theirs[:, 1:], first.patches, atol=1e-5
+    )
 
 
 # ----------------------------------------------------------------- docs/adapt.md
@@ -174,7 +201,7 @@ def write_images(folder: Path, count: int, seed: int) -> None:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A folder with what the page takes for granted: images, labelled ones, adapt.yaml, and weights as released, but tiny and random."""
+    """What the page takes for granted: images, labelled ones, adapt.yaml, and weights as released but tiny and random."""
     transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "images", 12, 0)
@@ -188,9 +215,30 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-TINY = ["device=cpu", "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "crops.global_size=28", "crops.local_size=14", "crops.local_count=1"]
-TINY += ["batch_size=4", "loss.koleo.group=4", "loss.dino.prototypes=16", "loss.dino.hidden=16", "loss.dino.bottleneck=8", "data.workers=0"]
-TINY += ["precision=fp32", "total_steps=10", "probe.every=5", "guard.tolerance=0.5", "log_every=1"]  # few random images say nothing
+TINY = [
+    "device=cpu",
+    "model.embed_dim=32",
+    "model.depth=2",
+    "model.num_heads=2",
+    "crops.global_size=28",
+    "crops.local_size=14",
+    "crops.local_count=1",
+]
+TINY += [
+    "batch_size=4",
+    "loss.koleo.group=4",
+    "loss.dino.prototypes=16",
+    "loss.dino.hidden=16",
+    "loss.dino.bottleneck=8",
+    "data.workers=0",
+]
+TINY += [
+    "precision=fp32",
+    "total_steps=10",
+    "probe.every=5",
+    "guard.tolerance=0.5",
+    "log_every=1",
+]  # few random images say nothing
 
 
 def run_as_written(line: str) -> None:
@@ -215,7 +263,13 @@ def test_the_five_commands_run_as_written(place, capsys):
 
 def test_the_other_settings_of_the_page_run_too(place):
     run_as_written(blocks("bash")[1])
-    settings = ["tune.mode=lora", "tune.mode=partial 'tune.targets=[blocks.11, norm]'", "loss.gram.weight=1", "micro_batch_size=16", "checkpointing=blocks"]
+    settings = [
+        "tune.mode=lora",
+        "tune.mode=partial 'tune.targets=[blocks.11, norm]'",
+        "loss.gram.weight=1",
+        "micro_batch_size=16",
+        "checkpointing=blocks",
+    ]
     assert all(f"`{item}`" in PAGE for item in settings)
     for item in settings:
         load_config("adapt.yaml", shlex.split(item))

@@ -16,18 +16,28 @@ from tests.conftest import TINY
 from tests.test_train import metrics
 
 BEST = Path("runs/x/best")
-RUINOUS = ["schedule.lr=3.0", "optim.clip_grad=null", "schedule.ema_momentum=0.0", "loss.koleo.weight=0", "health.on_collapse=warn"]
+RUINOUS = [
+    "schedule.lr=3.0",
+    "optim.clip_grad=null",
+    "schedule.ema_momentum=0.0",
+    "loss.koleo.weight=0",
+    "health.on_collapse=warn",
+]
 
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory) -> Path:
-    """Four classes of noise of a faint colour in any light, which a tiny network tells apart and a ruined one does not."""
+    """Four classes of noise of a faint colour in any light: a tiny network tells them apart, a ruined one does not."""
     rng = np.random.default_rng(0)
     centres = 128 + 25 * np.array([[1, -1, 0], [-1, 1, 0], [0, -1, 1], [1, 1, -2]])
     arrays = {}
     for split, count in (("train", 160), ("val", 80)):
         labels = np.arange(count) % 4
-        pixels = centres[labels][:, None, None] + rng.integers(-60, 60, (count, 1, 1, 1)) + rng.integers(-50, 50, (count, 32, 32, 3))
+        pixels = (
+            centres[labels][:, None, None]
+            + rng.integers(-60, 60, (count, 1, 1, 1))
+            + rng.integers(-50, 50, (count, 32, 32, 3))
+        )
         arrays |= {f"{split}_images": pixels.clip(0, 255).astype(np.uint8), f"{split}_labels": labels}
     path = tmp_path_factory.mktemp("colours") / "colours.npz"
     np.savez(path, **arrays)
@@ -36,7 +46,11 @@ def colours(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def probed(colours) -> list[str]:
-    splits = [f"data.train={colours}?split=train", f"probe.train={colours}?split=train", f"probe.val={colours}?split=val"]
+    splits = [
+        f"data.train={colours}?split=train",
+        f"probe.train={colours}?split=train",
+        f"probe.val={colours}?split=val",
+    ]
     mild = ["crops.jitter=0", "crops.grayscale=0", "crops.solarize=0", "crops.local_count=0"]
     return [*TINY, *splits, *mild, "probe.every=2"]
 
@@ -60,26 +74,54 @@ def same_weights(first: Path, second: Path) -> bool:
 def test_a_destructive_run_is_stopped_and_best_equals_the_initial_weights(probed, trained, tmp_path, capsys):
     run = tmp_path / "run"
     with pytest.raises(SystemExit) as error:
-        run_script(lambda _: train.main([*probed, f"init={trained}", *RUINOUS, "guard.action=stop", "total_steps=40", "checkpoint.every=2", f"output_dir={run}"]))
+        run_script(
+            lambda _: train.main(
+                [
+                    *probed,
+                    f"init={trained}",
+                    *RUINOUS,
+                    "guard.action=stop",
+                    "total_steps=40",
+                    "checkpoint.every=2",
+                    f"output_dir={run}",
+                ]
+            )
+        )
     values, last = values_of(run), capsys.readouterr().err.strip().splitlines()[-1]
     step = max(values)
     assert error.value.code == 1 and step < 40
-    assert values[0] > 0.9 and values[step] < values[0] - 0.02 and all(values[k] >= values[0] - 0.02 for k in values if k < step)
+    assert (
+        values[0] > 0.9
+        and values[step] < values[0] - 0.02
+        and all(values[k] >= values[0] - 0.02 for k in values if k < step)
+    )
     for word in (f"{values[0]:.3f}", f"{values[step]:.3f}", f"step {step}", str(run / "best"), "tune.mode=lora"):
         assert word in last
-    assert same_weights(run / "best", trained / "teacher") and load_backbone(f"{run}@best").config == load_backbone(trained).config
+    assert (
+        same_weights(run / "best", trained / "teacher")
+        and load_backbone(f"{run}@best").config == load_backbone(trained).config
+    )
 
 
 def test_a_warning_comes_once_and_the_run_goes_on_to_its_end(probed, trained, tmp_path, capsys):
     run = tmp_path / "run"
-    train.main([*probed, f"init={trained}", *RUINOUS, "total_steps=8", f"output_dir={run}"])  # warn is the default with init
+    train.main(
+        [*probed, f"init={trained}", *RUINOUS, "total_steps=8", f"output_dir={run}"]
+    )  # warn is the default with init
     values = values_of(run)
     assert sum(value < values[0] - 0.02 for value in values.values()) > 1 and max(values) == 8
     assert capsys.readouterr().err.count("guard:") == 1 and same_weights(run / "best", trained / "teacher")
 
 
 def test_a_run_that_goes_on_is_compared_with_its_own_step_0(probed, trained, tmp_path):
-    settings = [*probed, f"init={trained}", *RUINOUS, "schedule.weight_decay=0", "schedule.teacher_temp=0.05", f"output_dir={tmp_path / 'run'}"]
+    settings = [
+        *probed,
+        f"init={trained}",
+        *RUINOUS,
+        "schedule.weight_decay=0",
+        "schedule.teacher_temp=0.05",
+        f"output_dir={tmp_path / 'run'}",
+    ]
     train.main([*settings, "total_steps=4", "guard.tolerance=1"])
     with pytest.raises(RunFailed, match=r"at step 6, more than 0.02 below the [01]\.\d+ of step 0"):
         train.main([*settings, "total_steps=8", "guard.action=stop"])
@@ -98,7 +140,9 @@ def look(guard: Guard, *values) -> list:
 
 
 def test_what_counts_is_a_fall_below_step_0_beyond_the_tolerance():
-    assert look(Guard(action="warn"), 0.5, 0.9, None, 0.5, 0.48) == [None] * 5  # from 0.9 to 0.5 is no loss against step 0
+    assert (
+        look(Guard(action="warn"), 0.5, 0.9, None, 0.5, 0.48) == [None] * 5
+    )  # from 0.9 to 0.5 is no loss against step 0
     said = look(Guard(action="warn"), 0.5, 0.479, 0.1, 0.6)
     assert "0.479 at step 1" in said[1] and "0.500 of step 0" in said[1] and said[2:] == [None, None]
     assert look(Guard("linear", 0.0, "warn"), 0.5, 0.4999)[1] is not None
@@ -109,7 +153,12 @@ def test_what_counts_is_a_fall_below_step_0_beyond_the_tolerance():
 
 def test_stop_ends_the_run_however_often_it_was_said():
     guard = Guard(action="stop")
-    assert guard.recall([{"step": 0, "probe/knn": 0.5}, {"step": 1}, {"step": 2, "probe/knn": 0.3}, {"step": 4, "probe/knn": None}]) == 0.5
+    assert (
+        guard.recall(
+            [{"step": 0, "probe/knn": 0.5}, {"step": 1}, {"step": 2, "probe/knn": 0.3}, {"step": 4, "probe/knn": None}]
+        )
+        == 0.5
+    )
     with pytest.raises(RunFailed, match="0.400 at step 6, more than 0.02 below the 0.500"):
         guard.look(6, {"probe/knn": 0.4}, BEST)
     quiet = Guard(action="warn")
@@ -127,7 +176,12 @@ def test_nothing_to_compare_with_is_said(capsys):
 def test_the_guard_of_a_configuration():
     probe = ["probe.every=5", "probe.train=scenes", "probe.val=scenes?split=val"]
     acts = lambda *keys: build_guard(load_config(None, [*probe, *keys])).action  # noqa: E731
-    assert [acts(), acts("init=x"), acts("init=x", "guard.action=stop"), acts("guard.action=warn")] == [None, "warn", "stop", "warn"]
+    assert [acts(), acts("init=x"), acts("init=x", "guard.action=stop"), acts("guard.action=warn")] == [
+        None,
+        "warn",
+        "stop",
+        "warn",
+    ]
     assert acts("init=x", "probe.every=0") is None
     for keys, words in (
         (["guard.action=stop"], "set probe.every"),
@@ -141,6 +195,16 @@ def test_the_guard_of_a_configuration():
 
 def test_best_follows_the_probe_that_is_guarded(probed, trained, tmp_path):
     run = tmp_path / "run"
-    train.main([*probed, f"init={trained}", "total_steps=2", "probe.knn=false", "probe.linear=true", "guard.probe=linear", f"output_dir={run}"])
+    train.main(
+        [
+            *probed,
+            f"init={trained}",
+            "total_steps=2",
+            "probe.knn=false",
+            "probe.linear=true",
+            "guard.probe=linear",
+            f"output_dir={run}",
+        ]
+    )
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert "probe/linear" in records[0] and (run / "best" / "model.safetensors").exists()

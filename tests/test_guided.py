@@ -154,11 +154,15 @@ def test_points_are_uniform_in_boxes_of_equal_chance_or_over_the_mask():
     points = marked_points({"boxes": boxes, "mask": np.ones((2, 2))}, u)
     large = points[:, 0] > 5
     assert abs(large.mean() - 0.5) < 0.03 and (points[~large] <= 1).all()
-    assert points[large].min(0) == pytest.approx([20, 10], abs=1) and points[large].max(0) == pytest.approx([30, 110], abs=1)
+    assert points[large].min(0) == pytest.approx([20, 10], abs=1) and points[large].max(0) == pytest.approx(
+        [30, 110], abs=1
+    )
     mask = np.zeros((6, 9), np.uint8)
     mask[2, 3:5], mask[5, 8], mask[0, 0] = 1, 7, 255  # 255: unknown
     rows, columns = np.floor(marked_points({"mask": mask}, u)).astype(int).T
-    assert {(2, 3), (2, 4), (5, 8)} == set(zip(rows.tolist(), columns.tolist())) and abs((rows == 2).mean() - 2 / 3) < 0.04
+    assert {(2, 3), (2, 4), (5, 8)} == set(zip(rows.tolist(), columns.tolist())) and abs(
+        (rows == 2).mean() - 2 / 3
+    ) < 0.04
     for nothing in ({}, {"boxes": np.zeros((0, 4))}, {"mask": np.zeros((4, 4), np.uint8)}):
         assert np.isnan(marked_points(nothing, u)).all()
 
@@ -224,4 +228,6 @@ def test_a_guided_run_learns_from_other_crops_and_goes_on_exactly(tiny, tmp_path
 
 def test_guidance_is_off_unless_asked_for():
     assert views_from(crops_config(), [0.0], [1.0], 8)[0].guidance is None
-    assert views_from(crops_config(guided=0.3, guided_share=0.1), [0.0], [1.0], 8)[0].guidance == Guidance(0.3, False, 0.1)
+    assert views_from(crops_config(guided=0.3, guided_share=0.1), [0.0], [1.0], 8)[0].guidance == Guidance(
+        0.3, False, 0.1
+    )

@@ -113,6 +113,7 @@ def test_a_stage_may_start_from_another_run(tiny, tmp_path):
         ({"a": {"steps": 2, "seed": 3}}, "cannot change seed"),
         ({"a": {"steps": 2, "crops": {"mix": []}}}, "crops.mix is empty"),
         ({"a": {"steps": 2, "crops": {"mix": [{"global": 3}]}}}, "unknown key"),
+        ({"a": {"steps": 2, "init": "x", "tune": {"mode": "lora"}}}, "an init of its own and tune.mode=lora"),
         ({}, "stages is empty"),
     ],
 )  # fmt: skip
