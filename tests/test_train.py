@@ -264,6 +264,7 @@ def test_every_key_of_the_configuration_is_read(tiny, monkeypatch):
     probes = ["probe.every=4", "probe.patches=true", "probe.train=scenes?size=30", "probe.val=scenes?split=val&size=10"]
     own_head = ["loss.ibot.prototypes=16", "loss.ibot.hidden=16", "loss.ibot.bottleneck=8", "loss.ibot.layers=2"]
     gram = ["loss.gram.weight=1", "loss.gram.teacher=ema", "crops.mix=[{global_size: 32, local_size: 16}]"]
+    gram += ["crops.guided=0.5", "crops.guided_share=0.5"]
     for number, extra in enumerate((probes, own_head, gram)):
         cfg = load_config(None, [*tiny, *extra, f"output_dir={folder_of(tiny)}{number}"])
         with monkeypatch.context() as patch:
