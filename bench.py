@@ -20,6 +20,7 @@ from typing import Any, Iterable, Optional
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from data.loader import Batch, stage_loader
 from engine import distributed, optim
@@ -168,14 +169,15 @@ class Workload:
         clock.mark("ema")
 
     def warm_up(self, steps: int) -> None:
-        """Counts the operations in the first step, before anything is compiled or recomputed."""
-        batch = self.next_batch()
-        with FlopClock() as counted:
-            self.train_on(batch, counted)
-        forget_peak()
-        self.flops = counted.phases
+        """Counts the operations in the first step, in which nothing is compiled."""
         compiled = self.device.type == "cuda" if self.cfg.compile is None else self.cfg.compile
         distributed.prepare(self.student, self.cfg.checkpointing, compiled)
+        again = [module for module in self.student.modules() if "forward" in vars(module)]
+        batch = self.next_batch()
+        with torch.compiler.set_stance("force_eager"), set_checkpoint_early_stop(False), FlopClock(again) as counted:
+            self.train_on(batch, counted)
+        forget_peak()  # counting holds on to more
+        self.flops = counted.phases
         for _ in range(steps - 1):
             self.step(Clock(self.device))
 

@@ -1,8 +1,10 @@
 """How fast a device can multiply matrices, against which a step is held (MFU), and how many operations a step takes."""
 
 import time
+from typing import Iterable
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 # Dense bf16 (fp16 where there is no bf16) and float32 operations a second, from the vendors' data sheets; the first name found in the device's counts.
@@ -60,18 +62,34 @@ def synchronize(device: torch.device) -> None:
 
 class FlopClock:
     """Floating-point operations of matrix products, convolutions and attention, forward and backward, by phase: `mark(name)`
-    puts what was counted since the last mark down to `name`. A multiplication and an addition count as two."""
+    puts what was counted since the last mark down to `name`. A multiplication and an addition count as two.
 
-    def __init__(self):
+    Args:
+        again: modules whose forward pass is done again in the backward pass (checkpointing); the phase "backward" goes without,
+            for the model does not need it.
+    """
+
+    def __init__(self, again: Iterable[nn.Module] = ()):
         self.counter = FlopCounterMode(display=False)
         self.done, self.phases = 0, {}
+        self.again, self.twice = list(again), 0
 
     def __enter__(self) -> "FlopClock":
         self.counter.__enter__()
+        # Hooks run where a module is called, and not where checkpointing runs its forward once more.
+        self.hooks = [module.register_forward_pre_hook(lambda *_: self._count(-1)) for module in self.again]
+        self.hooks += [module.register_forward_hook(lambda *_: self._count(1)) for module in self.again]
         return self
 
     def __exit__(self, *error) -> None:
         self.counter.__exit__(*error)
+        for hook in self.hooks:
+            hook.remove()
+        if self.twice:
+            self.phases["backward"] -= self.twice
+
+    def _count(self, sign: int) -> None:
+        self.twice += sign * self.counter.get_total_flops()
 
     def mark(self, name: str) -> None:
         total = self.counter.get_total_flops()

@@ -12,7 +12,8 @@ micro_batch_size at a time), low = 2 under bf16 or fp16 and 4 under float32:
     activations      tokens · depth · per token, see `block_bytes`; with checkpointing tokens · depth · 4 D, and one block
     heads            rows · (MLP + K · (2 low + 12)) + teacher's rows · 4 K + prototypes that are normalised each step
 
-Not counted: the CUDA context (about 0.5 GiB), buffers of NCCL, fragments.
+The total counts the larger of gradients and activations with heads, for the ones come as the others go; with several micro
+batches a step both. Not counted: the CUDA context (about 0.5 GiB), buffers of NCCL, fragments.
 """
 
 import sys
@@ -68,9 +69,12 @@ def _row(cfg: Any, terms: set, student: nn.Module, gpus: int, device: str) -> di
         "gathered": 2 * low * unit if gpus > 1 else (low * parameters if low < 4 else 0),
     }
     kept, recomputed = activation_bytes(cfg, student.backbone, images, low, weights=device == "cpu" and low == 2)
+    held = sum(parts.values()) - parts["gradients"]
     parts |= {"activations": kept, "activations_checkpointed": recomputed, "heads": head_bytes(cfg, terms, student, images, low)}
-    total = sum(parts.values()) - recomputed
-    parts |= {"total": total, "total_checkpointed": total - kept + recomputed}
+    several = images * gpus < cfg.batch_size  # micro batches
+    for name, activations in (("total", kept), ("total_checkpointed", recomputed)):
+        passing = activations + parts["heads"], parts["gradients"]
+        parts[name] = held + (sum(passing) if several else max(passing))
     return {"gpus": gpus, "images": images} | {name: round(value / GIB, 3) for name, value in parts.items()}
 
 
