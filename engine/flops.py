@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense bf16 (fp16 where there is no bf16) and float32 operations a second, from the vendors' data sheets; the first name found in the device's counts.
+# Dense operations a second in bf16 (fp16 where there is no bf16) and float32, from the vendors' data sheets. The first name
+# that is part of the device's counts.
 GPUS = {
     "B200": (2250e12, 75e12),
     "GH200": (989e12, 67e12),
