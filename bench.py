@@ -27,7 +27,8 @@ from engine import distributed, optim
 from engine.cli import config_parser, print_result, run_script
 from engine.config import TrainConfig, load_config, micro_batch_size, with_statistics
 from engine.flops import FlopClock, peak_flops, synchronize
-from engine.memory import forget_peak, memory_table, peak_gib
+from engine.logger import memory_gib
+from engine.memory import forget_peak, memory_table
 from engine.stages import Stage, plan_stages
 from losses.centering import build_centering
 from models.lora import tune
@@ -53,7 +54,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     start = time.perf_counter()
     device = distributed.choose_device(configs[""].device)
     forget_peak()
-    before = peak_gib()
+    before = memory_gib()
     workloads = {change: Workload(cfg, chosen_stage(cfg, arguments.stage), device) for change, cfg in configs.items()}
     for workload in workloads.values():
         workload.warm_up(arguments.warmup)
@@ -62,7 +63,7 @@ def main(argv: Optional[list[str]] = None) -> None:
         for workload in workloads.values():
             workload.measure(-(-arguments.steps // rounds), alone=len(workloads) == 1)
     results = [{"change": change} | workload.result() for change, workload in workloads.items()]
-    memory = {"memory_gib": round(peak_gib(), 3), "memory_before_gib": round(before, 3)}
+    memory = {"memory_gib": round(memory_gib(), 3), "memory_before_gib": round(before, 3)}
     if arguments.profile:
         workloads[""].profile(arguments.profile)
     whole = {"task": "bench", "config": arguments.config, "overrides": arguments.overrides} | machine(device)
@@ -129,7 +130,8 @@ class Workload:
         self.autocast, self.scaler = distributed.choose_precision(stage.cfg.precision, device)
         self.micro_batch = micro_batch_size(stage.cfg, 1, "koleo" in terms)
         loader = stage_loader(replace(stage, stop=stage.stop + STEPS), self.middle, self.student.backbone.patch_size, device)
-        self.crops = time_crops(loader.dataset) if loader.num_workers == 0 else None
+        self.on_device = loader.dataset.on_device
+        self.crops = time_crops(loader.dataset) if loader.num_workers == 0 and not self.on_device else None
         self.buffered = loader.num_workers * (loader.prefetch_factor or 0)  # batches
         self.batches = iter(loader)
         self.rounds: list[float] = []  # ms a step
@@ -139,8 +141,10 @@ class Workload:
         return next(self.batches).to(self.device, non_blocking=True)
 
     def step(self, clock: Any) -> None:
-        batch = self.next_batch()
+        batch = next(self.batches)
         clock.mark("data_wait")
+        batch = batch.to(self.device, non_blocking=True)
+        clock.mark("augmentation" if self.on_device else "data_wait")
         self.train_on(batch, clock)
 
     def train_on(self, batch: Batch, clock: Any) -> None:
@@ -203,7 +207,8 @@ class Workload:
     def result(self) -> dict:
         step_ms = median(self.rounds)
         phases = {name: median(self.phases[name]) for name in PHASES if name in self.phases}
-        phases["data_wait"] = max(phases["data_wait"] - phases.get("augmentation", 0.0), 0.0)  # which is part of it
+        made_here = phases["augmentation"] if self.crops else 0.0
+        phases["data_wait"] = max(phases["data_wait"] - made_here, 0.0)  # which is part of it
         with self.autocast():
             low = torch.is_autocast_enabled(self.device.type)
             kind = torch.get_autocast_dtype(self.device.type) if low else torch.float32
@@ -216,7 +221,7 @@ class Workload:
             "step_ms": round(step_ms, 2),
             "step_ms_spread": [round(min(self.rounds), 2), round(max(self.rounds), 2)],
             "phases_ms": {name: round(value, 2) for name, value in phases.items()},
-            "data_wait_fraction": round((phases["data_wait"] + phases.get("augmentation", 0.0)) / step_ms, 4),
+            "data_wait_fraction": round((phases["data_wait"] + made_here) / step_ms, 4),
             "gflop": {name: round(value / 1e9, 3) for name, value in self.flops.items() if value},
             "gflop_per_step": round(flops / 1e9, 3),
             "peak_tflops": round(peak / 1e12, 3),

@@ -1,6 +1,8 @@
 """What the command lines share: exit statuses, one-sentence errors, evaluation flags, the JSON line."""
 
 import argparse
+import ctypes
+import errno
 import json
 import os
 import sys
@@ -10,6 +12,8 @@ from typing import Any, Callable, Optional
 import torch
 
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 3
+NO_MEMORY = ("out of memory", "ALLOC_FAILED", "t allocate memory")  # RuntimeErrors: of CUDA and MPS, cuBLAS, the CPU
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
 class StoppedEarly(RuntimeError):
@@ -25,13 +29,14 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
     NANODINO_TRACEBACK=1 shows the traceback all the same.
     """
+    keep_freed_memory()
     try:
         main(sys.argv[1:])
     except StoppedEarly as error:
         print(sentence(error), file=sys.stderr)
         sys.exit(STOPPED)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        known = isinstance(error, (RunFailed, torch.OutOfMemoryError)) or not isinstance(error, RuntimeError)
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        known = isinstance(error, RunFailed) or not isinstance(error, RuntimeError) or memory_is_short(error)
         if not known and "DataLoader worker" not in str(error):
             raise
         if os.environ.get("NANODINO_TRACEBACK") == "1":
@@ -42,11 +47,34 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
 
 
+def keep_freed_memory() -> None:
+    """Large tensors on a CPU take memory that this process used before. glibc gives it back at every free, and the page faults
+    of getting it again were a quarter of a training step (docs/performance.md). Settings of MALLOC_* in the environment stand.
+    """
+    if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if mallopt:
+            for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20)):
+                mallopt(option, value)
+
+
+def memory_is_short(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    unnamed = isinstance(error, RuntimeError) and not isinstance(error, (RunFailed, StoppedEarly))
+    return unnamed and any(words in str(error) for words in NO_MEMORY)
+
+
 def sentence(error: BaseException) -> str:
     """The message on one line; out of memory says what to lower."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory on the device; lower batch_size or micro_batch_size (--batch-size for evaluations), or the crop sizes"
     said = str(error)
+    if memory_is_short(error):
+        if "DataLoader worker" in said:
+            return "out of memory in a loader process; lower data.workers (--workers), batch_size or the crop sizes"
+        return (
+            "out of memory; lower batch_size or micro_batch_size (--batch-size for evaluations) or the crop sizes, or train "
+            "with checkpointing=blocks"
+        )
     if "DataLoader worker" in said and "Traceback" in said:  # raised in a worker, which sends its whole traceback
         said = said.strip().splitlines()[-1].partition(": ")[2]
     elif "DataLoader worker" in said:

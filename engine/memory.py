@@ -23,7 +23,6 @@ from typing import Any, Iterable
 import torch
 from torch import nn
 
-from engine.logger import memory_gib
 from engine.validation import size_pair
 
 GIB = 2**30
@@ -135,15 +134,6 @@ def _count(module: nn.Module) -> int:
 
 
 # ----------------------------------------------------------------- measured
-
-
-def peak_gib() -> float:
-    """Peak device memory, or this process's peak resident memory, since `forget_peak`."""
-    status = Path("/proc/self/status")
-    if torch.cuda.is_available() or not status.is_file():
-        return memory_gib()
-    # Not getrusage: its peak is handed down by the process that started this one.
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**20
 
 
 def forget_peak() -> None:

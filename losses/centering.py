@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from losses.cross_entropy import row_chunks
+
 Reduce = Callable[[Tensor], Tensor]
 
 MODES = ("ema", "sinkhorn", "none")
@@ -66,17 +68,23 @@ def sinkhorn_knopp(
         row_max = logits.amax(dim=1).float()  # (B,)
         batch_max = row_max.amax() if len(row_max) > 0 else row_max.new_full((), float("-inf"))
         row_scale = ((row_max - all_reduce_max(batch_max)) / temp).exp()
-        # Adding a float32 column widens half precision without a second (B, K) copy.
-        scores = torch.sub(logits, row_max[:, None]).float()
-        scores.div_(temp).clamp_(min=MIN_EXPONENT).exp_()
+        scores = torch.empty_like(logits, dtype=torch.float32)
+        for rows in row_chunks(logits):
+            torch.sub(logits[rows], row_max[rows, None], out=scores[rows])
+            scores[rows].div_(temp).clamp_(min=MIN_EXPONENT).exp_()
         for iteration in range(iterations):
-            if iteration > 0:
-                row_scale = 1 / torch.mv(scores, prototype_scale)
-            prototype_scale = 1 / all_reduce_sum(torch.mv(scores.mT, row_scale))
+            sums = scores.new_zeros(scores.shape[1])
+            for rows in row_chunks(logits):  # both halves while these rows are at hand
+                if iteration > 0:
+                    row_scale[rows] = 1 / torch.mv(scores[rows], prototype_scale)
+                sums.addmv_(scores[rows].mT, row_scale[rows])
+            prototype_scale = 1 / all_reduce_sum(sums)
             prototype_scale /= prototype_scale.amax()  # a common factor, which rows take out again
-        scores.mul_(prototype_scale)
-        # The last row factor comes from sum(): over 1e5 prototypes mv is off by 1e-4 on a CPU.
-        return scores.div_(scores.sum(dim=1, keepdim=True))
+        for rows in row_chunks(logits):
+            part = scores[rows].mul_(prototype_scale)
+            # The last row factor comes from sum(): over 1e5 prototypes mv is off by 1e-4 on a CPU.
+            part.div_(part.sum(dim=1, keepdim=True))
+        return scores
 
 
 class Centering(nn.Module):

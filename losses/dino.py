@@ -3,8 +3,9 @@
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from losses.cross_entropy import soft_cross_entropy
 
 
 def dino_loss(
@@ -42,14 +43,12 @@ def dino_loss(
             f"the DINO loss needs two different crops of an image, got {S} student crops "
             f"and {T} teacher crops of {B} images"
         )
-    with torch.autocast(student_logits.device.type, enabled=False):  # einsum would go to bf16
-        log_probs = F.log_softmax(student_logits.float() / student_temp, dim=-1)
-        targets = teacher_probs.detach().float()
-        cross_entropy = -torch.einsum("sbk,tbk->stb", log_probs, targets)
-        if ignore_diagonal:
-            same_view = torch.eye(S, T, dtype=torch.bool, device=cross_entropy.device)
-            cross_entropy = cross_entropy.masked_fill(same_view[..., None], 0.0)
-        return cross_entropy.sum() / (pairs * B)
+    teacher_probs = teacher_probs.detach().float()
+    targets = teacher_probs.sum(0)  # (B, K), of all pairs of a student's crop at once
+    if ignore_diagonal:
+        others = [[t for t in range(T) if t != s] for s in range(S)]
+        targets = torch.stack([teacher_probs[chosen].sum(0) for chosen in others])
+    return soft_cross_entropy(student_logits, targets, student_temp).sum() / (pairs * B)
 
 
 def multicrop_dino_loss(

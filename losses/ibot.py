@@ -1,8 +1,9 @@
 """The iBOT term: the student guesses what the teacher sees under the mask."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from losses.cross_entropy import soft_cross_entropy
 
 
 def ibot_loss(student_logits: Tensor, teacher_probs: Tensor, masks: Tensor, student_temp: float) -> Tensor:
@@ -31,11 +32,9 @@ def ibot_loss(student_logits: Tensor, teacher_probs: Tensor, masks: Tensor, stud
             f"student_logits {tuple(student_logits.shape)} and teacher_probs "
             f"{tuple(teacher_probs.shape)} must have the same shape"
         )
-    with torch.autocast(student_logits.device.type, enabled=False):
-        log_probs = F.log_softmax(student_logits.float() / student_temp, dim=-1)
-        cross_entropy = -torch.einsum("mk,mk->m", log_probs, teacher_probs.detach().float())
-        masked = masks.sum(dim=1)  # (G·B,)
-        # The infinite weight of a crop without a mask is repeated 0 times. Naming the output size
-        # spares the device a synchronisation.
-        weights = torch.repeat_interleave(1.0 / masked, masked, output_size=len(student_logits))
-        return (weights * cross_entropy).sum() / len(masks)
+    cross_entropy = soft_cross_entropy(student_logits[None], teacher_probs, student_temp)[0]  # (M,)
+    masked = masks.sum(dim=1)  # (G·B,)
+    # The infinite weight of a crop without a mask is repeated 0 times. Naming the output size
+    # spares the device a synchronisation.
+    weights = torch.repeat_interleave(1.0 / masked, masked, output_size=len(student_logits))
+    return (weights * cross_entropy).sum() / len(masks)

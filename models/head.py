@@ -7,7 +7,48 @@ from torch import Tensor, nn
 from models.features import check_choice
 from models.layers import init_module
 
+NORM_EPS = 1e-12  # of torch.nn.functional.normalize
+ROW_CHUNK = 1 << 17  # values
 LAST_LAYERS = ("plain", "weight_norm", "unit_norm")
+
+
+def product_type(x: Tensor) -> torch.dtype:
+    """The type in which a matrix product with x runs, autocast considered."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _NormalizedRows(torch.autograd.Function):
+    """Rows of v (K, d) over their L2 norm, times g (K, 1) unless it is None, in the type wanted.
+
+    Some rows at a time: with 65,536 prototypes each float32 matrix in between would pass through the memory again.
+    """
+
+    @staticmethod
+    def forward(ctx, v: Tensor, g: Tensor | None, kind: torch.dtype) -> Tensor:
+        inverse = 1 / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_(min=NORM_EPS)
+        ctx.save_for_backward(v, g, inverse)
+        scale, rows = inverse if g is None else inverse * g, torch.empty_like(v, dtype=kind)
+        for chosen in _row_chunks(v):
+            rows[chosen] = v[chosen] * scale[chosen]
+        return rows
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        v, g, inverse = ctx.saved_tensors
+        grad_v, along = torch.empty_like(v), torch.empty_like(inverse)
+        for chosen in _row_chunks(v):
+            unit, slope = v[chosen] * inverse[chosen], grad[chosen].to(v.dtype, copy=True)
+            along[chosen] = torch.linalg.vecdot(slope, unit)[:, None]  # a change along the row changes no direction
+            slope.addcmul_(unit, along[chosen], value=-1)
+            grad_v[chosen] = slope.mul_(inverse[chosen] if g is None else inverse[chosen] * g[chosen])
+        return grad_v, None if g is None else along, None
+
+
+def _row_chunks(v: Tensor) -> list[slice]:
+    """As many rows as stay in a CPU's cache; elsewhere all."""
+    step = max(1, ROW_CHUNK // v.shape[1]) if v.device.type == "cpu" else max(1, len(v))
+    return [slice(start, start + step) for start in range(0, len(v), step)]
 
 
 class NormalizedLinear(nn.Module):
@@ -31,7 +72,7 @@ class NormalizedLinear(nn.Module):
         return rows if self.weight_g is None else rows * self.weight_g
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x, _NormalizedRows.apply(self.weight_v, self.weight_g, product_type(x)))
 
 
 class ProjectionHead(nn.Module):

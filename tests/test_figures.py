@@ -375,11 +375,11 @@ def test_4096_pixels_need_no_matrix_of_all_pairs_of_tokens(tmp_path, calls):
     """It would take 2 GiB for the first of them, 32 for the others."""
     ramp = np.add.outer(np.arange(4096), np.arange(4096)) // 32
     Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "large.png")
-    code = "import resource, visualize\n"
+    code = "import visualize\nfrom engine.logger import memory_gib\n"
     for task, arguments in calls.items():
         images = ["--images", str(tmp_path / "large.png"), "--size", "4096", "--device", "cpu"]
         code += f"visualize.main({[task, *arguments, *images, '--output', str(tmp_path / f'{task}.png')]!r})\n"
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)\n"
+    code += "print(memory_gib())\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(done.stdout.splitlines()[-1]) < 2.0  # GiB; PyTorch and the image itself take most of it
     assert all(read(tmp_path / f"{task}.png").shape[0] > 512 for task in calls)

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+import losses.cross_entropy
 from losses.centering import sinkhorn_knopp
+from losses.cross_entropy import soft_cross_entropy
 from losses.dino import dino_loss, multicrop_dino_loss
 from losses.gram import downsample_patches, gram_loss
 from losses.ibot import ibot_loss
@@ -345,3 +347,29 @@ def test_equal_micro_batches_average_to_the_whole_batch():
 
     micro = [losses(slice(start, start + 2)) for start in range(0, 8, 2)]
     torch.testing.assert_close(torch.stack(micro).mean(dim=0), losses(slice(0, 8)))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["targets a crop", "targets shared"])
+def test_rows_at_a_time_give_the_cross_entropy_of_all_at_once(shared, monkeypatch):
+    logits, probs = noise(3, 7, 11, scale=4.0), targets(7, 11) if shared else targets(3, 7, 11)
+    weights = noise(3, 7, seed=2)
+
+    def naive(rows):
+        return (weights * -(probs * (rows / 0.1).log_softmax(-1)).sum(-1)).sum()
+
+    for size in (1, 300, 1 << 20):  # a row, two rows, all
+        monkeypatch.setitem(losses.cross_entropy.CHUNK, "cpu", size)
+        assert_same_value_and_gradient(
+            lambda rows: (weights * soft_cross_entropy(rows, probs, 0.1)).sum(), naive, logits
+        )
+        torch.testing.assert_close(
+            sinkhorn_knopp(logits[0], 1.0), naive_sinkhorn(logits[0].double(), 1.0).float(), rtol=1e-5, atol=1e-7
+        )
+
+
+def naive_sinkhorn(logits, temp):
+    scores = (logits / temp).exp()
+    for _ in range(3):
+        scores = scores / scores.sum(0)
+        scores = scores / scores.sum(1, keepdim=True)
+    return scores

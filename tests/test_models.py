@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from models import load_backbone
 from models.features import Preprocessing
+import models.head
 from models.head import ProjectionHead
 from models.layers import DropPath, SwiGLU
 from models.pretrained import save_backbone
@@ -524,6 +525,21 @@ def test_head_compares_normalised_vectors_with_prototypes(last_layer, layers):
 def test_normalised_prototypes_start_at_norm_one(last_layer):
     head = ProjectionHead(8, 20, hidden=16, bottleneck=6, last_layer=last_layer)
     assert torch.allclose(head.last_layer.weight.norm(dim=1), torch.ones(()), atol=1e-6)
+
+
+@pytest.mark.parametrize("last_layer", ["weight_norm", "unit_norm"])
+def test_prototypes_have_the_gradient_of_normalised_rows(last_layer, monkeypatch):
+    head = ProjectionHead(8, 13, hidden=16, bottleneck=4, last_layer=last_layer).double()
+    x, weights = torch.randn(5, 8).double(), torch.randn(5, 13).double()
+    layer = head.last_layer
+    if layer.weight_g is not None:
+        layer.weight_g.data.uniform_(0.5, 2)
+    for values in (1, 20, 1 << 17):  # a row at a time, five, all
+        monkeypatch.setattr(models.head, "ROW_CHUNK", values)
+        ours = torch.autograd.grad((weights * head(x)).sum(), list(head.parameters()))
+        theirs = torch.autograd.grad((weights * (head.bottleneck(x) @ layer.weight.T)).sum(), list(head.parameters()))
+        for own, expected in zip(ours, theirs):
+            torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_only_weight_norm_has_a_trainable_scale():

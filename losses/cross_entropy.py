@@ -1,0 +1,62 @@
+"""Cross-entropy with soft targets over many prototypes, in bounded memory."""
+
+import torch
+from torch import Tensor
+
+# Bytes of float32 scores held at a time: what stays in a CPU's cache, and on a device what a kernel launch is worth.
+CHUNK = {"cpu": 1 << 20}
+LARGE_CHUNK = 1 << 28
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor, temp: float) -> Tensor:
+    """-Σ_k targets · log_softmax(logits / temp), without a float32 copy of the logits or of their gradient.
+
+    Scores are made float32 a few rows at a time, in the forward pass for their logsumexp and once more in the backward pass,
+    whose result has the type of the logits. What is kept in between is the logits, the targets and a number a row.
+
+    Args:
+        logits: (S, B, K), any float type.
+        targets: (B, K) for all S, or (S, B, K); float32, no gradient. Rows need not sum to 1.
+        temp: softmax temperature, > 0.
+
+    Returns:
+        (S, B) float32 in nats.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        return _SoftCrossEntropy.apply(logits, targets.detach().float(), temp)
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, temp: float) -> Tensor:
+        logsumexp = logits.new_empty(logits.shape[:2], dtype=torch.float32)
+        dots, mass = torch.empty_like(logsumexp), targets.sum(-1)
+        for rows in row_chunks(logits, dim=1):
+            scores = _scores(logits[:, rows], temp)
+            dots[:, rows] = torch.linalg.vecdot(scores, targets[..., rows, :])
+            logsumexp[:, rows] = torch.logsumexp(scores, -1)
+        ctx.save_for_backward(logits, targets, logsumexp, mass)
+        ctx.temp = temp
+        return mass * logsumexp - dots
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        logits, targets, logsumexp, mass = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for rows in row_chunks(logits, dim=1):
+            probs = _scores(logits[:, rows], ctx.temp).sub_(logsumexp[:, rows, None]).exp_()
+            slope = probs.mul_(mass[..., rows, None]).sub_(targets[..., rows, :])  # by the scores
+            result[:, rows] = slope.mul_((grad[:, rows] / ctx.temp)[..., None])
+        return result, None, None
+
+
+def _scores(logits: Tensor, temp: float) -> Tensor:
+    """A float32 copy, divided by the temperature."""
+    return logits.to(torch.float32, copy=True).div_(temp)
+
+
+def row_chunks(scores: Tensor, dim: int = 0) -> list[slice]:
+    """Slices of a dimension of (..., K), as many rows at a time as CHUNK allows."""
+    row = 4 * scores[..., 0].numel() * scores.shape[-1] // max(1, scores.shape[dim])
+    step = max(1, CHUNK.get(scores.device.type, LARGE_CHUNK) // max(1, row))
+    return [slice(start, start + step) for start in range(0, scores.shape[dim], step)]
