@@ -36,7 +36,7 @@ def main() -> None:
     both.write_text(f"base: [{configs}/quickstart.yaml, {configs}/continue.yaml]\n")
     results = {kind: {"scenes": [], "fashion": []} for kind in KINDS}
     for seed in arguments.seeds:
-        runs = {kind: FOLDER / f"{kind}-{seed}" for kind in KINDS}
+        runs = {kind: FOLDER / f"{kind}-{seed}" for kind in KINDS} | {"before": Path(f"runs/quickstart-{seed}")}
         train("configs/quickstart.yaml", runs["before"], seed)
         start = [f"init={runs['before']}", f"total_steps={arguments.steps}", *domain]
         train("configs/quickstart.yaml", runs["naive"], seed, *start, "guard.action=warn", *arguments.naive)

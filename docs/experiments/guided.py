@@ -27,7 +27,7 @@ def main() -> None:
     results: dict[str, list[dict]] = {kind: [] for kind in KINDS}
     for seed in arguments.seeds:
         for kind, keys in KINDS.items():
-            run = FOLDER / f"{kind}-{seed}"
+            run = Path(f"runs/quickstart-{seed}") if kind == "random" else FOLDER / f"{kind}-{seed}"
             call("train.py", "--config", "configs/quickstart.yaml", f"output_dir={run}", f"seed={seed}", *keys, *arguments.overrides)
             attention = call("eval_dense.py", "localization", "--model", run, "--val", VAL, "--size", 96)["attention"]
             metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
