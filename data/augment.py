@@ -4,11 +4,11 @@
     photometry   photometric                  all crops of a batch at once, float32 out
 
 Both halves are pure functions of a table of uniform random numbers, one row per crop, drawn once
-per image by `draw`. Whoever executes them (a loader worker today, a device tomorrow) gets the same
+per image by `draw`. Whoever executes them, a loader worker or a device (data/device.py), gets the same
 views from the same table.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.colors import OPERATIONS, gaussian_blur, luminance, normalize, sent
 from data.guided import steered
 from data.stains import stain_jitter
 
@@ -30,9 +31,9 @@ TURN, STAINS = 36, slice(37, 43)
 NUMBERS = 43
 TARGET = slice(43, 45)  # row and column in pixels; not drawn, and there in guided runs only (data/guided.py)
 
-BLUR_RADIUS = 4  # pixels; kernel 9 as in DINOv2 and DINOv3
 HELD = 16  # decoded images held at a time while their crops are cut
 CHUNK = 1 << 18  # values jittered at a time: about 1 MB, so that the passes stay in the cache
+DEVICE_CHUNK = 1 << 25  # elsewhere than on a CPU: 128 MB, to bound what the operations hold at a time
 
 
 @dataclass(frozen=True)
@@ -166,11 +167,12 @@ def photometric(
     """Stains, colour jitter, grayscale, blur, solarisation, normalisation, in the order of main_dino.py.
 
     Each operation equals torchvision's on a float image; there is no rounding to 8 bits between
-    them. Rows that an operation does not select cost nothing.
+    them. Rows that an operation does not select cost nothing. The crops may be on a device; which rows
+    are selected is known from the table without asking it.
 
     Args:
         crops: (n, C, h, w) uint8, or float in [0, 1] (left unchanged).
-        u: (n, NUMBERS) table.
+        u: (n, NUMBERS) table, on the CPU as the probabilities are.
         blur_p, solarize_p: (n,) probabilities.
         mean, std: of one or C values, for inputs in [0, 1].
 
@@ -185,35 +187,29 @@ def photometric(
         if len(values) not in (1, channels):
             raise ValueError(f"{name} has {len(values)} values for images of {channels} channels")
     x = crops.float().div_(255) if crops.dtype == torch.uint8 else crops.float().clone()
-    for rows in _chunks(torch.arange(len(x)) if policy.stain > 0 else torch.empty(0), x):
-        x[rows] = stain_jitter(x[rows], u[rows, STAINS], policy.stain)
+    if policy.stain > 0:
+        stains = sent(u[:, STAINS], x.device)
+        for rows in _chunks(torch.arange(len(x)), x):
+            x[rows] = stain_jitter(x[rows], stains[rows], policy.stain)
     color_jitter(x, u, policy)
     if channels == 3:
         for rows in _chunks((u[:, GRAYSCALE] < policy.grayscale).nonzero()[:, 0], x):
             x[rows] = luminance(x[rows])
     low, high = policy.blur_sigma
+    sigma = sent(low + (high - low) * u[:, SIGMA], x.device)
     for rows in _chunks((u[:, BLUR] < blur_p).nonzero()[:, 0], x):
-        x[rows] = gaussian_blur(x[rows], low + (high - low) * u[rows, SIGMA])
+        x[rows] = gaussian_blur(x[rows], sigma[rows])
     for rows in _chunks((u[:, SOLARIZE] < solarize_p).nonzero()[:, 0], x):
         bright = x[rows]
         x[rows] = torch.where(bright >= 0.5, 1 - bright, bright)
     return normalize(x, mean, std)
 
 
-def _chunks(rows: Tensor, x: Tensor) -> Sequence[Tensor]:
-    """Rows of x, a cache's worth at a time; nothing where there are none."""
-    return rows.split(max(1, CHUNK // x[0].numel())) if len(rows) else ()
-
-
-def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(x - mean) / std per channel of (..., C, H, W), in place."""
-    return x.sub_(x.new_tensor(mean).view(-1, 1, 1)).div_(x.new_tensor(std).view(-1, 1, 1))
-
-
-def luminance(x: Tensor) -> Tensor:
-    """(n, 1, h, w) from (n, 3, h, w), ITU-R 601 weights as torchvision."""
-    r, g, b = x.split(1, 1)
-    return (r * 0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114)
+def _chunks(rows: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """Rows of x, a cache's worth at a time and where x is; nothing where there are none."""
+    values = CHUNK if x.device.type == "cpu" else DEVICE_CHUNK
+    for part in rows.split(max(1, values // x[0].numel())) if len(rows) else ():
+        yield sent(part, x.device)
 
 
 def color_jitter(x: Tensor, u: Tensor, policy: AugmentPolicy) -> None:
@@ -226,69 +222,13 @@ def color_jitter(x: Tensor, u: Tensor, policy: AugmentPolicy) -> None:
         return
     low = torch.tensor([max(0.0, 1 - limit) for limit in limits[:3]] + [-policy.hue])
     high = torch.tensor([1 + limit for limit in limits[:3]] + [policy.hue])
-    factors = torch.lerp(low.to(u), high.to(u), u[rows, FACTORS])
+    factors = sent(torch.lerp(low.to(u), high.to(u), u[:, FACTORS]), x.device)
     # Ranks of independent uniform numbers are a uniform permutation, of any subset as well.
     order = u[rows, ORDER][:, active].argsort(1)
     for turn in order.unbind(1):
         for number, k in enumerate(active):
-            for part in _chunks((turn == number).nonzero()[:, 0], x):
-                factor = factors[part, k].view(-1, 1, 1, 1)
-                x[rows[part]] = OPERATIONS[k](x[rows[part]], factor)
-
-
-def _brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return x.mul_(factor).clamp_(0, 1)
-
-
-def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    # Without colours, each channel keeps its own mean: bands of a satellite differ in range. Two
-    # means in a row, because one reduction to a single number depends on the count of threads.
-    gray = luminance(x) if x.shape[1] == 3 else x
-    mean = gray.mean(-1, keepdim=True).mean(-2, keepdim=True)
-    return x.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 1)
-
-
-def _saturation(x: Tensor, factor: Tensor) -> Tensor:
-    gray = luminance(x)
-    return x.mul_(factor).add_(gray.mul_(1 - factor)).clamp_(0, 1)
-
-
-def _hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Shift the hue in HSV. Value and chroma stay, so only the hue, in sixths of a turn, is made."""
-    r, g, b = x.unbind(1)
-    low, high = x.amin(1), x.amax(1)
-    chroma = high - low
-    # 1 where that channel is the largest, else 0: twice as fast as comparisons and torch.where.
-    is_r = (r - high).mul_(1e30).add_(1).clamp_(0, 1)
-    is_g = (g - high).mul_(1e30).add_(1).clamp_(0, 1)
-    hue = torch.lerp((r - g).add_(chroma, alpha=4), (b - r).add_(chroma, alpha=2), is_g)
-    hue.lerp_(g - b, is_r).div_(chroma.clamp(min=1e-12)).add_(turns[:, :, 0] * 6)
-    hue.sub_((hue / 6).floor_(), alpha=6)
-    for channel, (peak, sign, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
-        weight = (hue - peak).abs_().mul_(sign).add_(offset).clamp_(0, 1)
-        x[:, channel] = weight.mul_(chroma).add_(low)
-    return x
-
-
-OPERATIONS = (_brightness, _contrast, _saturation, _hue)  # the columns of FACTORS and ORDER
-
-
-def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Kernel 9, reflected borders, one sigma (n,) in pixels per row of (n, C, h, w).
-
-    Images of fewer than five pixels a side take the largest kernel that can be reflected.
-    """
-    height, width = x.shape[-2:]
-    radius = min(BLUR_RADIUS, height - 1, width - 1)
-    distance = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.softmax(-distance.square() / (2 * sigma[:, None].square()), 1)
-    # Shifted sums: a grouped convolution compiles anew for every number of rows.
-    sides = (radius, radius)
-    for dim, size, pad in ((-1, width, (*sides, 0, 0)), (-2, height, (0, 0, *sides))):
-        padded, x = F.pad(x, pad, mode="reflect"), torch.zeros_like(x)
-        for k, weight in enumerate(kernel.unbind(1)):
-            x.addcmul_(padded.narrow(dim, k, size), weight.view(-1, 1, 1, 1))
-    return x
+            for part in _chunks(rows[turn == number], x):
+                x[part] = OPERATIONS[k](x[part], factors[part, k].view(-1, 1, 1, 1))
 
 
 class MultiCrop:
@@ -314,6 +254,10 @@ class MultiCrop:
         self.specs = [s for s in (global_spec, local_spec) if s is not None and s.count > 0]
         self.gram_spec = None if gram_size is None else replace(global_spec, size=tuple(gram_size))
         self.gram_distorted = gram_distorted
+        ends = np.cumsum([0, *(spec.count for spec in self.specs)]).tolist()
+        self.cuts = [*zip(self.specs, map(slice, ends, ends[1:]))]  # kinds of crops, and their rows of a table
+        if self.gram_spec is not None:
+            self.cuts.append((self.gram_spec, self.cuts[0][1]))
         self.policy, self.mean, self.std = policy, tuple(mean), tuple(std)
         self.globals = global_spec.count
         self.locals = local_spec.count if local_spec is not None else 0
@@ -329,41 +273,43 @@ class MultiCrop:
         each image, asked for after it, are places in pixels that its crops must show, NaN for none.
         """
         images, targets = iter(images), None if targets is None else iter(targets)
-        specs = [*self.specs, *([] if self.gram_spec is None else [self.gram_spec])]
-        crops = [[] for _ in specs]  # of all images, one image after the other
+        crops = [[] for _ in self.cuts]  # of all images, one image after the other
         for table in torch.stack(list(tables)).split(HELD):
             held = list(islice(images, len(table)))
             if targets is not None:
                 table = torch.cat([table, torch.stack(list(islice(targets, len(held))))], 2)
-            parts = list(table.split([spec.count for spec in self.specs], 1))
-            for cut, u, spec in zip(crops, [*parts, parts[0]], specs):
-                cut += self._cut(held, u.flatten(0, 1), spec)
+            for cut, (spec, rows) in zip(crops, self.cuts):
+                cut += self._cut(held, table[:, rows].flatten(0, 1), spec)
         return [
             _stack([crop for view in range(spec.count) for crop in cut[view :: spec.count]])
-            for spec, cut in zip(specs, crops)
+            for (spec, _), cut in zip(self.cuts, crops)
         ]
 
     def _cut(self, images: list[Tensor], u: Tensor, spec: CropSpec) -> list[Tensor]:
         sizes = np.array([image.shape[-2:] for image in images]).repeat(spec.count, 0)
+        places = zip(*(values.tolist() for values in self.geometry(u, sizes, spec)))
+        return [resized_crop(images[k // spec.count], box, spec.size, *how) for k, (box, *how) in enumerate(places)]
+
+    def geometry(self, u: Tensor, sizes: np.ndarray, spec: CropSpec) -> tuple[np.ndarray, Tensor, Tensor]:
+        """What `resized_crop` takes: boxes (n, 4), whether to mirror (n,) and quarter turns (n,) of n crops, from their
+        rows of the table and the sizes (n, 2) of their images."""
         boxes = crop_boxes(u, sizes[:, 0], sizes[:, 1], spec)
         if u.shape[1] > NUMBERS:
             boxes = steered(boxes, u[:, TARGET].double().numpy(), u[:, TOP : LEFT + 1].double().numpy(), sizes)
-        flips = (u[:, FLIP] < self.policy.flip).tolist()
-        turns = [0] * len(u)
+        turns = torch.zeros(len(u), dtype=torch.int)
         if self.policy.turn > 0:  # one number says whether and how far: below the probability it is uniform again
-            turns = torch.where(u[:, TURN] < self.policy.turn, 1 + 3 * u[:, TURN] / self.policy.turn, 0).int().tolist()
-        return [
-            resized_crop(images[k // spec.count], box, spec.size, flip, turn)
-            for k, (box, flip, turn) in enumerate(zip(boxes.tolist(), flips, turns))
-        ]
+            turns = torch.where(u[:, TURN] < self.policy.turn, 1 + 3 * u[:, TURN] / self.policy.turn, 0).int()
+        return boxes, u[:, FLIP] < self.policy.flip, turns
 
     def __call__(
         self, images: Iterable[Tensor], tables: Sequence[Tensor], targets: Iterable[Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Normalised float32: global crops (G·B, C, H, W), local crops (L·B, C, h, w), and those of the
         Gram teacher, in the order of the global ones; None where there are none."""
-        views = self.views(images, tables, targets)
-        u = torch.stack(list(tables), 1)  # (crops, B, NUMBERS)
+        return self.finish(self.views(images, tables, targets), torch.stack(list(tables), 1))
+
+    def finish(self, views: list[Tensor], u: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The photometric half: of `views`, on any device, with the tables (crops, B, NUMBERS)."""
         global_u, local_u = u[: self.globals], u[self.globals :]
         gram_crops = None
         if self.gram_spec is not None:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.augment import MultiCrop, channel_statistics, draw, multi_crop_from, normalize, resize, to_unit
 from data.datasets import ImageData, UnreadableImage, open_data
+from data.device import Cut, cut_out, pack
 from data.guided import Guidance, guidance_from, require_marks
 from data.masking import MaskSpec, draw_masks
 from data.mixture import Mixture
@@ -66,6 +68,33 @@ class Batch:
         return replace(self, **tensors)
 
 
+@dataclass
+class RawBatch:
+    """What becomes a `Batch` on the device that it is moved to: images as they are, and what is to be made of them."""
+
+    pixels: Tensor  # (P, C) of all images, see data.device.pack
+    cuts: list[Cut]  # where each crop lies
+    tables: Tensor  # (crops, b, NUMBERS); they stay on the CPU
+    multi_crop: MultiCrop
+    masks: Tensor | None  # these three as in `Batch`
+    images: list[int]
+    bad: list[tuple[str, str]]
+
+    @torch.no_grad()
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        device = torch.device(device)
+        with torch.autocast(device.type, enabled=False):  # distill.py moves its batches within one
+            pixels = self.pixels.to(device, non_blocking=non_blocking)
+            views = [cut_out(pixels, cut.to(device, non_blocking)) for cut in self.cuts]
+            crops = self.multi_crop.finish(views, self.tables)
+        masks = None if self.masks is None else self.masks.to(device, non_blocking=non_blocking)
+        return Batch(*crops, masks, self.images, self.bad)
+
+    def pin_memory(self) -> "RawBatch":
+        masks = None if self.masks is None else self.masks.pin_memory()
+        return replace(self, pixels=self.pixels.pin_memory(), cuts=[cut.pin_memory() for cut in self.cuts], masks=masks)
+
+
 @dataclass(frozen=True)
 class Views:
     """What is made of an image: crops, guided by marks or not, and masks over the global ones or None; for `share` of the
@@ -100,6 +129,7 @@ class StepDataset(Dataset):
         views: what is made of an image; of several, one is drawn for each step, the same on all ranks.
         batch_size: global, a multiple of world_size.
         shift: position of step s in the stream less s · batch_size, where steps before had another batch.
+        on_device: items are `RawBatch`, whose crops are made on the device that it is moved to.
 
     Raises:
         ValueError: if the batch cannot be shared evenly, or there is no image.
@@ -115,13 +145,14 @@ class StepDataset(Dataset):
         rank: int = 0,
         world_size: int = 1,
         shift: int = 0,
+        on_device: bool = False,
     ):
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch size {batch_size} is not a multiple of {world_size} ranks")
         if len(data) == 0:
             raise ValueError("the data set holds no images")
         self.data, self.views = data, tuple(views)
-        self.batch_size, self.seed, self.shift = batch_size, seed, shift
+        self.batch_size, self.seed, self.shift, self.on_device = batch_size, seed, shift, on_device
         self.share = batch_size // world_size
         self.block = range(rank * self.share, (rank + 1) * self.share)
         self.order = (-1, np.empty(0))  # epoch and its permutation, the last one asked for
@@ -148,15 +179,18 @@ class StepDataset(Dataset):
             self.order = epoch, rng.permutation(np.arange(len(self.data), dtype=np.int32))
         return self.order[1]
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch | RawBatch:
         images: list[int] = []
         bad: dict[str, str] = {}
         views = self._views(step)
         readable = self._read(self.indices(step), images, bad)
         first = step * self.batch_size + self.shift
         tables = [self._table(first + place, views.multi_crop.crops) for place in self.block]
-        crops = views.multi_crop(readable, tables, self._targets(views, first, images))
+        make = partial(pack, views.multi_crop) if self.on_device else views.multi_crop
+        crops = make(readable, tables, self._targets(views, first, images))
         masks = None if views.masks is None else self._draw_masks(step, views)
+        if self.on_device:
+            return RawBatch(*crops, torch.stack(tables, 1), views.multi_crop, masks, images, list(bad.items()))
         return Batch(*crops, masks, images, list(bad.items()))
 
     def _views(self, step: int) -> Views:
@@ -235,8 +269,9 @@ def make_loader(
     world_size: int = 1,
     workers: int | None = 0,
     device: str = "cpu",
+    on_device: bool = False,
 ) -> DataLoader:
-    """One `Batch` per step from start_step to stop_step - 1; `.dataset` is the `StepDataset`.
+    """One `Batch`, or `RawBatch` if `on_device`, per step from start_step to stop_step - 1; `.dataset` is the `StepDataset`.
 
     A worker makes whole batches, with one thread. torch's global random state is not touched.
 
@@ -244,9 +279,8 @@ def make_loader(
         workers: processes; None = `default_workers` for the `device` that the batches go to.
     """
     workers = default_workers(device, world_size) if workers is None else workers
-    steps = StepDataset(
-        data, views, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, shift=shift
-    )
+    ranks = {"rank": rank, "world_size": world_size}
+    steps = StepDataset(data, views, batch_size=batch_size, seed=seed, shift=shift, on_device=on_device, **ranks)
     return DataLoader(
         steps,
         batch_size=None,
@@ -284,6 +318,7 @@ def stage_loader(stage, first_step: int, patch_size: int, device: torch.device) 
         world_size=distributed.world_size(),
         workers=cfg.data.workers,
         device=device.type,
+        on_device=device.type == "cuda" if cfg.data.augment_on == "auto" else cfg.data.augment_on == "device",
     )
 
 

@@ -8,6 +8,8 @@ its own, which changes colours as another laboratory would, and not as another l
 import torch
 from torch import Tensor
 
+from data.colors import sent
+
 # Absorption of red, green and blue by haematoxylin, eosin and DAB (Ruifrok and Johnston 2001, table 1).
 ABSORPTION = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
 DARKEST = 1 / 255  # below, the logarithm says more about noise than about dye
@@ -25,8 +27,9 @@ def stain_jitter(x: Tensor, u: Tensor, strength: float) -> Tensor:
     """
     if x.shape[1] != 3:
         raise ValueError(f"stains (the policy histology) are those of three colours, not of {x.shape[1]} channels")
-    absorption = torch.nn.functional.normalize(x.new_tensor(ABSORPTION), dim=1)
+    rows = torch.nn.functional.normalize(torch.tensor(ABSORPTION, dtype=x.dtype), dim=1)
+    absorption, inverse = sent(rows, x.device), sent(rows.inverse(), x.device)
     factor, shift = (2 * strength * (u.to(x) - 0.5)).unflatten(1, (2, 3, 1, 1)).unbind(1)
-    dyes = torch.einsum("nchw,cd->ndhw", -x.clamp(DARKEST, 1).log(), absorption.inverse())
+    dyes = torch.einsum("nchw,cd->ndhw", -x.clamp(DARKEST, 1).log(), inverse)
     dyes = dyes * (1 + factor) + shift
     return torch.einsum("ndhw,dc->nchw", dyes, absorption).neg().exp().clamp_(0, 1)

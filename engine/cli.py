@@ -11,6 +11,8 @@ from typing import Any, Callable, Optional
 
 import torch
 
+from engine.distributed import RankLost
+
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 3
 NO_MEMORY = ("out of memory", "ALLOC_FAILED", "t allocate memory")  # RuntimeErrors: of CUDA and MPS, cuBLAS, the CPU
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
@@ -36,13 +38,14 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         print(sentence(error), file=sys.stderr)
         sys.exit(STOPPED)
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
-        known = isinstance(error, RunFailed) or not isinstance(error, RuntimeError) or memory_is_short(error)
+        failed = isinstance(error, (RunFailed, RankLost))
+        known = failed or not isinstance(error, RuntimeError) or memory_is_short(error)
         if not known and "DataLoader worker" not in str(error):
             raise
         if os.environ.get("NANODINO_TRACEBACK") == "1":
             raise
         print(f"error: {sentence(error)}", file=sys.stderr)
-        sys.exit(FAILED if isinstance(error, RunFailed) or not known else MISTAKE)
+        sys.exit(FAILED if failed or not known else MISTAKE)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -82,9 +85,16 @@ def sentence(error: BaseException) -> str:
     return " ".join(said.split()) or type(error).__name__
 
 
+class ConfigParser(argparse.ArgumentParser):
+    """Its mistakes end as all others do: -evice=cpu, say, is one sentence and no usage."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message}; --help says what there is")
+
+
 def config_parser(description: str) -> argparse.ArgumentParser:
     """`--config NAME key=value ...`"""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ConfigParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="a YAML file, by path or by its name in configs/")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="for example data.train=/my/images batch_size=32"

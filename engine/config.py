@@ -29,6 +29,9 @@ class DataConfig:
     workers: Optional[int] = free(None)  # loader processes a rank; null: by the number of cores; more while
     #   data_wait_fraction in metrics.jsonl is above 0.1; 0: none
     max_bad: Optional[int] = free(None)  # unreadable images before the run stops; null: more than 10 and more than 1 %
+    augment_on: Literal["auto", "device", "workers"] = free("auto")  # where crops and colours are made: device: workers only
+    #   read and shrink; auto: device on CUDA, else workers. The same views but for rounding, and the filter where an image was
+    #   shrunk; ours. workers where the GPU is the bottleneck and the cores are not
 
 
 @dataclass
