@@ -174,8 +174,9 @@ class Student:
         self.stage = [stage for stage in self.stages if stage.first < max(self.run.start_step, 1)][-1]
         tune(self.model, self.ema, cfg.seed + self.stage.first, **vars(self.stage.cfg.tune))
         self.optimizer = optim.optimizer_for(self.model, cfg.optim)
+        self.autocast, self.scaler = distributed.choose_precision(cfg.precision, device)
         self.run.start(
-            checkpoint.training_state(self.model, self.ema, self.centering, self.optimizer),
+            checkpoint.training_state(self.model, self.ema, self.centering, self.optimizer, self.scaler),
             bad_images=BadImages(self.run.folder, len(images), cfg.data.max_bad),
             refresh=whole.refresh,
             watch=CollapseWatch(cfg.health.on_collapse),
@@ -189,17 +190,16 @@ class Student:
         stage, before = self.stages[number], self.stage
         if self.run.start_step >= stage.stop:
             return False
-        cfg, self.stage = stage.cfg, stage
+        cfg, run, self.stage = stage.cfg, self.run, stage
         if cfg.tune != before.cfg.tune:
             tune(self.model, self.ema, cfg.seed + stage.first, **vars(cfg.tune))
             self.optimizer = optim.optimizer_for(self.model, cfg.optim, self.optimizer)
-            self.run.state = checkpoint.training_state(self.model, self.ema, self.centering, self.optimizer)
-        self.run.logger.restart_clock(self.run.enter(stage))
+            run.state = checkpoint.training_state(self.model, self.ema, self.centering, self.optimizer, self.scaler)
+        run.logger.restart_clock(run.enter(stage))
         used = self.model.uses_all(stage.schedules)
         self.parallel = distributed.wrap(self.model, cfg.strategy, self.device, all_used=used)
         self.micro_batch = micro_batch_size(cfg, distributed.world_size(), "koleo" in stage.schedules)
         self.freeze_steps = optim.span_steps(cfg.optim.freeze_last_layer, stage.stop - stage.first)
-        self.autocast, self.scaler = distributed.choose_precision(cfg.precision, self.device)
         self.finite = FiniteSteps(self.optimizer, self.scaler, self.device)
         return True
 

@@ -74,9 +74,8 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
 
     torch.manual_seed(cfg.seed)
     student = build_student(cfg, "ibot" in terms, initial).to(device)
-    notice(
-        f"{cfg.model.arch}: {count_parameters(student.backbone):,} parameters, {count_parameters(student):,} with the heads"
-    )
+    sizes = f"{count_parameters(student.backbone):,} parameters, {count_parameters(student):,} with the heads"
+    notice(f"{cfg.model.arch}: {sizes}")
     teacher = make_teacher(student)
     whole = distributed.Whole(teacher, cfg.strategy, device, cfg.precision)
     distributed.prepare(student, cfg.checkpointing, device.type == "cuda" if cfg.compile is None else cfg.compile)
@@ -85,11 +84,12 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     current = [stage for stage in stages if stage.first < max(run.start_step, 1)][-1]  # of which a checkpoint is
     tune(student, teacher, cfg.seed + current.first, **vars(current.cfg.tune))
     optimizer = optim.optimizer_for(student, cfg.optim)
+    autocast, scaler = distributed.choose_precision(cfg.precision, device)
     watch = CollapseWatch(cfg.health.on_collapse)
     if run.start_step == 0 and (warning := watch.look_at(images)):
         notice(warning)
     run.start(
-        checkpoint.training_state(student, teacher, centering, optimizer),
+        checkpoint.training_state(student, teacher, centering, optimizer, scaler),
         bad_images=BadImages(run.folder, len(images), cfg.data.max_bad),
         refresh=whole.refresh,
         watch=watch,
@@ -101,9 +101,9 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
             if stage.cfg.tune != current.cfg.tune:
                 tune(student, teacher, cfg.seed + stage.first, **vars(stage.cfg.tune))
                 optimizer = optim.optimizer_for(student, cfg.optim, optimizer)
-                run.state = checkpoint.training_state(student, teacher, centering, optimizer)
+                run.state = checkpoint.training_state(student, teacher, centering, optimizer, scaler)
             current = stage
-            train_stage(stage, run, student, teacher, whole, centering, optimizer, device)
+            train_stage(stage, run, student, teacher, whole, centering, optimizer, autocast, scaler)
 
 
 def train_stage(
@@ -114,10 +114,11 @@ def train_stage(
     whole: distributed.Whole,
     centering: nn.ModuleDict,
     optimizer: torch.optim.Optimizer,
-    device: torch.device,
+    autocast: Callable,
+    scaler: torch.amp.GradScaler,
 ) -> None:
     """The steps of one stage; a run without `stages` has one."""
-    cfg = stage.cfg
+    cfg, device = stage.cfg, run.device
     first_step = run.enter(stage)
     if stage.name and cfg.init and first_step == stage.first:  # a stage's own
         start_from(student, load_initial(cfg.init, cfg.data.channels), cfg.init)
@@ -128,7 +129,6 @@ def train_stage(
     parallel = distributed.wrap(student, cfg.strategy, device, all_used=student.uses_all(stage.schedules))
     micro_batch = micro_batch_size(cfg, distributed.world_size(), "koleo" in stage.schedules)
     freeze_steps = optim.span_steps(cfg.optim.freeze_last_layer, stage.stop - stage.first)
-    autocast, scaler = distributed.choose_precision(cfg.precision, device)
     finite = FiniteSteps(optimizer, scaler, device)
 
     def logged() -> dict:

@@ -4,6 +4,10 @@ Members that share a name up to its first dot belong together: 0001.jpg, 0001.cl
 headers finds them; the images themselves are read only when they are asked for, so the order is as free, and resuming
 as exact, as with a folder. Damage costs the members it hits: a broken header, a shard that ends early or an empty
 shard each count as one unreadable image.
+
+Several ranks divide the shards for that pass, and tell each other what they found. For training they do not divide
+them: the batch of a step is drawn from all images, whatever the number of ranks, and a rank opens, for as long as it
+takes to read them, the shards that its images of that step lie in.
 """
 
 import io
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from data.images import ImageData, number_classes
 from data.pictures import EXTENSIONS, UnreadableImage, error_text, read_open_file
+from engine import distributed
 
 BLOCK = 512  # bytes; members begin at multiples of it
 LABEL_KEYS = ("label", "cls", "class")  # of a .json member
@@ -32,6 +37,8 @@ DAMAGED = -1
 class TarImages(ImageData):
     """Images in uncompressed tar files; the class is that of a .cls or .json member beside the image.
 
+    All ranks make one together, of the same shards.
+
     Args:
         reading: keywords of `read_image`.
         size: first so many.
@@ -39,6 +46,7 @@ class TarImages(ImageData):
     Raises:
         FileNotFoundError: if a shard is missing, or there is no image in any.
         ValueError: if a shard is compressed.
+        OSError: on all ranks, if one cannot read its part of the shards.
     """
 
     def __init__(self, shards: list[Path], reading: dict, size: int | None = None):
@@ -109,12 +117,29 @@ def _read(shard: Path, offset: int, size: int) -> bytes:
 def _index(shards: tuple[Path, ...], stamps: tuple) -> tuple:
     """(shard, member, (offset, size), label) of all images, an array each, and the classes. Kept, because a run opens
     its data more than once; `stamps` change with the files. Arrays, not lists: workers share their pages."""
-    entries = [(number, *entry) for number, shard in enumerate(shards) for entry in _entries(shard)]
+    parts = distributed.gather_objects(_part(shards, distributed.rank(), distributed.world_size()))
+    for part in parts:  # before anything else, or ranks without an error would wait for those with one
+        if isinstance(part, OSError):
+            raise part
+    *columns, names = zip(*parts)
+    columns, names = [np.concatenate(arrays) for arrays in columns], list(itertools.chain(*names))
+    order = np.argsort(columns[0], kind="stable")  # of the shards, whoever read them
+    return *(column[order] for column in columns), *number_classes([names[place] for place in order])
+
+
+def _part(shards: tuple[Path, ...], first: int, every: int) -> tuple | OSError:
+    """Of the images in shards first, first + every, ...: shard, member, (offset, size), an array each, and a list of class
+    names; or why there is none."""
+    try:
+        chosen = range(first, len(shards), every)
+        entries = [(number, *entry) for number in chosen for entry in _entries(shards[number])]
+    except OSError as error:
+        return error
     return (
         np.array([entry[0] for entry in entries], dtype=np.int32),
-        np.array([os.fsencode(entry[1]) for entry in entries]),
+        np.array([os.fsencode(entry[1]) for entry in entries], dtype=bytes),
         np.array([entry[2:4] for entry in entries], dtype=np.int64).reshape(-1, 2),
-        *number_classes([entry[4] for entry in entries]),
+        [entry[4] for entry in entries],
     )
 
 

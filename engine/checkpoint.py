@@ -22,9 +22,13 @@ from engine.distributed import unwrap
 
 
 def training_state(
-    student: nn.Module, teacher: nn.Module, centering: nn.Module, optimizer: torch.optim.Optimizer
+    student: nn.Module,
+    teacher: nn.Module,
+    centering: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
 ) -> dict:
-    """Everything a run needs to go on, as live tensors: loading writes into them.
+    """Everything a run needs to go on, as live tensors: loading writes into them. The scaler, of fp16, goes in as it is.
 
     Randomness needs no state: each step's is drawn from (seed, step).
     """
@@ -36,7 +40,7 @@ def training_state(
         "teacher": {name: tensor for name, tensor in teacher.state_dict().items() if name not in frozen},
         "centering": centering.state_dict(),
         "optimizer": moments,
-    }
+    } | ({"scaler": scaler} if scaler.is_enabled() else {})
 
 
 def latest_step(run: Path) -> Optional[int]:
@@ -46,9 +50,16 @@ def latest_step(run: Path) -> Optional[int]:
 
 
 def load_checkpoint(run: Path, step: int, state: dict) -> None:
-    """Fills `state`'s tensors in place, whatever the number of ranks and the strategy that wrote them."""
-    group = distributed.current_group()
-    dcp.load(state, checkpoint_id=run / "checkpoints" / str(step), process_group=group, no_dist=not distributed.active())
+    """Fills `state`'s tensors in place, whatever the number of ranks and the strategy that wrote them.
+
+    A checkpoint without the scaler's state, of an earlier version, leaves the scaler as it is.
+    """
+    folder, group = run / "checkpoints" / str(step), distributed.current_group()
+    if "scaler" in state:
+        held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        kept = any(name.startswith("scaler.") for name in held)
+        state = {name: part for name, part in state.items() if kept or name != "scaler"}
+    dcp.load(state, checkpoint_id=folder, process_group=group, no_dist=not distributed.active())
 
 
 class CheckpointWriter:

@@ -7,6 +7,7 @@ Nothing here is needed on one process, where no process group exists. `torchrun`
 import contextlib
 import copy
 import os
+import time
 from datetime import timedelta
 from functools import partial
 from typing import Any, Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+
+
+LOST = ("imed out", "Connection closed", "Connection reset", "Connection refused", "Broken pipe")  # says gloo
+GIVING_UP = 3.0  # seconds in which all ranks give up that wait for the same one
+
+
+class RankLost(RuntimeError):
+    """Another rank died, or hangs: which one, as far as this one can tell."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -71,11 +80,29 @@ def process_group(device: torch.device, timeout: float = 600.0) -> Iterator[None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # checkpoints are written through gloo
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    store, number, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timedelta(seconds=timeout))
     try:
         yield
+    except RuntimeError as error:
+        of_torch = type(error) is RuntimeError or isinstance(error, dist.DistError)
+        if not of_torch or not any(words in str(error) for words in LOST):
+            raise
+        raise RankLost(f"{_who_is_lost(store, number, size, timeout)}; the last checkpoint is untouched") from error
     finally:
         dist.destroy_process_group()
+
+
+def _who_is_lost(store: dist.Store, number: int, size: int, timeout: float) -> str:
+    """Each rank that gives up leaves its number in the store; after a moment, those that did not are the ones."""
+    try:
+        store.set(f"gave_up/{number}", "")
+        time.sleep(GIVING_UP * (1 + (number == 0)))  # under srun the store lives in rank 0
+        lost = [str(other) for other in range(size) if not store.check([f"gave_up/{other}"])]
+    except RuntimeError:  # it lived on a machine that is gone
+        lost = ["0"]
+    who = f"rank{'s' * (len(lost) > 1)} {', '.join(lost)} of {size}" if lost else "a connection between ranks"
+    return f"{who} ended, or did not answer for {timeout:g} seconds (hang_timeout)"
 
 
 def _from_slurm() -> None:

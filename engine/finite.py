@@ -8,6 +8,7 @@ from engine.cli import RunFailed
 from engine.logger import notice
 
 IN_A_ROW = 10  # ours; DINOv3's code gives up at the third
+IN_A_ROW_FP16 = 40  # there each halves the scale, which begins at 2 ** 16
 
 
 class FiniteSteps:
@@ -48,7 +49,7 @@ class FiniteSteps:
         """Says what was skipped since the last report.
 
         Raises:
-            RunFailed: on all ranks, after IN_A_ROW steps in a row.
+            RunFailed: on all ranks, after IN_A_ROW steps in a row, with fp16 IN_A_ROW_FP16.
         """
         counts = {name: float(count) for name, count in self.skipped.items() if float(count)}
         self.skipped = {}
@@ -56,10 +57,14 @@ class FiniteSteps:
             return
         culprits = ", ".join(name for name in counts if name not in ("loss", "grad_norm")) or ", ".join(counts)
         remedy = "lower schedule.lr.peak or schedule.teacher_temp, or set precision=fp32"
-        if float(self.in_a_row) >= IN_A_ROW and not self.scaler.is_enabled():
+        half = self.scaler.is_enabled()
+        if float(self.in_a_row) >= (IN_A_ROW_FP16 if half else IN_A_ROW):
             raise RunFailed(
                 f"not finite for {int(self.in_a_row)} steps up to step {step}: {culprits}; "
                 f"the last checkpoint is untouched; {remedy}"
             )
         times = int(max(counts.values()))
+        if half and culprits == "grad_norm":
+            notice(f"skipped {times} steps before step {step}, looking for the scale that fp16 gradients can bear")
+            return
         notice(f"skipped {times} steps before step {step}, not finite: {culprits}; {remedy}")

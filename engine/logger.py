@@ -1,10 +1,12 @@
 """metrics.jsonl, the progress bar or plain lines, and notices. Only rank 0 writes."""
 
+import importlib
 import json
 import sys
 import time
+import uuid
 from pathlib import Path
-from typing import Callable, Optional, Sequence
+from typing import Optional, Sequence
 
 import torch
 from tqdm import tqdm
@@ -18,25 +20,60 @@ def notice(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
-def _tensorboard(run: Path) -> Callable[[int, dict], None]:
-    try:
+class TensorBoardMirror:
+    package = "torch.utils.tensorboard"
+
+    def __init__(self, run: Path, start_step: int):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ImportError("mirrors: [tensorboard] needs the package tensorboard: pip install tensorboard") from None
-    writer = SummaryWriter(run / "tensorboard")
-    return lambda step, values: [writer.add_scalar(name, value, step) for name, value in values.items()] and writer.flush()
+
+        # What was written after the checkpoint that a run goes on from is hidden: it comes again.
+        self.writer = SummaryWriter(run / "tensorboard", purge_step=start_step + 1 if start_step else None)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
 
 
-def _wandb(run: Path) -> Callable[[int, dict], None]:
-    try:
+class WandbMirror:
+    package = "wandb"
+
+    def __init__(self, run: Path, start_step: int):
         import wandb
-    except ImportError:
-        raise ImportError("mirrors: [wandb] needs the package wandb: pip install wandb") from None
-    wandb.init(project="nanodino", name=run.name, dir=run, id=run.name, resume="allow")
-    return lambda step, values: wandb.log(values, step=step)
+
+        known = run / "wandb" / "id"  # by which a run that goes on is recognised, wherever it now lies
+        known.parent.mkdir(exist_ok=True)
+        if not (start_step and known.is_file()):
+            known.write_text(uuid.uuid4().hex[:12])
+        options = {"project": "nanodino", "name": run.name, "dir": run, "id": known.read_text(), "resume": "allow"}
+        try:
+            self.session = wandb.init(**options, reinit="create_new")  # distill.py has several in a process
+        except Exception as error:  # of its own kinds: no account, no network
+            raise ValueError(f"mirrors: [wandb]: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.session.log(values, step=step)
+
+    def close(self) -> None:
+        self.session.finish()
 
 
-MIRRORS = {"tensorboard": _tensorboard, "wandb": _wandb}
+MIRRORS = {"tensorboard": TensorBoardMirror, "wandb": WandbMirror}
+
+
+def require_mirrors(names: Sequence[str]) -> None:
+    """
+    Raises:
+        ImportError: if a package is missing.
+    """
+    for name in names if distributed.is_main() else ():
+        try:
+            importlib.import_module(MIRRORS[name].package)
+        except ImportError:
+            raise ImportError(f"mirrors: [{name}] needs the package {name}: pip install {name}") from None
 
 
 class Logger:
@@ -59,7 +96,7 @@ class Logger:
         self.mirrors = []
         if distributed.is_main():
             truncate_metrics(self.path, start_step)
-            self.mirrors = [MIRRORS[name](run) for name in mirrors]
+            self.mirrors = [MIRRORS[name](run, start_step) for name in mirrors]
 
     def enter(self, stage: Optional[str], batch_size: int, shift: int) -> None:
         """From here on, `step` updates have seen step * batch_size + shift images."""
@@ -82,7 +119,7 @@ class Logger:
             with self.path.open("a") as file:
                 file.write(json.dumps({name: _rounded(value) for name, value in record.items()}) + "\n")
             for mirror in self.mirrors:
-                mirror(step, {name: value for name, value in record.items() if isinstance(value, (int, float))})
+                mirror.log(step, {name: value for name, value in record.items() if isinstance(value, (int, float))})
             self._show(step, record, time.perf_counter())
 
     def restart_clock(self, step: int) -> None:
@@ -104,6 +141,8 @@ class Logger:
 
     def close(self) -> None:
         self.bar.close()
+        for mirror in self.mirrors:
+            mirror.close()
 
 
 def _rounded(value: Optional[float]) -> Optional[float]:
@@ -136,12 +175,14 @@ def memory_gib() -> float:
     """Peak device memory, or on the CPU this process's peak resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")
+    if status.is_file():  # rather than getrusage, whose peak is handed down by the process that started this one
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**20
     try:
         import resource  # not on Windows
     except ImportError:
         return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 class BadImages:

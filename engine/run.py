@@ -21,7 +21,7 @@ from engine.cli import StoppedEarly
 from engine.figures import draw_curves
 from engine.guard import Guard
 from engine.health import CollapseWatch
-from engine.logger import BadImages, Logger, notice, read_metrics
+from engine.logger import BadImages, Logger, notice, read_metrics, require_mirrors
 
 LEFT_BY_A_RUN = (
     "config.yaml",
@@ -33,6 +33,8 @@ LEFT_BY_A_RUN = (
     "curves.png",
     "report.png",
     "bad_images.txt",
+    "tensorboard",
+    "wandb",
     "gram_choice.json",
     "gram_choice.png",
 )
@@ -66,6 +68,7 @@ class Run:
     ):
         self.folder, self.stage_ends, self.total_steps, self.cadence = folder, stage_ends, stage_ends[-1], cadence
         self.device, self.mirrors = device, mirrors
+        require_mirrors(mirrors)  # before anything is made or removed
         self.start_step = 0
         self.writer = CheckpointWriter(folder, cadence.keep)
         self.deadline = math.inf if hours is None else time.monotonic() + 3600 * hours

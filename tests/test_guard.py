@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import distill
 import train
 from engine.cli import RunFailed, run_script
 from engine.config import ConfigError, load_config
@@ -125,6 +126,14 @@ def test_a_run_that_goes_on_is_compared_with_its_own_step_0(probed, trained, tmp
     train.main([*settings, "total_steps=4", "guard.tolerance=1"])
     with pytest.raises(RunFailed, match=r"at step 6, more than 0.02 below the [01]\.\d+ of step 0"):
         train.main([*settings, "total_steps=8", "guard.action=stop"])
+
+
+def test_a_student_that_loses_what_it_began_with_is_stopped(probed, trained, tmp_path):
+    student = f"distill.students.own={{init: {trained}, guard: {{action: stop}}}}"
+    settings = [*probed, *RUINOUS, f"distill.teacher={trained}", student, "total_steps=40"]
+    with pytest.raises(RunFailed, match=r"guard: probe/knn is .* of step 0; .*/students/own/best holds the best weights"):
+        distill.main([*settings, f"output_dir={tmp_path / 'run'}"])
+    assert same_weights(tmp_path / "run/students/own/best", trained / "teacher")
 
 
 def test_without_weights_to_lose_there_is_no_guard(probed, tmp_path, capsys):

@@ -127,6 +127,7 @@ NO_CENTRING = ["loss.dino.centering=none", "loss.ibot.centering=none", *LENGTH]
 FORCED = {
     "the targets are uniform": ["schedule.teacher_temp=0.5"],
     "one prototype takes": ["schedule.teacher_temp=0.02"],
+    "one prototype takes 100%": ["loss.dino.prototypes=1", "schedule.teacher_temp=0.05"],
 }
 
 

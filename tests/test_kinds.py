@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,6 +134,43 @@ def test_an_empty_shard_is_one_unreadable_image(shards, tmp_path):
     assert len(data) == 4
     with pytest.raises(UnreadableImage, match="broken tar header"):
         data.image(0)
+
+
+def open_on_two_ranks(spec, output, **environment) -> tuple[int, str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, "tests/tar_ranks.py"],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "SHARDS": spec, "OUTPUT": str(output), **environment},
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_ranks_divide_the_shards_to_index_and_all_know_all_images(shards, tmp_path):
+    write_tar(tmp_path / "s-02.tar", {"g.png": encoded(noise(4, 4)), "g.cls": b"8"})
+    spec = f"tar:{tmp_path}/s-{{00..02}}.tar"
+    status, output = open_on_two_ranks(spec, tmp_path)
+    assert status == 0, output
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [rank.pop("scanned") for rank in found] == [["s-00.tar", "s-02.tar"], ["s-01.tar"]]  # once, opened twice
+    assert not any(path.endswith(".tar") for rank in found for path in rank.pop("open"))
+    data = open_data(spec)
+    alone = {
+        "names": [data.name(index) for index in range(7)],
+        "labels": [2, 1, 2, 1, -1, 2, 0],
+        "classes": ["8", "9", "10"],
+        "sums": [int(data.image(index).sum()) for index in range(7)],
+    }
+    assert data.labels.tolist() == alone["labels"] and data.classes == alone["classes"]
+    assert found == [alone, alone]
+
+
+def test_a_shard_that_one_rank_cannot_read_is_the_error_of_all(shards, tmp_path):
+    status, output = open_on_two_ranks(shards[0], tmp_path, BROKEN="s-01.tar")
+    said = [line for line in output.splitlines() if "error: " in line and "Input/output error" in line]
+    assert status == 1 and len(said) == 2 and all("s-01.tar" in line for line in said), output
 
 
 def test_long_names_and_joined_tars_are_no_damage(tmp_path):

@@ -1,12 +1,13 @@
 """Many processes are one: losses, weights and checkpoints do not depend on how a run is spread, and it survives what ends it."""
 
-import json
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -57,11 +58,11 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             if name.startswith("loss") or name == "grad_norm":
-                assert value == pytest.approx(theirs[name], rel=2e-5, abs=2e-5), (name, ours["step"])
+                assert value == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (name, ours["step"])
     ours, theirs = load_backbone(a).state_dict(), load_backbone(b).state_dict()
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +126,11 @@ def test_a_signal_saves_and_ends_with_status_3_and_the_same_command_goes_on(name
     assert len(losses(folder_of(tiny))) == stopped + 2
 
 
-def wait_for(condition, seconds=120) -> None:
+def wait_for(condition, seconds=120, pause=0.05) -> bool:
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while not (true := condition()) and time.monotonic() < deadline:
+        time.sleep(pause)
+    return bool(true)
 
 
 def test_the_time_limit_saves_and_stops(tiny):
@@ -162,11 +164,13 @@ def test_too_many_in_a_row_end_all_ranks_with_the_last_checkpoint_whole(tiny):
     assert len(losses(folder_of(tiny))) == 40
 
 
-@pytest.mark.parametrize("fault, words", [("kill@2", "Signal 9"), ("hang@2", "imed out")])
-def test_a_rank_that_dies_or_hangs_ends_the_run(fault, words, tiny):
+@pytest.mark.parametrize("fault, words", [("kill@2", "Signal 9"), ("hang@2", "exitcode  : 1")])
+def test_a_rank_that_dies_or_hangs_ends_the_run_and_is_named(fault, words, tiny):
     process = start([*tiny, "total_steps=1000", "hang_timeout=5"], 2, script="tests/broken_rank.py", FAULT=fault, FAULT_RANK="1")
     status, output = finish(process, seconds=120)
-    assert status == 1 and words in output and "rank      : 1" in output or words in output, output
+    assert status == 1 and words in output, output
+    assert "error: rank 1 of 2 ended, or did not answer for 5 seconds (hang_timeout)" in output, output
+    assert 'broken_rank.py", line' not in output, output  # torchrun shows its own traceback, we none
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(tiny):
@@ -188,25 +192,38 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(tiny):
 
 @pytest.mark.slow
 def test_thirty_kills_leave_no_trace(tiny, tmp_path):
-    """SIGKILL at random moments, during saving too: the final weights and metrics are those of the undisturbed run."""
-    import random
-
-    long = [*tiny[:-1], "total_steps=150", "checkpoint.every=3", "checkpoint.snapshot=10", "batch_size=4", tiny[-1]]
-    begun = time.monotonic()
+    """SIGKILL at random moments: of the start, of the steps, and while a checkpoint is being written."""
+    long = [*tiny[:-1], "total_steps=300", "checkpoint.every=3", "checkpoint.snapshot=10", "batch_size=4", tiny[-1]]
     train.main([*long[:-1], f"output_dir={tmp_path / 'undisturbed'}"])
-    seconds = time.monotonic() - begun
-    draw, kills = random.Random(0), 0
-    while kills < 30:
+    folder, draw, starting, kills = folder_of(tiny), random.Random(0), 0.0, Counter()
+
+    def lines() -> int:
+        file = folder / "metrics.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    while sum(kills.values()) < 30:
+        kind = ("steps", "saving", "start")[sum(kills.values()) % 3]
+        seen, begun = lines(), time.monotonic()
         process = start(long)
-        wait_for(lambda: process.poll() is not None, 6 + draw.random() * seconds / 12)
-        kills += process.poll() is None
+        if kind == "start":  # whatever that is: imports, the checkpoint read, metrics.jsonl cut back
+            time.sleep(draw.random() * starting)
+        else:
+            assert wait_for(lambda: lines() > seen, 600)
+            starting = time.monotonic() - begun
+            further = draw.randrange(15)  # a number of steps, not of seconds: the run must outlive thirty of these
+            assert wait_for(lambda: lines() > seen + further, 600, pause=0.001)
+            time.sleep(draw.random() * 0.03)
+        if kind == "saving":
+            assert wait_for(lambda: list(folder.glob("checkpoints/*.unfinished")), 600, pause=0.001)
         process.kill()
-        process.wait()
-        if (folder_of(tiny) / "checkpoints" / "latest").exists() and json.loads((folder_of(tiny) / "checkpoints" / "latest").read_text()) == 150:
-            break
-    run(long)
-    assert kills >= 10 and metrics(folder_of(tiny)) == metrics(tmp_path / "undisturbed")
-    ours, theirs = load_backbone(folder_of(tiny)).state_dict(), load_backbone(tmp_path / "undisturbed").state_dict()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it was done before it could be killed"
+        kills[kind] += 1
+    status, output = finish(start(long), seconds=1800)
+    assert status == 0, output
+    assert kills == {"steps": 10, "saving": 10, "start": 10}
+    assert len(metrics(folder)) == 300 and metrics(folder) == metrics(tmp_path / "undisturbed")
+    ours, theirs = load_backbone(folder).state_dict(), load_backbone(tmp_path / "undisturbed").state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
