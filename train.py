@@ -16,7 +16,7 @@ Started again with the same output_dir, a run goes on where it stopped.
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, Optional
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor, nn

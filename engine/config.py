@@ -5,7 +5,6 @@ length but not the method; every other field is part of the result and may not c
 """
 
 import dataclasses
-import re
 import sys
 from dataclasses import dataclass, field
 from functools import reduce

@@ -72,10 +72,11 @@ def sinkhorn_knopp(
         for rows in row_chunks(logits):
             torch.sub(logits[rows], row_max[rows, None], out=scores[rows])
             scores[rows].div_(temp).clamp_(min=MIN_EXPONENT).exp_()
-        for iteration in range(iterations):
+        prototype_scale = None
+        for _ in range(iterations):
             sums = scores.new_zeros(scores.shape[1])
             for rows in row_chunks(logits):  # both halves while these rows are at hand
-                if iteration > 0:
+                if prototype_scale is not None:
                     row_scale[rows] = 1 / torch.mv(scores[rows], prototype_scale)
                 sums.addmv_(scores[rows].mT, row_scale[rows])
             prototype_scale = 1 / all_reduce_sum(sums)

@@ -18,7 +18,7 @@ from engine.gram import GramTeacher
 from engine.optim import build_schedules
 from engine.stages import plan_stages
 from models.pretrained import load_backbone
-from tests.test_train import folder_of, losses, metrics
+from tests.test_train import folder_of, metrics
 
 THREE = {
     "pretrain": {"steps": 3, "schedule": {"lr": {"peak": 1e-2, "shape": "constant", "warmup": 1}}},
