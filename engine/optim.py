@@ -186,6 +186,8 @@ def clip_gradients(model: nn.Module, max_norm: Optional[float], per: str) -> Ten
             continue
         limits = squares.sqrt() if per == "tensor" else norms[-1].expand(len(gradients))
         scales = (max_norm / (limits + 1e-6)).clamp(max=1.0)
+        if scales.device.type == "cpu" and bool((scales == 1).all()):
+            continue  # a pass over all gradients saved; a device would have to be waited for
         torch._foreach_mul_(gradients, list(scales))
     return torch.linalg.vector_norm(torch.stack(norms))
 

@@ -35,7 +35,11 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize("format", ["hf", "meta", "timm"])
+# The readers are compared dialect by dialect elsewhere; that a run starts from each is the longer test.
+SLOW = [pytest.param(format, marks=pytest.mark.slow) for format in ("meta", "timm")]
+
+
+@pytest.mark.parametrize("format", ["hf", *SLOW])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_training_starts_from_weights_of_every_dialect(name, format, tiny, tmp_path, capsys):
     pytest.importorskip("transformers")
