@@ -10,7 +10,7 @@ micro_batch_size at a time), low = 2 under bf16 or fp16 and 4 under float32:
     gathered         low (2 U + P if N = 1)   the largest unit U that FSDP gathers (block or head), and the next; alone, the
                                        low-precision copies that autocast makes of all weights
     activations      tokens · depth · per token, see `block_bytes`; with checkpointing tokens · depth · 4 D, and one block
-    heads            rows · (MLP + K · (2 low + 12)) + teacher's rows · 4 K + prototypes that are normalised each step
+    heads            rows · (MLP + K · 2 low) + teacher's rows · 4 K + prototypes that are normalised each step
 
 The total counts the larger of gradients and activations with heads, for the ones come as the others go; with several micro
 batches a step both. Not counted: the CUDA context (about 0.5 GiB), buffers of NCCL, fragments.
@@ -118,9 +118,9 @@ def head_bytes(cfg: Any, terms: set, student: nn.Module, images: int, low: int) 
     total = 0.0
     for name, (own, teacher, head, settings) in rows.items():
         hidden = 2 * settings.hidden * (settings.layers - 1) + 6 * settings.bottleneck
-        total += own * (low * hidden + settings.prototypes * (2 * low + 12)) + teacher * 4 * settings.prototypes
+        total += own * low * (hidden + 2 * settings.prototypes) + teacher * 4 * settings.prototypes
         if loss.dino.last_layer != "plain" and (name == "dino" or student.ibot_head is not None):
-            total += 4 * head.last_layer.weight_v.numel() * (2 if loss.dino.last_layer == "weight_norm" else 1)
+            total += low * head.last_layer.weight_v.numel()  # the rows in effect
     return total
 
 

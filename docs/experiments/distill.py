@@ -35,13 +35,16 @@ def main() -> None:
         keys = [f"output_dir={distilled}", f"seed={seed}", f"distill.teacher={teacher}", "probe.every=0", *arguments.overrides]
         start = time.perf_counter()
         run("distill.py", "--config", "configs/distill_quickstart.yaml", *keys)
-        seconds = time.perf_counter() - start
+        timed = FOLDER / f"seconds-{seed}"
+        if not timed.exists():  # started again, a finished run says so at once
+            timed.write_text(f"{time.perf_counter() - start:.1f}")
+        seconds = float(timed.read_text())
         results.setdefault("teacher", []).append(knn(teacher))
         for name, model in STUDENTS.items():
             scratch = FOLDER / f"{name}-{seed}"
             length = ["total_steps=100000", f"time_limit={seconds / 3600:.5f}", "probe.every=0", "checkpoint.every=100000"]
             run("train.py", "--config", "configs/quickstart.yaml", f"output_dir={scratch}", f"seed={seed}", *length, *model)
-            results.setdefault(f"{name}, distilled", []).append(knn(distilled / name))
+            results.setdefault(f"{name}, distilled", []).append(knn(distilled / "students" / name))
             results.setdefault(f"{name}, from scratch", []).append(knn(scratch))
         print(seed, round(seconds), {name: values[-1] for name, values in results.items()}, file=sys.stderr, flush=True)
     (FOLDER / "results.json").write_text(json.dumps(results, indent=1) + "\n")
