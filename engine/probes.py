@@ -85,7 +85,7 @@ def knn_accuracy(
     val_labels: Tensor,
     ks: Iterable[int] = (20,),
     temperature: float = 0.07,
-    chunk: int = 1024,
+    chunk: int = 2048,
 ) -> dict[int, float]:
     """Weighted k-NN (DINO, appendix F.1): the k most similar training images vote with exp(similarity / temperature).
 
@@ -121,7 +121,7 @@ def _nearest(queries: Tensor, train: Tensor, k: int, block: int = 65536) -> tupl
     best = best_rows = None
     for begin in range(0, len(train), block):
         part = train[begin : begin + block]
-        values, rows = (queries @ part.T).topk(min(k, len(part)), dim=1)
+        values, rows = _largest(queries @ part.T, min(k, len(part)))
         rows = rows + begin
         if best is not None:
             values, rows = torch.cat([best, values], dim=1), torch.cat([best_rows, rows], dim=1)
@@ -129,6 +129,20 @@ def _nearest(queries: Tensor, train: Tensor, k: int, block: int = 65536) -> tupl
             rows = rows.gather(1, order)
         best, best_rows = values, rows
     return best, best_rows
+
+
+def _largest(scores: Tensor, k: int, group: int = 64) -> tuple[Tensor, Tensor]:
+    """`scores.topk(k, dim=1)`, several times faster over many columns: the k largest lie in the k groups of columns with the
+    largest maxima, and what is left over."""
+    rows, whole = len(scores), scores.shape[1] // group * group
+    if k * group >= whole:
+        return scores.topk(k, dim=1)
+    chosen = scores[:, :whole].unflatten(1, (-1, group)).amax(-1).topk(k, dim=1, sorted=False).indices
+    columns = (chosen[..., None] * group + torch.arange(group, device=scores.device)).flatten(1)
+    rest = torch.arange(whole, scores.shape[1], device=scores.device).expand(rows, -1)
+    columns = torch.cat([columns, rest], dim=1)
+    values, order = scores.gather(1, columns).topk(k, dim=1)
+    return values, columns.gather(1, order)
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from data.datasets import open_data
 from data.loader import EvalDataset
 from engine.health import health
-from engine.probes import extract_cls, knn_accuracy
+from engine.probes import _largest, extract_cls, knn_accuracy
 from models.pretrained import load_backbone
 
 
@@ -85,3 +85,13 @@ def test_health_of_hand_made_targets_and_features():
     assert dead["health/prototype_use"] == pytest.approx(0.25) and dead["health/feature_std"] == pytest.approx(
         0, abs=1e-6
     )
+
+
+def test_the_largest_by_groups_are_those_of_topk():
+    generator = torch.Generator().manual_seed(0)
+    for columns, k in ((5000, 20), (6400, 3), (64, 1), (200, 200), (130, 2)):
+        scores = torch.randn(7, columns, generator=generator)
+        scores[0, :50] += 10  # many of the largest in one group
+        values, rows = _largest(scores, k)
+        torch.testing.assert_close(values, scores.topk(k, dim=1).values, rtol=0, atol=0)
+        torch.testing.assert_close(scores.gather(1, rows), values, rtol=0, atol=0)
