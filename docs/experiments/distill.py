@@ -1,4 +1,4 @@
-"""What a teacher is worth (README, "Many students of one teacher"): the students of distill_quickstart.yaml, and the same
+"""What a teacher is worth (configs/distill_quickstart.yaml): the students of distill_quickstart.yaml, and the same
 networks trained from scratch for the wall time that the whole distillation took.
 
     python docs/experiments/distill.py --seeds 0 1 2
