@@ -45,10 +45,10 @@ from losses.gram import downsample_patches, gram_loss
 from losses.ibot import ibot_loss
 from losses.koleo import koleo_loss
 from models.features import Preprocessing
-from models.lora import merged_copy, tune
-from models.ssl_model import SSLModel, SSLOutput, count_parameters, make_teacher, save_heads, update_ema
+from models.lora import tune
+from models.ssl_model import SSLModel, SSLOutput, count_parameters, host_copy, make_teacher, update_ema
 from models.start import build_student, load_initial, start_from
-from models.writing import save_teacher
+from models.writing import save_model
 
 
 def main(argv: Optional[list[str]] = None) -> None:
@@ -273,16 +273,15 @@ def teacher_outputs(
     annotated = partial(Annotated, kind="mask", size=size, multiple=teacher.backbone.patch_size, mean=mean, std=std)
     masks = [annotated(data) for data in (train, val)] if probed and cfg.probe.patches and has_masks(train, val) else None
 
-    def export(folder: Path) -> None:
-        save_teacher(merged_copy(teacher.backbone), folder, Preprocessing(size, max(size), mean, std))
-        save_heads(teacher, folder)
+    def export() -> Callable[[Path], None]:
+        return partial(save_model, host_copy(teacher), preprocessing=Preprocessing(size, max(size), mean, std))
 
-    def report(path: Path) -> None:
+    def report() -> Callable[[Path], None]:
         data = val if probed else images
         shown = first_readable(data, 4)
         inputs = torch.stack([prepare(data)[index][0] for index in shown]).to(device)
         crops = multi_crop_from(cfg.crops, mean, std).examples([data.image(index) for index in shown], cfg.seed)
-        report_teacher(path, teacher.backbone, inputs, crops, mean=mean, std=std)
+        return report_teacher(Path(cfg.output_dir).name, teacher.backbone, inputs, crops, mean=mean, std=std)
 
     def probe() -> dict[str, float]:
         return probe_teacher(cfg.probe, teacher.backbone, prepare(train), prepare(val), masks, device)

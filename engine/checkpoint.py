@@ -8,6 +8,7 @@ teacher/ snapshots/<step>/ best/    backbone as a folder that load_backbone open
 import os
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -65,13 +66,14 @@ def load_checkpoint(run: Path, step: int, state: dict) -> None:
 class CheckpointWriter:
     """Writes the state beside its place, then moves it there: a kill at any moment leaves the previous one whole.
 
-    The state is copied to the host, and written while the run goes on; the step comes to count with `finish`, which the next
-    save, the end of the run and every `poll` that finds the writing done call.
+    The state is copied to the host, and written while the run goes on, with what `also` adds; the step comes to count with
+    `finish`, which the next save, the end of the run and every `poll` that finds the writing done call.
     """
 
     def __init__(self, run: Path, keep: int):
         self.run, self.folder, self.keep = run, run / "checkpoints", keep
         self.future, self.step = None, None
+        self.pool, self.others = ThreadPoolExecutor(1), []
         # Said by the thread that writes, of a single process, which is what there is.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         # Written by a thread: a group of its own, or its messages would mix with those of the steps.
@@ -92,22 +94,39 @@ class CheckpointWriter:
         self.future = dcp.async_save(state, checkpoint_id=unfinished, process_group=self.group)
         self.step = step
 
+    def also(self, write: Callable[[], None]) -> None:
+        """Something else to be written, by a thread, before the checkpoint of this moment counts."""
+        self.others.append(self.pool.submit(write))
+
     def poll(self) -> None:
         """Takes note of a writing that is done. On one process only: ranks would have to agree first."""
-        if self.future is not None and self.future.done() and not distributed.active():
+        writing = [*self.others, *([self.future] if self.future else [])]
+        if writing and all(part.done() for part in writing) and not distributed.active():
             self.finish()
 
     def finish(self) -> None:
-        """Waits for what is being written, and makes it the newest checkpoint. All ranks together."""
+        """Waits for what is being written, and makes it the newest checkpoint. All ranks together.
+
+        Raises:
+            RunFailed: if something could not be written.
+        """
+        others, self.others = self.others, []
+        wait(others)
         if self.future is None:
+            for other in others:
+                other.result()
             return
         future, step, self.future = self.future, self.step, None
         try:
             future.result()
+            for other in others:
+                other.result()
             if distributed.is_main():
                 self._publish(step)
         except (OSError, CheckpointException, RuntimeError) as error:
             shutil.rmtree(self.folder / f"{step}.unfinished", ignore_errors=True)
+            if isinstance(error, RunFailed):
+                raise
             reason = " ".join(str(error).split())[-300:]
             raise RunFailed(
                 f"the checkpoint of step {step} could not be written ({reason}); is the disk full? The one before, of step "

@@ -1,7 +1,8 @@
 """What is measured and drawn of the teacher while it trains."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,15 @@ def probe_teacher(
 
 
 @torch.inference_mode()
-def report_teacher(path: Path, backbone: nn.Module, images: Tensor, crops: Sequence, **statistics: Sequence[float]) -> None:
-    """report.png: PCA of the patches, attention where there is any, and what the crops of these images look like.
+def report_teacher(
+    title: str, backbone: nn.Module, images: Tensor, crops: Sequence, **statistics: Sequence[float]
+) -> Callable[[Path], None]:
+    """What draws report.png: PCA of the patches, attention where there is any, and what the crops of these images look like.
 
     Args:
         images: (n, C, H, W) normalised, with the `statistics` mean and std.
     """
     attention = prefix_attention(backbone, images)[0] if hasattr(backbone, "attention") else None
-    draw_report(path, images, backbone(images), crops, attention=attention, title=path.parent.name, **statistics)
+    return partial(
+        draw_report, images=images, features=backbone(images), crops=crops, attention=attention, title=title, **statistics
+    )

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Optional, Sequence
 
@@ -110,8 +111,8 @@ class Run:
         state: dict,
         *,
         bad_images: BadImages,
-        export: Callable[[Path], None],
-        report: Callable[[Path], None],
+        export: Callable[[], Callable[[Path], None]],
+        report: Callable[[], Callable[[Path], None]],
         probe: Optional[Callable[[], dict[str, float]]],
         locality: Callable[[nn.Module], float],
         refresh: Callable[[], None],
@@ -123,8 +124,8 @@ class Run:
         Args:
             state: live tensors of the training state (engine.checkpoint.training_state).
             bad_images: the count of what could not be read.
-            export: writes the teacher's weights into a folder.
-            report: draws the teacher's features into a PNG.
+            export: takes the teacher's weights to the host, and returns what writes them into a folder.
+            report: takes some of the teacher's features, and returns what draws them into a PNG.
             probe: measures the teacher, on all ranks together.
             locality: measures the patches of any backbone without labels.
             refresh: gathers the teacher where it is sharded; called by all ranks before any of these.
@@ -144,6 +145,7 @@ class Run:
     def enter(self, stage: Any) -> int:
         """Begins a stage (engine.stages) or goes on within it; probes at step 0. Returns the step to go on from."""
         step = max(self.start_step, stage.first)
+        self.writer.finish()  # the stage may start from what the one before wrote
         self.logger.enter(stage.name, stage.cfg.batch_size, stage.shift)
         if step == 0 and self._due(0, self.cadence.probe):
             self._log(0, {})
@@ -177,7 +179,8 @@ class Run:
             self.logger.restart_clock(step)
         elif self._due(step, self.cadence.snapshot):
             self.refresh()
-            self._on_main(lambda: self._save_snapshot(step))
+            if distributed.is_main():
+                self.writer.also(partial(checkpoint.save_folder, self._snapshot(step), self.export()))
         if step == self.total_steps or stopped:
             self.writer.finish()
             self.logger.close()
@@ -217,26 +220,32 @@ class Run:
         self.logger.log(step, values)
         if values.get(self.guard.key, -math.inf) > self.best:
             self.best = values[self.guard.key]
-            self._on_main(lambda: checkpoint.save_folder(self.folder / "best", self.export))
+            self._on_main(lambda: checkpoint.save_folder(self.folder / "best", self.export()))
         if warning := self.guard.look(step, values, self.folder / "best"):
             notice(warning)
         self.logger.restart_clock(step)
 
     def _save(self, step: int) -> None:
-        """The checkpoint comes last: where it stands, everything else of that step does too."""
+        """The step waits for copies only; a thread writes and draws, and the checkpoint counts once all is there."""
         self.refresh()
-        self._on_main(lambda: self._save_teacher(step))
         self.writer.save(step, self.state)
-
-    def _save_teacher(self, step: int) -> None:
-        checkpoint.save_folder(self.folder / "teacher", self.export)
+        if not distributed.is_main():
+            return
+        export, report, records = self.export(), self.report(), read_metrics(self.folder / "metrics.jsonl")
+        folders = [self.folder / "teacher"]
         if self._due(step, self.cadence.snapshot) or (step in self.stage_ends and len(self.stage_ends) > 1):
-            self._save_snapshot(step)
-        draw_curves(self.folder / "curves.png", {self.folder.name: read_metrics(self.folder / "metrics.jsonl")})
-        self.report(self.folder / "report.png")
+            folders.append(self._snapshot(step))
 
-    def _save_snapshot(self, step: int) -> None:
-        checkpoint.save_folder(self.folder / "snapshots" / str(step), self.export)
+        def write() -> None:
+            for folder in folders:
+                checkpoint.save_folder(folder, export)
+            draw_curves(self.folder / "curves.png", {self.folder.name: records})
+            report(self.folder / "report.png")
+
+        self.writer.also(write)
+
+    def _snapshot(self, step: int) -> Path:
+        return self.folder / "snapshots" / str(step)
 
     def _on_main(self, work: Callable[[], None]) -> None:
         if distributed.is_main():

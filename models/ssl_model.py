@@ -1,5 +1,6 @@
 """Backbone and projection heads behind ONE forward (DDP and FSDP need one), and the teacher's update."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Optional
@@ -121,6 +122,14 @@ def count_parameters(module: nn.Module) -> int:
 def make_teacher(student: SSLModel) -> SSLModel:
     """A copy that shares nothing with the student but what is frozen there, takes no gradient and stays in eval mode."""
     return copy_sharing_frozen(student).requires_grad_(False).eval()
+
+
+def host_copy(module: nn.Module) -> nn.Module:
+    """The same module with copies of its tensors in the host's memory; nothing is held twice on the device."""
+    tensors = [*module.parameters(), *module.buffers()]
+    memo = {id(tensor): tensor.detach().to("cpu", copy=True) for tensor in tensors}
+    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, memo)
 
 
 def save_heads(model: SSLModel, folder: Path) -> None:

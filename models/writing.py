@@ -12,9 +12,11 @@ from models.architecture import TIMM_DINOV3, TIMM_ROPE_1E6, hidden_width
 from models.convnext import SIZES
 from models.dialects import Dialect
 from models.features import Preprocessing
+from models.lora import merged_copy
 from models.preprocessing import to_hugging_face, to_timm
 from models.pretrained import save_backbone
 from models.reading import EXTRA, RECORD, default_tensor, record_dialect
+from models.ssl_model import SSLModel, save_heads
 from models.timm_backbone import TimmBackbone
 from models.vit import VisionTransformer
 from models.weights import write_json, write_tensors
@@ -78,6 +80,12 @@ def save_teacher(backbone: nn.Module, folder: str | Path, preprocessing: Preproc
     write_tensors(folder / "model.safetensors", tensors)
     if extra:
         write_tensors(folder / EXTRA, extra)
+
+
+def save_model(model: SSLModel, folder: str | Path, preprocessing: Preprocessing) -> None:
+    """As `save_teacher`, with adapters in the weights, and the heads beside it."""
+    save_teacher(merged_copy(model.backbone), folder, preprocessing)
+    save_heads(model, Path(folder))
 
 
 Converted = tuple[dict[str, Tensor], dict[str, Any], list[str]]

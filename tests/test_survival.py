@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,29 @@ def test_the_scale_of_fp16_survives_a_checkpoint_and_may_be_absent_from_an_old_o
     assert resumed.state_dict() == scaler.state_dict() and resumed.get_scale() == 4.0
     assert resumed.state_dict()["_growth_tracker"] == 2
     load_checkpoint(tmp_path, 1, training_state(*parts(), torch.amp.GradScaler("cpu", enabled=False)))  # not asked for
+
+
+def test_saving_waits_for_nothing_and_counts_only_when_all_is_written(tmp_path):
+    state = training_state(*parts(), torch.amp.GradScaler("cpu", enabled=False))
+    save(tmp_path, 1, state)
+    written, writer = threading.Event(), CheckpointWriter(tmp_path, keep=2)
+    writer.save(2, state)
+    writer.also(written.wait)
+    writer.future.result()
+    writer.poll()
+    assert latest_step(tmp_path) == 1  # the tensors are there, the pictures are not
+    written.set()
+    writer.finish()
+    assert latest_step(tmp_path) == 2
+
+    def fails() -> None:
+        raise RunFailed("teacher could not be written (No space left on device)")
+
+    writer.save(3, state)
+    writer.also(fails)
+    with pytest.raises(RunFailed, match="No space"):
+        writer.finish()
+    assert latest_step(tmp_path) == 2 and not (tmp_path / "checkpoints" / "3.unfinished").exists()
 
 
 def test_the_newest_checkpoints_stay_and_latest_names_the_last(tmp_path):
