@@ -231,8 +231,9 @@ def draw_curves(path: Path, runs: dict[str, list[dict]]) -> None:
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
     with matplotlib.rc_context(STYLE):
-        inches = (0.4 + 2.5 * columns, 0.5 + 1.7 * rows)
-        figure = Figure(inches, dpi=160, layout="constrained")
+        width, height = 0.7 + 2.5 * columns, 0.9 + 1.7 * rows  # inches
+        figure = Figure((width, height), dpi=160)  # places are given: finding them takes as long as drawing
+        figure.subplots_adjust(0.6 / width, 0.45 / height, 1 - 0.15 / width, 1 - 0.6 / height, 0.28, 0.42)
         for number, name in enumerate(names):
             axes = figure.add_subplot(rows, columns, number + 1)
             _draw_panel(axes, name, runs)
@@ -240,7 +241,7 @@ def draw_curves(path: Path, runs: dict[str, list[dict]]) -> None:
             if number + columns >= len(names):
                 axes.set_xlabel("step", color="#555555")
         lines, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(lines, labels, loc="outside upper left", ncols=max(1, 2 * columns - 2))
+        figure.legend(lines, labels, loc="upper left", ncols=max(1, 2 * columns - 2))
         figure.savefig(path, format="png")
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses.cross_entropy import row_chunks
@@ -125,10 +124,12 @@ class Centering(nn.Module):
             return sinkhorn_knopp(
                 logits, temp, self.iterations, all_reduce_sum=all_reduce_sum, all_reduce_max=all_reduce_max
             )
-        scores = logits.float()
-        if self.mode == "ema":
-            scores = scores - self.center
-        return F.softmax(scores / temp, dim=-1)
+        scores = torch.empty_like(logits, dtype=torch.float32)
+        for rows in row_chunks(logits):
+            part = logits[rows].float()
+            part = (part - self.center if self.mode == "ema" else part) / temp
+            torch.softmax(part, dim=-1, out=scores[rows])
+        return scores
 
     @torch.no_grad()
     def update(self, logits: Tensor, all_reduce_sum: Reduce = identity) -> None:
@@ -140,7 +141,9 @@ class Centering(nn.Module):
         """
         if self.mode != "ema":
             return
-        row_sum = logits.sum(dim=0, dtype=torch.float32)
+        row_sum = logits.new_zeros(logits.shape[1], dtype=torch.float32)
+        for rows in row_chunks(logits):
+            row_sum += logits[rows].float().sum(dim=0)
         count = row_sum.new_full((1,), len(logits))
         sums = all_reduce_sum(torch.cat([row_sum, count]))
         total = sums[-1]
