@@ -4,16 +4,20 @@
     python bench.py --config configs/quickstart.yaml --compare precision=fp32 "precision=bf16,data.workers=1"
     python bench.py --config configs/quickstart.yaml --profile trace.json             # for chrome://tracing or Perfetto
     python bench.py --config configs/dinov3_vit7b16.yaml micro_batch_size=16 --memory --gpus 8 32 128 256   # computed only
+    python bench.py --config configs/distill_quickstart.yaml       # what students together cost, and each alone
 
-One process measures the step of train.py, end to end, on the configuration's own data. Nothing is written but what is asked for.
+One process measures the step of train.py, or of distill.py where the configuration has a teacher, end to end, on the
+configuration's own data. Nothing is written but what is asked for.
 """
 
 import argparse
 import re
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Iterable, Optional
@@ -22,14 +26,18 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+import distill
+from data.datasets import open_data
 from data.loader import Batch, stage_loader
 from engine import distributed, optim
 from engine.cli import config_parser, print_result, run_script
-from engine.config import TrainConfig, load_config, micro_batch_size, with_statistics
+from engine.config import DistillTrainConfig, TrainConfig, load_config, micro_batch_size, with_statistics
 from engine.flops import FlopClock, peak_flops, synchronize
 from engine.logger import memory_gib
 from engine.memory import forget_peak, memory_table
+from engine.settings import find_config, read_yaml
 from engine.stages import Stage, plan_stages
+from engine.students import student_configs, uses_heads, what_is_cut
 from losses.centering import build_centering
 from models.lora import tune
 from models.ssl_model import make_teacher, update_ema
@@ -46,6 +54,9 @@ def main(argv: Optional[list[str]] = None) -> None:
     for name, least in (("steps", 1), ("warmup", 1)):
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name} is {getattr(arguments, name)}; it must be at least {least}")
+    if arguments.config and any("distill" in layer for layer in read_yaml(find_config(arguments.config))):
+        measure_students(arguments)
+        return
     changes = {"": []} | {change: split_changes(change) for change in arguments.compare or []}
     configs = {change: load_config(arguments.config, [*arguments.overrides, *keys]) for change, keys in changes.items()}
     if arguments.memory:
@@ -240,6 +251,86 @@ class Workload:
         trace.export_chrome_trace(str(path))
         kind = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         print(trace.key_averages().table(sort_by=kind, row_limit=20, max_name_column_width=60), file=sys.stderr)
+
+
+# ----------------------------------------------------------------- students
+
+
+def measure_students(arguments: argparse.Namespace) -> None:
+    """The step of all students together, and in turns with it that of each alone; `cost` is the first over the batch and the
+    teacher's look at it once, and each student's own part.
+
+    Raises:
+        ValueError: for flags that have no meaning here.
+    """
+    if arguments.compare or arguments.profile or arguments.memory or arguments.stage:
+        raise ValueError("of a distillation only the steps are measured: leave --compare, --profile, --memory and --stage out")
+    start, cfg = time.perf_counter(), load_config(arguments.config, arguments.overrides, DistillTrainConfig)
+    device, names = distributed.choose_device(cfg.device), [entry.name for entry in student_configs(cfg)]
+    with tempfile.TemporaryDirectory() as folder:
+        together = Students(cfg, names, Path(folder) / "all", device)
+        alone = {name: Students(cfg, [name], Path(folder) / name, device) for name in names}
+        for students in (together, *alone.values()):
+            students.measure(arguments.warmup)
+            students.shared.clear(), students.own.clear()
+        rounds = min(ROUNDS, arguments.steps)
+        for _ in range(rounds):
+            for students in (together, *alone.values()):
+                students.measure(-(-arguments.steps // rounds))
+    shared = median(value for students in alone.values() for value in students.shared)
+    own = {name: median(students.own) for name, students in alone.items()}
+    step = median(map(sum, zip(together.shared, together.own)))
+    cost = step / (shared + sum(own.values()))
+    rounded = {"step_ms": round(step, 2), "shared_ms": round(shared, 2), "own_ms": {n: round(v, 2) for n, v in own.items()}}
+    parts = " + ".join(f"{name} {value:.1f}" for name, value in {"batch and teacher": shared, **own}.items())
+    print(f"together {step:.1f} ms a step, {cost:.3f} times ({parts})", file=sys.stderr)
+    whole = {"task": "bench", "config": arguments.config, "overrides": arguments.overrides} | machine(device) | rounded
+    whole |= {"cost": round(cost, 4), "seconds": round(time.perf_counter() - start, 1)}
+    print_result(whole, arguments.output)
+
+
+class Students:
+    """The step of distill.py with these students, in milliseconds: what they share (the batch, and the teacher's look at
+    it), and what is their own."""
+
+    def __init__(self, cfg: DistillTrainConfig, names: list[str], folder: Path, device: torch.device):
+        students = {name: keys if name in names else None for name, keys in cfg.distill.students.items()}
+        cfg = replace(cfg, output_dir=str(folder), distill=replace(cfg.distill, students=students), probe=replace(cfg.probe, every=0))
+        self.device, self.shared, self.own = device, [], []
+        teacher = distill.open_teacher(cfg).to(device)
+        heads = uses_heads(cfg, teacher)
+        self.autocast, _ = distributed.choose_precision(cfg.precision, device)
+        look = distill.teachers_sight(cfg, teacher, device)
+        self.teach = partial(distill.taught, teacher, heads, look, cfg.micro_batch_size)
+        stages = plan_stages(cfg, None if cfg.stages else STEPS, optim.build_schedules)
+        images = open_data(cfg.data.train, cfg.data.channels)
+        entries = student_configs(cfg)
+        self.students = [distill.Student(entry, cfg, stages, teacher, heads, device) for entry in entries]
+        for student in self.students:
+            student.begins(images), student.enters(0)
+        self.middle = (stages[0].first + stages[0].stop) // 2
+        loader = stage_loader(what_is_cut(stages[0], heads), self.middle, 1, device)
+        self.buffered = loader.num_workers * (loader.prefetch_factor or 0)
+        self.batches = iter(loader)
+
+    def measure(self, steps: int) -> None:
+        """Batches that loader workers made while others had their turn do not count."""
+        for _ in range(self.buffered):
+            next(self.batches)
+        for _ in range(steps):
+            times = [self._now()]
+            with self.autocast():
+                seen = self.teach(next(self.batches).to(self.device, non_blocking=True))
+            times.append(self._now())
+            for student in self.students:
+                student.step(self.middle, seen, range(len(seen.images)))
+            times.append(self._now())
+            self.shared.append(1e3 * (times[1] - times[0]))
+            self.own.append(1e3 * (times[2] - times[1]))
+
+    def _now(self) -> float:
+        synchronize(self.device)
+        return time.perf_counter()
 
 
 class Clock:

@@ -66,9 +66,7 @@ def distill(cfg: DistillTrainConfig, device: torch.device) -> None:
     images = open_data(cfg.data.train, cfg.data.channels)
     stages = plan_stages(cfg, length_in_steps(cfg, len(images)), optim.build_schedules)
     check_run(cfg, stages, distributed.world_size())
-    native, size = teacher.backbone.preprocessing, cfg.distill.teacher_size
-    look = sight_from(cfg, native, cfg.data.channels, device, global_size=size)
-    patch_grid(teacher.backbone, size_pair(size or cfg.crops.global_size), device, f"the teacher {cfg.distill.teacher}")
+    look = teachers_sight(cfg, teacher, device)
 
     layout = divide_ranks(entries, distributed.world_size())
     group = distributed.split_ranks(list(layout.values())) if layout else None
@@ -88,6 +86,13 @@ def distill(cfg: DistillTrainConfig, device: torch.device) -> None:
             teach = partial(taught, teacher, heads, look, stage.cfg.micro_batch_size)
             first = max(first_step, stage.first)
             distill_stage(what_is_cut(stage, heads), first, teach, active, group, stop, device)
+
+
+def teachers_sight(cfg: DistillTrainConfig, teacher: Teacher, device: torch.device) -> Sight:
+    """How the teacher sees the crops: at its size, with its own mean and std. Checks that it takes them."""
+    size = cfg.distill.teacher_size
+    patch_grid(teacher.backbone, size_pair(size or cfg.crops.global_size), device, f"the teacher {cfg.distill.teacher}")
+    return sight_from(cfg, teacher.backbone.preprocessing, cfg.data.channels, device, global_size=size)
 
 
 def distill_stage(

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 
 import bench
+import train
 from data.augment import draw
 from data.loader import stage_loader
 from engine.config import load_config
@@ -198,3 +200,19 @@ def test_peak_memory_is_as_computed_with_and_without_recomputation(arch, checkpo
 def test_a_mistake_is_one_sentence(tiny, arguments, words):
     with pytest.raises((ValueError, OSError), match=words):
         bench.main([*tiny, *arguments])
+
+
+def test_students_are_measured_together_and_each_alone(tiny, tmp_path, capsys):
+    train.main([*tiny, "total_steps=2"])
+    students = {"small": {"model": {"embed_dim": 16}}, "other": {"model": {"depth": 1}}}
+    distill = {"distill": {"teacher": str(tmp_path / "run"), "students": students}}
+    (tmp_path / "distill.yaml").write_text(yaml.safe_dump(distill))
+    capsys.readouterr()
+    bench.main(["--config", str(tmp_path / "distill.yaml"), *tiny[:-1], f"output_dir={tmp_path / 'none'}", *FEW])
+    result = result_of(capsys)
+    assert result["own_ms"].keys() == students.keys() and min(result["own_ms"].values()) > 0 < result["shared_ms"]
+    parts = result["shared_ms"] + sum(result["own_ms"].values())
+    assert result["cost"] == pytest.approx(result["step_ms"] / parts, rel=0.01)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="leave --compare"):
+        bench.main(["--config", str(tmp_path / "distill.yaml"), *tiny, "--compare", "precision=bf16"])
