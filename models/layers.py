@@ -1,6 +1,6 @@
 """The parts of a transformer block: attention, feed-forward nets, LayerScale, DropPath."""
 
-from typing import Callable
+from typing import Any, Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from models.features import check_choice
 from models.rope import RotaryPositions, Rotation, rotate
+
+Shapes = Sequence[tuple[int, int]]  # (B, T) of the groups of images that a packed (ΣB·T, D) holds one after the other
 
 # The hidden width of a gated net is rounded up to a multiple of this.
 GATED_ALIGN = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
@@ -64,20 +66,26 @@ class Attention(nn.Module):
             self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); `rotation` turns queries and keys."""
-        q, k, v = self._heads(x, rotation)
-        x = attend(q, k, v)  # (B, heads, T, d)
-        return self.proj(x.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, rotation: Any = None, shapes: Shapes | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); `rotation` turns queries and keys. With `shapes` packed, see `Block`."""
+        if shapes is None:
+            return self.proj(self._attended(self.qkv(x), rotation))
+        groups = self.qkv(x).split([samples * tokens for samples, tokens in shapes])
+        groups = (group.unflatten(0, shape) for group, shape in zip(groups, shapes))
+        return self.proj(torch.cat([self._attended(*pair).flatten(0, 1) for pair in zip(groups, rotation)]))
+
+    def _attended(self, qkv: Tensor, rotation: Rotation | None) -> Tensor:
+        """(B, T, D), before the last projection."""
+        return attend(*self._heads(qkv, rotation)).transpose(1, 2).flatten(2)
 
     def weights(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """softmax(q kᵀ / √d) (B, heads, T, T) in float32, a matrix `forward` never holds."""
-        q, k, _ = self._heads(x, rotation)
+        q, k, _ = self._heads(self.qkv(x), rotation)
         return torch.softmax((q @ k.mT).float() * q.shape[-1] ** -0.5, dim=-1)
 
-    def _heads(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
-        """q, k, v, each (B, heads, T, d)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, d)
+    def _heads(self, qkv: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
+        """q, k, v, each (B, heads, T, d), of (B, T, 3·D)."""
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, d)
         if rotation is None:
             return qkv.permute(2, 0, 3, 1, 4).unbind(0)
         sin, cos = (table[:, None, None] for table in rotation)
@@ -152,14 +160,33 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, branch: Callable[..., Tensor], shapes: Shapes | None = None) -> Tensor:
+        """x + branch(x, shapes); of a packed x with `shapes`, a random part of each group."""
         if not self.training or self.rate == 0.0:
-            return x + branch(x)
-        batch = len(x)
-        kept = max(int(batch * (1 - self.rate)), 1)
-        subset = torch.randperm(batch, device=x.device)[:kept]
-        residual = branch(x.index_select(0, subset)).to(x.dtype)
-        return torch.index_add(x, 0, subset, residual, alpha=batch / kept)
+            return x + branch(x, shapes)
+        if shapes is not None:
+            return self._packed(x, branch, shapes)
+        subset, scale = self._drawn(len(x), x.device)
+        residual = branch(x.index_select(0, subset), None).to(x.dtype)
+        return torch.index_add(x, 0, subset, residual, alpha=scale)
+
+    def _packed(self, x: Tensor, branch: Callable[..., Tensor], shapes: Shapes) -> Tensor:
+        rows, scales, kept, first = [], [], [], 0
+        for samples, tokens in shapes:
+            subset, scale = self._drawn(samples, x.device)
+            rows.append((first + tokens * subset[:, None] + torch.arange(tokens, device=x.device)).flatten())
+            scales.append(scale), kept.append((len(subset), tokens))
+            first += samples * tokens
+        residual = branch(x.index_select(0, torch.cat(rows)), kept).to(x.dtype)
+        x = x.clone()
+        for chosen, part, scale in zip(rows, residual.split([len(part) for part in rows]), scales):
+            x.index_add_(0, chosen, part, alpha=scale)
+        return x
+
+    def _drawn(self, samples: int, device: torch.device) -> tuple[Tensor, float]:
+        """Those that are kept, and what their branch is multiplied with."""
+        kept = max(int(samples * (1 - self.rate)), 1)
+        return torch.randperm(samples, device=device)[:kept], samples / kept
 
 
 def init_module(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.head import ProjectionHead
 from models.lora import copy_sharing_frozen
+from models.vit import VisionTransformer
 
 
 @dataclass
@@ -58,10 +59,14 @@ class SSLModel(nn.Module):
             masks: (G·B, N) bool, the patches whose logits are wanted, or None.
             hide: whether the backbone sees the mask token in their place (student) or the patches (teacher).
         """
-        seen = self.backbone(global_crops, masks if hide else None)
-        cls = [seen.cls]
-        if local_crops is not None:
-            cls.append(self.backbone(local_crops, local=True).cls)
+        hidden = masks if hide else None
+        if local_crops is None:
+            seen, *others = [self.backbone(global_crops, hidden)]
+        elif isinstance(self.backbone, VisionTransformer):
+            seen, *others = self.backbone(global_crops, hidden, local_crops=local_crops)
+        else:
+            seen, *others = self.backbone(global_crops, hidden), self.backbone(local_crops, local=True)
+        cls = [seen.cls, *(other.cls for other in others)]
         rows = [len(part) for part in cls]
         inputs = torch.cat(cls) if len(cls) > 1 else cls[0]
 

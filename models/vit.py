@@ -4,14 +4,14 @@ Read top-down: sizes, block, model. What differs between the four is an argument
 """
 
 import inspect
-from typing import Iterable, Sequence
+from typing import Any, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.features import Features, check_choice, check_images
-from models.layers import Attention, DropPath, LayerScale, init_module, make_ffn
+from models.layers import Attention, DropPath, LayerScale, Shapes, init_module, make_ffn
 from models.rope import RotaryPositions, Rotation
 
 # Sizes of DINO (tiny), DINOv2 (giant) and DINOv3 (the others); vit_nano is ours, for CPUs.
@@ -56,10 +56,14 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); `rotation` holds rotary positions, if there are any."""
-        x = self.drop_path(x, lambda kept: self.ls1(self.attn(self.norm1(kept), rotation)))
-        return self.drop_path(x, lambda kept: self.ls2(self.mlp(self.norm2(kept))))
+    def forward(self, x: Tensor, rotation: Any = None, shapes: Shapes | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); `rotation` holds rotary positions, if there are any.
+
+        Images of several sizes go packed: with `shapes` x is (ΣB·T, D), and `rotation` one for each. All but attention then
+        runs once over all tokens.
+        """
+        x = self.drop_path(x, lambda kept, sizes: self.ls1(self.attn(self.norm1(kept), rotation, sizes)), shapes)
+        return self.drop_path(x, lambda kept, _: self.ls2(self.mlp(self.norm2(kept))), shapes)
 
 
 class VisionTransformer(nn.Module):
@@ -175,20 +179,39 @@ class VisionTransformer(nn.Module):
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, images: Tensor, masks: Tensor | None = None, local: bool = False) -> Features:
+    def forward(
+        self,
+        images: Tensor,
+        masks: Tensor | None = None,
+        local: bool = False,
+        local_crops: Tensor | None = None,
+    ) -> Features | list[Features]:
         """
         Args:
             images: (B, C, H, W) normalised floats, any size of at least one patch.
             masks: (B, N) bool, True = the mask token replaces the patch before positions are added.
             local: whether these are local crops, whose CLS may have a norm of its own in training.
+            local_crops: (B', C, h, w) to be seen in the same pass; then the features of both are returned.
 
         Raises:
             ValueError: if the images or the masks have another shape, or there is no mask token.
         """
         x, grid = self._embed(images, masks)  # (B, 1 + R + N, D)
+        if local_crops is not None:
+            return self._packed([(x, grid), self._embed(local_crops)])
         for block, rotation in zip(self.blocks, self._rotations(grid)):
             x = block(x, rotation)
         return self._normed(x, grid, local)
+
+    def _packed(self, embedded: list[tuple[Tensor, tuple[int, int]]]) -> list[Features]:
+        """Of several sizes of images at once; all but the first are local crops."""
+        shapes, grids = [tuple(x.shape[:2]) for x, _ in embedded], [grid for _, grid in embedded]
+        packed = torch.cat([x.flatten(0, 1) for x, _ in embedded])
+        for block, *rotations in zip(self.blocks, *map(self._rotations, grids)):
+            packed = block(packed, rotations, shapes)
+        groups = packed.split([samples * tokens for samples, tokens in shapes])
+        groups = (group.unflatten(0, shape) for group, shape in zip(groups, shapes))
+        return [self._normed(x, grid, number > 0) for number, (x, grid) in enumerate(zip(groups, grids))]
 
     def intermediate(self, images: Tensor, layers: int | Sequence[int]) -> list[Features]:
         """Features of the last `layers` blocks or of those with these indices, each normed.

@@ -441,7 +441,7 @@ def test_intermediate_layers_have_the_final_norm():
 def test_drop_path_keeps_the_expectation():
     torch.manual_seed(0)
     drop_path, x = DropPath(0.4).train(), torch.ones(10, 3)
-    outputs = torch.stack([drop_path(x, lambda kept: 2 * kept) for _ in range(2000)])
+    outputs = torch.stack([drop_path(x, lambda kept, _: 2 * kept) for _ in range(2000)])
     assert ((outputs != 1).all(dim=2).sum(dim=1) == 6).all()
     assert outputs.unique().tolist() == pytest.approx([1, 1 + 2 * 10 / 6])
     assert torch.allclose(outputs.mean(0), torch.full((10, 3), 3.0), atol=0.15)
@@ -449,7 +449,7 @@ def test_drop_path_keeps_the_expectation():
 
 def test_drop_path_computes_one_sample_at_least():
     seen = []
-    DropPath(0.9).train()(torch.ones(3, 2), lambda kept: seen.append(len(kept)) or kept)
+    DropPath(0.9).train()(torch.ones(3, 2), lambda kept, _: seen.append(len(kept)) or kept)
     assert seen == [1]
 
 
