@@ -68,7 +68,13 @@ class TimmBackbone(nn.Module):
         grid = h, w = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         if self.crops:
             images = images[..., : h * self.patch_size, : w * self.patch_size]
-        output = self.model.forward_features(images)
+        try:
+            output = self.model.forward_features(images)
+        except RuntimeError as error:
+            if "actual input size" not in str(error):
+                raise
+            size = f"{images.shape[-2]} x {images.shape[-1]}"
+            raise ValueError(f"images of {size} pixels are too small for timm:{self.config['name']}, its last map has none") from None
         return self._from_tokens(output, grid) if output.ndim == 3 else self._from_map(output)
 
     def _from_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Features:

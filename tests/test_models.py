@@ -605,6 +605,11 @@ def test_timm_models_give_features(name, size, registers, grid):
         model(images(2, 3, *size), torch.zeros(2, grid[0] * grid[1], dtype=torch.bool))
 
 
+def test_crops_too_small_for_a_convolutional_net_are_one_sentence():
+    with pytest.raises(ValueError, match="24 x 24 pixels are too small for timm:test_convnext,"):
+        TimmBackbone("test_convnext").eval()(images(1, 3, 24, 24))
+
+
 def test_timm_cls_is_what_timm_itself_returns():
     x = images(2, 3, 64, 64)
     for name in ("test_vit", "test_vit4", "test_convnext", "test_resnet"):
