@@ -93,11 +93,11 @@ def build_gram_teacher(stage: Any, run: Any, whole: Whole, load: Callable[[str],
     resumed = run.start_step if run.start_step > stage.first else None
 
     def choose(step: int) -> str:
-        run.writer.finish()  # the newest snapshot may still be on its way
+        run.settle()  # the newest snapshot may still be on its way
         return best_snapshot(run.folder, step, lambda spec: run.locality(load(spec)))
 
     def find(spec: str) -> nn.Module:
-        run.writer.finish()
+        run.settle()
         return whole.place(_frozen(load(f"{run.folder}{spec}" if spec.startswith("@") else spec)))
 
     def snapshot() -> nn.Module:

@@ -145,7 +145,7 @@ class Run:
     def enter(self, stage: Any) -> int:
         """Begins a stage (engine.stages) or goes on within it; probes at step 0. Returns the step to go on from."""
         step = max(self.start_step, stage.first)
-        self.writer.finish()  # the stage may start from what the one before wrote
+        self.settle()  # the stage may start from what the one before wrote
         self.logger.enter(stage.name, stage.cfg.batch_size, stage.shift)
         if step == 0 and self._due(0, self.cadence.probe):
             self._log(0, {})
@@ -199,6 +199,11 @@ class Run:
         if step % 10 or not distributed.any_rank(bool(why), self.device):
             return ""
         return why or "with another rank"
+
+    def settle(self) -> None:
+        """All that was to be written is there, for every rank to read."""
+        self.writer.finish()
+        distributed.barrier()
 
     def restore(self, state: dict) -> None:
         """Fills live tensors with what the checkpoint holds under the same names, where the run goes on from one."""
