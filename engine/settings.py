@@ -81,14 +81,16 @@ def parse_override(argument: str) -> dict:
     return value
 
 
-ONE_OF = ("total_steps", "epochs", "images")  # three words for one thing: a layer that gives one, or stages, replaces them
+ONE_OF = ("total_steps", "epochs", "images")  # three words for one thing: a layer that gives one, or steps of stages, replaces them
 
 
 def merge(below: Any, above: Any) -> Any:
     """Deep merge of mappings, `above` wins."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    if any(above.get(name) is not None for name in (*ONE_OF, "stages")):
+    stages = above.get("stages")
+    stages = stages.values() if isinstance(stages, dict) else ()
+    if any(above.get(name) is not None for name in ONE_OF) or any(isinstance(stage, dict) and "steps" in stage for stage in stages):
         below = {key: value for key, value in below.items() if key not in ONE_OF}
     return below | {key: merge(below[key], value) if key in below else value for key, value in above.items()}
 

@@ -107,3 +107,9 @@ def test_only_keys_that_matter_to_the_result_count_as_changes():
 def test_every_key_can_be_set_on_the_command_line():
     keys = all_keys(TrainConfig)
     assert "schedule.lr.peak" in keys and "loss.ibot.mask_ratio" in keys and len(keys) == len(set(keys))
+
+
+def test_a_key_within_a_stage_leaves_the_length_alone_and_steps_of_stages_replace_it():
+    stages = "stages={a: {steps: 3}, b: {steps: 5}}"
+    assert load_config(None, [stages, "total_steps=80", "stages.a.schedule.lr=1e-4"]).total_steps == 80
+    assert load_config(None, ["total_steps=80", stages]).total_steps is None
