@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from data.augment import channel_statistics, multi_crop_from, normalize, resize, to_unit
 from data.datasets import ImageData, open_data
+from data.guided import guidance_from
 from data.loader import EvalDataset
 from data.masking import draw_masks
 from data.pictures import UnreadableImage
@@ -412,8 +413,13 @@ def views_of(arguments: argparse.Namespace) -> tuple[TrainConfig, list[Tensor], 
     swallowed = [text for text in arguments.images if text not in paths]
     cfg = load_config(arguments.config, arguments.overrides + swallowed)
     mean, std = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
-    images = [image for *_, image in load_images(paths, cfg.data.channels, arguments.count)]
-    return cfg, images, multi_crop_from(cfg.crops, mean, std).examples(images, cfg.seed), mean, std
+    loaded = list(load_images(paths, cfg.data.channels, arguments.count))
+    images, multi_crop, guidance = [image for *_, image in loaded], multi_crop_from(cfg.crops, mean, std), guidance_from(cfg.crops)
+    targets = None
+    if guidance is not None:  # which way crops follow marks, by place in this list instead of place in a run's stream
+        counts = multi_crop.globals, multi_crop.crops
+        targets = [guidance.targets(data, index, k, cfg.seed, *counts) for k, (_, data, index, _) in enumerate(loaded)]
+    return cfg, images, multi_crop.examples(images, cfg.seed, targets), mean, std
 
 
 def curves(arguments: argparse.Namespace) -> dict:

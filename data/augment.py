@@ -321,10 +321,13 @@ class MultiCrop:
         local_crops = self._photometric(views[1], local_u, first=False) if self.locals else None
         return self._photometric(views[0], global_u, first=True), local_crops, gram_crops
 
-    def examples(self, images: Sequence[Tensor], seed: int) -> list[list[Tensor]]:
-        """The normalised views of each image, globals first: for pictures of what training sees."""
+    def examples(
+        self, images: Sequence[Tensor], seed: int, targets: Sequence[Tensor] | None = None
+    ) -> list[list[Tensor]]:
+        """The normalised views of each image, globals first: for pictures of what training sees. `targets` as in `views`."""
         generator = torch.Generator().manual_seed(seed)
-        pairs = [self([image], [draw(generator, self.crops)]) for image in images]
+        places = [None] * len(images) if targets is None else [[target] for target in targets]
+        pairs = [self([image], [draw(generator, self.crops)], place) for image, place in zip(images, places)]
         return [[*crops, *(() if local_crops is None else local_crops)] for crops, local_crops, _ in pairs]
 
     def _photometric(self, crops: Tensor, u: Tensor, first: bool) -> Tensor:

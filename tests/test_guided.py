@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 import train
+import visualize
 from data.datasets import open_data
 from data.guided import Guidance, marked_points, steered
 from data.images import ImageData
@@ -58,6 +59,23 @@ def batches(data, steps: int = 12, **keys) -> tuple[Tensor, Tensor]:
 
 def shows_spot(crops: Tensor) -> Tensor:
     return crops.flatten(1).amax(1) > 0.2
+
+
+def test_pictures_of_crops_show_where_guided_ones_look(tmp_path, monkeypatch):
+    sizes = ["crops.global_size=32", "crops.local_size=16", "crops.local_scale=[0.05, 0.1]", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"]
+    for index in range(8):
+        Image.fromarray(Spotted().image(index).permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")
+    marks = [f"{index}.png,{SPOT[1]},{SPOT[0]},{SPOT[1] + 1},{SPOT[0] + 1}\n" for index in range(8)]
+    (tmp_path / "marks.csv").write_text("file,x0,y0,x1,y1\n" + "".join(marks))
+    arguments = ["--images", f"{tmp_path}?marks={tmp_path / 'marks.csv'}", "--output", str(tmp_path / "crops.png")]
+    drawn = []
+    monkeypatch.setattr(visualize, "draw_report", lambda *_, crops, **__: drawn.append(crops))
+    for guided in (0, 1):
+        visualize.main(["crops", *arguments, *sizes, "crops.policy=crops_only", "crops.local_count=4", f"crops.guided={guided}"])
+    plain, steered = (shows_spot(torch.stack([crop for views in crops for crop in views[2:]])) for crops in drawn)
+    assert steered.all() and plain.float().mean() < 0.4
+    assert all(torch.equal(*pair) for crops in zip(*drawn) for pair in zip(crops[0][:2], crops[1][:2]))  # the global ones
+
 
 
 def test_local_crops_show_the_mark_with_the_set_probability_and_the_others_stay_as_they_were():
