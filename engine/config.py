@@ -110,8 +110,9 @@ class DinoConfig:
     layers: int = 3  # linear layers of the projection head; DINO
     last_layer: Literal["plain", "weight_norm", "unit_norm"] = "weight_norm"  # DINOv3 plain; DINOv2 weight_norm; DINO
     #   ViT-B unit_norm (norms held at 1: steadier)
-    centering: Literal["ema", "sinkhorn", "none"] = "sinkhorn"  # ema: DINO; sinkhorn: DINOv2, DINOv3; with ema start from
-    #   DINO's rates (ema_momentum 0.996, lr 5e-4 for a batch of 256): faster ones drifted to uniform targets in our short runs
+    centering: Literal["ema", "sinkhorn", "none"] = "sinkhorn"  # ema: DINO; sinkhorn: DINOv2, DINOv3; with ema keep
+    #   10 × (1 - ema_momentum) × student_temp / teacher_temp below 0.5 (DINO: 0.1), or the teacher outruns its centre and all images
+    #   swing to one target
     student_temp: float = 0.1  # softmax temperature, in all papers; rather move schedule.teacher_temp
 
 
