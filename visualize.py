@@ -414,8 +414,8 @@ def views_of(arguments: argparse.Namespace) -> tuple[TrainConfig, list[Tensor], 
     cfg = load_config(arguments.config, arguments.overrides + swallowed)
     mean, std = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
     loaded = list(load_images(paths, cfg.data.channels, arguments.count))
-    images, multi_crop, guidance = [image for *_, image in loaded], multi_crop_from(cfg.crops, mean, std), guidance_from(cfg.crops)
-    targets = None
+    images = [image for *_, image in loaded]
+    multi_crop, guidance, targets = multi_crop_from(cfg.crops, mean, std), guidance_from(cfg.crops), None
     if guidance is not None:  # which way crops follow marks, by place in this list instead of place in a run's stream
         counts = multi_crop.globals, multi_crop.crops
         targets = [guidance.targets(data, index, k, cfg.seed, *counts) for k, (_, data, index, _) in enumerate(loaded)]

@@ -111,8 +111,8 @@ class DinoConfig:
     last_layer: Literal["plain", "weight_norm", "unit_norm"] = "weight_norm"  # DINOv3 plain; DINOv2 weight_norm; DINO
     #   ViT-B unit_norm (norms held at 1: steadier)
     centering: Literal["ema", "sinkhorn", "none"] = "sinkhorn"  # ema: DINO; sinkhorn: DINOv2, DINOv3; with ema keep
-    #   10 × (1 - ema_momentum) × student_temp / teacher_temp below 0.5 (DINO: 0.1), or the teacher outruns its centre and all images
-    #   swing to one target
+    #   10 × (1 - ema_momentum) × student_temp / teacher_temp below 0.5 (DINO: 0.1; 10 steps is the centre's memory), or
+    #   the teacher outruns its centre and all images swing to one target
     student_temp: float = 0.1  # softmax temperature, in all papers; rather move schedule.teacher_temp
 
 

@@ -62,7 +62,8 @@ def shows_spot(crops: Tensor) -> Tensor:
 
 
 def test_pictures_of_crops_show_where_guided_ones_look(tmp_path, monkeypatch):
-    sizes = ["crops.global_size=32", "crops.local_size=16", "crops.local_scale=[0.05, 0.1]", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"]
+    sizes = ["crops.global_size=32", "crops.local_size=16", "crops.local_scale=[0.05, 0.1]", "crops.local_count=4"]
+    keys = [*sizes, "crops.policy=crops_only", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"]
     for index in range(8):
         Image.fromarray(Spotted().image(index).permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")
     marks = [f"{index}.png,{SPOT[1]},{SPOT[0]},{SPOT[1] + 1},{SPOT[0] + 1}\n" for index in range(8)]
@@ -71,11 +72,10 @@ def test_pictures_of_crops_show_where_guided_ones_look(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(visualize, "draw_report", lambda *_, crops, **__: drawn.append(crops))
     for guided in (0, 1):
-        visualize.main(["crops", *arguments, *sizes, "crops.policy=crops_only", "crops.local_count=4", f"crops.guided={guided}"])
+        visualize.main(["crops", *arguments, *keys, f"crops.guided={guided}"])
     plain, steered = (shows_spot(torch.stack([crop for views in crops for crop in views[2:]])) for crops in drawn)
     assert steered.all() and plain.float().mean() < 0.4
     assert all(torch.equal(*pair) for crops in zip(*drawn) for pair in zip(crops[0][:2], crops[1][:2]))  # the global ones
-
 
 
 def test_local_crops_show_the_mark_with_the_set_probability_and_the_others_stay_as_they_were():
