@@ -16,11 +16,12 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Iterable, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,13 @@ from data.datasets import open_data
 from data.loader import Batch, stage_loader
 from engine import distributed, optim
 from engine.cli import config_parser, print_result, run_script
-from engine.config import DistillTrainConfig, TrainConfig, load_config, micro_batch_size, with_statistics
+from engine.config import (
+    DistillTrainConfig,
+    TrainConfig,
+    load_config,
+    micro_batch_size,
+    with_statistics,
+)
 from engine.flops import FlopClock, peak_flops, synchronize
 from engine.logger import memory_gib
 from engine.memory import forget_peak, memory_table
@@ -45,20 +52,27 @@ from models.start import build_student, load_initial
 from train import compute_losses, teacher_targets
 
 PHASES = ("data_wait", "augmentation", "teacher", "forward", "loss", "backward", "optimizer", "ema")
-STEPS = 10**6  # a length for configurations without stages: the steps measured are in its middle, where nothing is frozen
+STEPS = (
+    10**6
+)  # a length for configurations without stages: the steps measured are in its middle, where nothing is frozen
 ROUNDS = 5  # medians are over so many turns of the variants
 
 
-def main(argv: Optional[list[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_intermixed_args(argv)
     for name, least in (("steps", 1), ("warmup", 1)):
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name} is {getattr(arguments, name)}; it must be at least {least}")
-    if arguments.config and any("distill" in layer for layer in read_yaml(find_config(arguments.config))):
+    if arguments.config and any(
+        "distill" in layer for layer in read_yaml(find_config(arguments.config))
+    ):
         measure_students(arguments)
         return
     changes = {"": []} | {change: split_changes(change) for change in arguments.compare or []}
-    configs = {change: load_config(arguments.config, [*arguments.overrides, *keys]) for change, keys in changes.items()}
+    configs = {
+        change: load_config(arguments.config, [*arguments.overrides, *keys])
+        for change, keys in changes.items()
+    }
     if arguments.memory:
         show_memory(configs[""], arguments)
         return
@@ -66,7 +80,10 @@ def main(argv: Optional[list[str]] = None) -> None:
     device = distributed.choose_device(configs[""].device)
     forget_peak()
     before = memory_gib()
-    workloads = {change: Workload(cfg, chosen_stage(cfg, arguments.stage), device) for change, cfg in configs.items()}
+    workloads = {
+        change: Workload(cfg, chosen_stage(cfg, arguments.stage), device)
+        for change, cfg in configs.items()
+    }
     for workload in workloads.values():
         workload.warm_up(arguments.warmup)
     rounds = min(ROUNDS, arguments.steps)
@@ -77,11 +94,17 @@ def main(argv: Optional[list[str]] = None) -> None:
     memory = {"memory_gib": round(memory_gib(), 3), "memory_before_gib": round(before, 3)}
     if arguments.profile:
         workloads[""].profile(arguments.profile)
-    whole = {"task": "bench", "config": arguments.config, "overrides": arguments.overrides} | machine(device)
+    whole = {
+        "task": "bench",
+        "config": arguments.config,
+        "overrides": arguments.overrides,
+    } | machine(device)
     whole |= {key: value for key, value in results[0].items() if key != "change"} | memory
     if len(results) > 1:
         base = results[0]["images_per_second"]
-        whole["variants"] = [r | {"speedup": round(r["images_per_second"] / base, 3)} for r in results]
+        whole["variants"] = [
+            r | {"speedup": round(r["images_per_second"] / base, 3)} for r in results
+        ]
     show(results)
     print_result(whole | {"seconds": round(time.perf_counter() - start, 1)}, arguments.output)
 
@@ -91,27 +114,50 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--steps", type=int, default=20, help="steps to measure, of each variant")
     flags.add_argument("--warmup", type=int, default=3, help="steps before them")
     flags.add_argument("--stage", help="of a configuration with stages; by default the first")
-    flags.add_argument("--compare", nargs="+", metavar="key=value,...", help="variants that take turns with the configuration as it is")
-    flags.add_argument("--profile", type=Path, metavar="FILE", help="trace of two further steps, and a table on standard error")
-    flags.add_argument("--memory", action="store_true", help="memory a GPU, computed for --gpus; runs nothing")
-    flags.add_argument("--gpus", type=int, nargs="+", default=[1], help="how many GPUs share the batch and the weights")
+    flags.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="key=value,...",
+        help="variants that take turns with the configuration as it is",
+    )
+    flags.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="trace of two further steps, and a table on standard error",
+    )
+    flags.add_argument(
+        "--memory", action="store_true", help="memory a GPU, computed for --gpus; runs nothing"
+    )
+    flags.add_argument(
+        "--gpus",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="how many GPUs share the batch and the weights",
+    )
     flags.add_argument("--output", type=Path, help="folder for the result as JSON")
     return flags
 
 
 def split_changes(text: str) -> list[str]:
-    """"a=1,b=[2,3]" -> ["a=1", "b=[2,3]"]"""
+    """ "a=1,b=[2,3]" -> ["a=1", "b=[2,3]"]"""
     return re.split(r",(?=[\w.]+=)", text)
 
 
-def chosen_stage(cfg: TrainConfig, name: Optional[str]) -> Stage:
+def chosen_stage(cfg: TrainConfig, name: str | None) -> Stage:
     """
     Raises:
         ValueError: if there is no stage of that name.
     """
-    stages = {stage.name: stage for stage in plan_stages(cfg, None if cfg.stages else STEPS, optim.build_schedules)}
+    stages = {
+        stage.name: stage
+        for stage in plan_stages(cfg, None if cfg.stages else STEPS, optim.build_schedules)
+    }
     if name is not None and name not in stages:
-        raise ValueError(f"--stage is {name}; this configuration has {', '.join(map(str, cfg.stages or ['no stages']))}")
+        raise ValueError(
+            f"--stage is {name}; this configuration has {', '.join(map(str, cfg.stages or ['no stages']))}"
+        )
     return stages[name] if name else next(iter(stages.values()))
 
 
@@ -140,9 +186,16 @@ class Workload:
         self.optimizer = optim.optimizer_for(self.student, stage.cfg.optim)
         self.autocast, self.scaler = distributed.choose_precision(stage.cfg.precision, device)
         self.micro_batch = micro_batch_size(stage.cfg, 1, "koleo" in terms)
-        loader = stage_loader(replace(stage, stop=stage.stop + STEPS), self.middle, self.student.backbone.patch_size, device)
+        loader = stage_loader(
+            replace(stage, stop=stage.stop + STEPS),
+            self.middle,
+            self.student.backbone.patch_size,
+            device,
+        )
         self.on_device = loader.dataset.on_device
-        self.crops = time_crops(loader.dataset) if loader.num_workers == 0 and not self.on_device else None
+        self.crops = (
+            time_crops(loader.dataset) if loader.num_workers == 0 and not self.on_device else None
+        )
         self.buffered = loader.num_workers * (loader.prefetch_factor or 0)  # batches
         self.batches = iter(loader)
         self.rounds: list[float] = []  # ms a step
@@ -160,9 +213,15 @@ class Workload:
 
     def train_on(self, batch: Batch, clock: Any) -> None:
         """As in train.py; `clock.mark(name)` ends a phase."""
-        now, cfg, micro_batches = self.stage.now(self.middle), self.cfg, batch.split(self.micro_batch)
+        now, cfg, micro_batches = (
+            self.stage.now(self.middle),
+            self.cfg,
+            batch.split(self.micro_batch),
+        )
         with self.autocast():
-            targets = teacher_targets(self.teacher, micro_batches, self.centering, now["teacher_temp"], self.anchor)
+            targets = teacher_targets(
+                self.teacher, micro_batches, self.centering, now["teacher_temp"], self.anchor
+            )
         clock.mark("teacher")
         for crops, target in zip(micro_batches, targets):
             with self.autocast():
@@ -189,7 +248,11 @@ class Workload:
         distributed.prepare(self.student, self.cfg.checkpointing, compiled)
         again = [module for module in self.student.modules() if "forward" in vars(module)]
         batch = self.next_batch()
-        with torch.compiler.set_stance("force_eager"), set_checkpoint_early_stop(False), FlopClock(again) as counted:
+        with (
+            torch.compiler.set_stance("force_eager"),
+            set_checkpoint_early_stop(False),
+            FlopClock(again) as counted,
+        ):
             self.train_on(batch, counted)
         forget_peak()  # counting holds on to more
         self.flops = counted.phases
@@ -250,7 +313,10 @@ class Workload:
         path.parent.mkdir(parents=True, exist_ok=True)
         trace.export_chrome_trace(str(path))
         kind = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        print(trace.key_averages().table(sort_by=kind, row_limit=20, max_name_column_width=60), file=sys.stderr)
+        print(
+            trace.key_averages().table(sort_by=kind, row_limit=20, max_name_column_width=60),
+            file=sys.stderr,
+        )
 
 
 # ----------------------------------------------------------------- students
@@ -264,9 +330,17 @@ def measure_students(arguments: argparse.Namespace) -> None:
         ValueError: for flags that have no meaning here.
     """
     if arguments.compare or arguments.profile or arguments.memory or arguments.stage:
-        raise ValueError("of a distillation only the steps are measured: leave --compare, --profile, --memory and --stage out")
-    start, cfg = time.perf_counter(), load_config(arguments.config, arguments.overrides, DistillTrainConfig)
-    device, names = distributed.choose_device(cfg.device), [entry.name for entry in student_configs(cfg)]
+        raise ValueError(
+            "of a distillation only the steps are measured: leave --compare, --profile, --memory and --stage out"
+        )
+    start, cfg = (
+        time.perf_counter(),
+        load_config(arguments.config, arguments.overrides, DistillTrainConfig),
+    )
+    device, names = (
+        distributed.choose_device(cfg.device),
+        [entry.name for entry in student_configs(cfg)],
+    )
     with tempfile.TemporaryDirectory() as folder:
         together = Students(cfg, names, Path(folder) / "all", device)
         alone = {name: Students(cfg, [name], Path(folder) / name, device) for name in names}
@@ -281,10 +355,20 @@ def measure_students(arguments: argparse.Namespace) -> None:
     own = {name: median(students.own) for name, students in alone.items()}
     step = median(map(sum, zip(together.shared, together.own)))
     cost = step / (shared + sum(own.values()))
-    rounded = {"step_ms": round(step, 2), "shared_ms": round(shared, 2), "own_ms": {n: round(v, 2) for n, v in own.items()}}
-    parts = " + ".join(f"{name} {value:.1f}" for name, value in {"batch and teacher": shared, **own}.items())
+    rounded = {
+        "step_ms": round(step, 2),
+        "shared_ms": round(shared, 2),
+        "own_ms": {n: round(v, 2) for n, v in own.items()},
+    }
+    parts = " + ".join(
+        f"{name} {value:.1f}" for name, value in {"batch and teacher": shared, **own}.items()
+    )
     print(f"together {step:.1f} ms a step, {cost:.3f} times ({parts})", file=sys.stderr)
-    whole = {"task": "bench", "config": arguments.config, "overrides": arguments.overrides} | machine(device) | rounded
+    whole = (
+        {"task": "bench", "config": arguments.config, "overrides": arguments.overrides}
+        | machine(device)
+        | rounded
+    )
     whole |= {"cost": round(cost, 4), "seconds": round(time.perf_counter() - start, 1)}
     print_result(whole, arguments.output)
 
@@ -293,9 +377,18 @@ class Students:
     """The step of distill.py with these students, in milliseconds: what they share (the batch, and the teacher's look at
     it), and what is their own."""
 
-    def __init__(self, cfg: DistillTrainConfig, names: list[str], folder: Path, device: torch.device):
-        students = {name: keys if name in names else None for name, keys in cfg.distill.students.items()}
-        cfg = replace(cfg, output_dir=str(folder), distill=replace(cfg.distill, students=students), probe=replace(cfg.probe, every=0))
+    def __init__(
+        self, cfg: DistillTrainConfig, names: list[str], folder: Path, device: torch.device
+    ):
+        students = {
+            name: keys if name in names else None for name, keys in cfg.distill.students.items()
+        }
+        cfg = replace(
+            cfg,
+            output_dir=str(folder),
+            distill=replace(cfg.distill, students=students),
+            probe=replace(cfg.probe, every=0),
+        )
         self.device, self.shared, self.own = device, [], []
         teacher = distill.open_teacher(cfg).to(device)
         heads = uses_heads(cfg, teacher)
@@ -305,7 +398,9 @@ class Students:
         stages = plan_stages(cfg, None if cfg.stages else STEPS, optim.build_schedules)
         images = open_data(cfg.data.train, cfg.data.channels)
         entries = student_configs(cfg)
-        self.students = [distill.Student(entry, cfg, stages, teacher, heads, device) for entry in entries]
+        self.students = [
+            distill.Student(entry, cfg, stages, teacher, heads, device) for entry in entries
+        ]
         for student in self.students:
             student.begins(images), student.enters(0)
         self.middle = (stages[0].first + stages[0].stop) // 2
@@ -354,7 +449,11 @@ class Clock:
         for marks in self.steps:
             sums = defaultdict(float)
             for (_, earlier), (name, later) in zip(marks, marks[1:]):
-                sums[name] += earlier.elapsed_time(later) if self.device.type == "cuda" else 1e3 * (later - earlier)
+                sums[name] += (
+                    earlier.elapsed_time(later)
+                    if self.device.type == "cuda"
+                    else 1e3 * (later - earlier)
+                )
             for name, value in sums.items():
                 found[name].append(value)
         return found
@@ -397,7 +496,9 @@ class TimedCrops:
 def time_crops(dataset: Any) -> TimedCrops:
     """Replaces what makes the crops in this process by its timed likeness; all sizes of a mixture share one clock."""
     timed = [TimedCrops(views.multi_crop) for views in dataset.views]
-    dataset.views = tuple(replace(views, multi_crop=crops) for views, crops in zip(dataset.views, timed))
+    dataset.views = tuple(
+        replace(views, multi_crop=crops) for views, crops in zip(dataset.views, timed)
+    )
     return timed[0]
 
 
@@ -432,7 +533,13 @@ def show_memory(cfg: TrainConfig, arguments: argparse.Namespace) -> None:
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)), file=sys.stderr)
-    result = {"task": "memory", "config": arguments.config, "stage": stage.name, "parameters": parameters, "rows": rows}
+    result = {
+        "task": "memory",
+        "config": arguments.config,
+        "stage": stage.name,
+        "parameters": parameters,
+        "rows": rows,
+    }
     print_result(result, arguments.output)
 
 

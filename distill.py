@@ -15,10 +15,11 @@ teacher's work. output_dir/students/NAME is what train.py would leave; started a
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,13 @@ from data.loader import Batch, stage_loader
 from data.taught import Sight, Taught, exchanged, rank_share, sight_from, with_masks
 from engine import checkpoint, distributed, optim
 from engine.cli import config_parser, run_script
-from engine.config import DistillTrainConfig, length_in_steps, load_config, micro_batch_size, with_statistics
+from engine.config import (
+    DistillTrainConfig,
+    length_in_steps,
+    load_config,
+    micro_batch_size,
+    with_statistics,
+)
 from engine.finite import FiniteSteps
 from engine.guard import build_guard
 from engine.health import CollapseWatch
@@ -37,9 +44,22 @@ from engine.logger import BadImages, notice
 from engine.run import Cadence, Run
 from engine.settings import ConfigError, provenance, refuse_changes, to_yaml
 from engine.stages import Stage, plan_stages
-from engine.students import Entry, StopRequest, all_done, begin, check_prototypes, check_run, command_that_makes
-from engine.students import divide_ranks, matching_schedules, patch_grid, student_configs, student_health, uses_heads
-from engine.students import what_is_cut
+from engine.students import (
+    Entry,
+    StopRequest,
+    all_done,
+    begin,
+    check_prototypes,
+    check_run,
+    command_that_makes,
+    divide_ranks,
+    matching_schedules,
+    patch_grid,
+    student_configs,
+    student_health,
+    uses_heads,
+    what_is_cut,
+)
 from engine.validation import size_pair
 from losses.centering import build_centering
 from losses.distill import matching_losses, matching_targets
@@ -51,7 +71,7 @@ from models.start import build_student, load_initial
 from train import Targets, balance, compute_losses, metrics, teacher_outputs
 
 
-def main(argv: Optional[list[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     arguments = config_parser(__doc__).parse_args(argv)
     cfg = load_config(arguments.config, arguments.overrides, DistillTrainConfig)
     device = distributed.choose_device(cfg.device)
@@ -91,8 +111,15 @@ def distill(cfg: DistillTrainConfig, device: torch.device) -> None:
 def teachers_sight(cfg: DistillTrainConfig, teacher: Teacher, device: torch.device) -> Sight:
     """How the teacher sees the crops: at its size, with its own mean and std. Checks that it takes them."""
     size = cfg.distill.teacher_size
-    patch_grid(teacher.backbone, size_pair(size or cfg.crops.global_size), device, f"the teacher {cfg.distill.teacher}")
-    return sight_from(cfg, teacher.backbone.preprocessing, cfg.data.channels, device, global_size=size)
+    patch_grid(
+        teacher.backbone,
+        size_pair(size or cfg.crops.global_size),
+        device,
+        f"the teacher {cfg.distill.teacher}",
+    )
+    return sight_from(
+        cfg, teacher.backbone.preprocessing, cfg.data.channels, device, global_size=size
+    )
 
 
 def distill_stage(
@@ -135,33 +162,59 @@ class Student:
     """A run like that of train.py, but for where its targets come from and who calls its steps."""
 
     def __init__(
-        self, entry: Entry, base: DistillTrainConfig, stages: list[Stage], teacher: Teacher, heads: bool, device: Any
+        self,
+        entry: Entry,
+        base: DistillTrainConfig,
+        stages: list[Stage],
+        teacher: Teacher,
+        heads: bool,
+        device: Any,
     ):
         """Checks everything; makes nothing yet. `stages` are those of the run's own configuration, `base`."""
         cfg, self.name = entry.cfg, entry.name
         self.base, self.teacher, self.heads, self.device = base, teacher, heads, device
         self.initial = load_initial(cfg.init, cfg.data.channels) if cfg.init else None
-        self.cfg = cfg = cfg if self.initial is None else with_statistics(cfg, self.initial.preprocessing)
-        self.stages = plan_stages(cfg, stages[-1].stop, optim.build_schedules if heads else matching_schedules)
+        self.cfg = cfg = (
+            cfg if self.initial is None else with_statistics(cfg, self.initial.preprocessing)
+        )
+        self.stages = plan_stages(
+            cfg, stages[-1].stop, optim.build_schedules if heads else matching_schedules
+        )
         if [stage.stop for stage in self.stages] != [stage.stop for stage in stages]:
-            raise ConfigError(f"distill.students.{self.name}.stages are other stages than those of the run")
-        self.cuts = [sizes for stage in stages for sizes in stage.cfg.crops.mix or [stage.cfg.crops]]
+            raise ConfigError(
+                f"distill.students.{self.name}.stages are other stages than those of the run"
+            )
+        self.cuts = [
+            sizes for stage in stages for sizes in stage.cfg.crops.mix or [stage.cfg.crops]
+        ]
         self.terms = {name for stage in self.stages for name in stage.schedules}
         if heads:
             check_prototypes(self.name, cfg, self.terms, teacher)
         for stage in self.stages:
             micro_batch_size(stage.cfg, distributed.world_size(), "koleo" in stage.schedules)
         cadence = Cadence(log=cfg.log_every, probe=cfg.probe.every, **vars(cfg.checkpoint))
-        self.run = Run(Path(cfg.output_dir), [stage.stop for stage in stages], cadence, device, mirrors=cfg.mirrors)
+        self.run = Run(
+            Path(cfg.output_dir),
+            [stage.stop for stage in stages],
+            cadence,
+            device,
+            mirrors=cfg.mirrors,
+        )
 
     def begins(self, images: ImageData) -> bool:
         """Makes everything, as in train.py's `train`; False if there is nothing left to do."""
         cfg, device = self.cfg, self.device
-        if not self.run.open(to_yaml(cfg, provenance()), partial(refuse_changes, cfg), cfg.overwrite):
+        if not self.run.open(
+            to_yaml(cfg, provenance()), partial(refuse_changes, cfg), cfg.overwrite
+        ):
             return False
         torch.manual_seed(cfg.seed)
         model = build_student(cfg, self.heads and "ibot" in self.terms, self.initial)
-        model = model if self.heads else MatchingStudent(model.backbone, self.teacher.backbone.embed_dim)
+        model = (
+            model
+            if self.heads
+            else MatchingStudent(model.backbone, self.teacher.backbone.embed_dim)
+        )
         notice(f"{self.name}, {cfg.model.arch}: {count_parameters(model.backbone):,} parameters")
         self.model, self.ema = model.to(device), make_teacher(model.to(device))
         sizes = {name: getattr(cfg.crops, name) for name in ("global_size", "local_size")}
@@ -175,13 +228,19 @@ class Student:
         compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
         distributed.prepare(self.model, cfg.checkpointing, compiled)
         whole.place(self.model), whole.place(self.ema)
-        self.centering = (build_centering(cfg.loss, self.terms) if self.heads else nn.ModuleDict()).to(device)
-        self.stage = [stage for stage in self.stages if stage.first < max(self.run.start_step, 1)][-1]
+        self.centering = (
+            build_centering(cfg.loss, self.terms) if self.heads else nn.ModuleDict()
+        ).to(device)
+        self.stage = [stage for stage in self.stages if stage.first < max(self.run.start_step, 1)][
+            -1
+        ]
         tune(self.model, self.ema, cfg.seed + self.stage.first, **vars(self.stage.cfg.tune))
         self.optimizer = optim.optimizer_for(self.model, cfg.optim)
         self.autocast, self.scaler = distributed.choose_precision(cfg.precision, device)
         self.run.start(
-            checkpoint.training_state(self.model, self.ema, self.centering, self.optimizer, self.scaler),
+            checkpoint.training_state(
+                self.model, self.ema, self.centering, self.optimizer, self.scaler
+            ),
             bad_images=BadImages(self.run.folder, len(images), cfg.data.max_bad),
             refresh=whole.refresh,
             watch=CollapseWatch(cfg.health.on_collapse),
@@ -199,11 +258,15 @@ class Student:
         if cfg.tune != before.cfg.tune:
             tune(self.model, self.ema, cfg.seed + stage.first, **vars(cfg.tune))
             self.optimizer = optim.optimizer_for(self.model, cfg.optim, self.optimizer)
-            run.state = checkpoint.training_state(self.model, self.ema, self.centering, self.optimizer, self.scaler)
+            run.state = checkpoint.training_state(
+                self.model, self.ema, self.centering, self.optimizer, self.scaler
+            )
         run.logger.restart_clock(run.enter(stage))
         used = self.model.uses_all(stage.schedules)
         self.parallel = distributed.wrap(self.model, cfg.strategy, self.device, all_used=used)
-        self.micro_batch = micro_batch_size(cfg, distributed.world_size(), "koleo" in stage.schedules)
+        self.micro_batch = micro_batch_size(
+            cfg, distributed.world_size(), "koleo" in stage.schedules
+        )
         self.freeze_steps = optim.span_steps(cfg.optim.freeze_last_layer, stage.stop - stage.first)
         self.finite = FiniteSteps(self.optimizer, self.scaler, self.device)
         return True
@@ -221,9 +284,14 @@ class Student:
         totals: dict[str, Tensor] = {}
         with self.autocast():
             if self.heads:
-                targets = head_targets(self.teacher, micro_batches, self.centering, now["teacher_temp"], grid)
+                targets = head_targets(
+                    self.teacher, micro_batches, self.centering, now["teacher_temp"], grid
+                )
             else:
-                seen = [crops.teacher_cls for crops in micro_batches], [on_grid(crops, grid) for crops in micro_batches]
+                seen = (
+                    [crops.teacher_cls for crops in micro_batches],
+                    [on_grid(crops, grid) for crops in micro_batches],
+                )
                 targets = matching_targets(*seen, distributed.all_reduce_sum)
 
         for number, (crops, target) in enumerate(zip(micro_batches, targets), 1):
@@ -231,10 +299,14 @@ class Student:
             with distributed.accumulate(self.parallel, last=number == len(targets)):
                 # 2. The student sees every crop, nothing hidden: the masks only say which patches are compared.
                 with self.autocast():
-                    out = self.parallel(crops.global_crops, crops.local_crops, crops.masks, hide=False)
+                    out = self.parallel(
+                        crops.global_crops, crops.local_crops, crops.masks, hide=False
+                    )
 
                 # 3. The loss is a weighted sum of the terms.
-                losses = compute_losses(out, target, crops, cfg.loss, now) | matching_losses(out, target, now)
+                losses = compute_losses(out, target, crops, cfg.loss, now) | matching_losses(
+                    out, target, now
+                )
                 losses["loss"] = sum(now[name] * value for name, value in losses.items())
                 self.scaler.scale(share * losses["loss"]).backward()
             for name, value in losses.items():
@@ -244,7 +316,9 @@ class Student:
         self.scaler.unscale_(self.optimizer)
         if step - stage.first < self.freeze_steps:
             optim.drop_last_layer_gradients(self.model)
-        totals["grad_norm"] = optim.clip_gradients(self.model, cfg.optim.clip_grad, cfg.optim.clip_per)
+        totals["grad_norm"] = optim.clip_gradients(
+            self.model, cfg.optim.clip_grad, cfg.optim.clip_per
+        )
         optim.set_rates(self.optimizer, now["lr"], now["weight_decay"])
         self.finite.step(totals)
 
@@ -262,18 +336,26 @@ class Student:
 
 
 @torch.no_grad()
-def taught(teacher: Teacher, heads: bool, look: Sight, micro_batch: Optional[int], batch: Batch) -> Taught:
+def taught(
+    teacher: Teacher, heads: bool, look: Sight, micro_batch: int | None, batch: Batch
+) -> Taught:
     """The batch with what the teacher says of its global crops, so many images at a time."""
     views = len(batch.global_crops) // len(batch.images)
     parts = look(batch.global_crops).split((micro_batch or len(batch.images)) * views)
     seen = [teacher(part, heads) for part in parts]
-    cls, patches = (torch.cat([getattr(part, name) for part in seen]) for name in ("cls", "patches"))
+    cls, patches = (
+        torch.cat([getattr(part, name) for part in seen]) for name in ("cls", "patches")
+    )
     return Taught(**vars(batch), teacher_cls=cls, teacher_patches=patches, grid=seen[0].grid)
 
 
 @torch.no_grad()
 def head_targets(
-    teacher: Teacher, micro_batches: list[Taught], centering: nn.ModuleDict, teacher_temp: float, grid: tuple[int, int]
+    teacher: Teacher,
+    micro_batches: list[Taught],
+    centering: nn.ModuleDict,
+    teacher_temp: float,
+    grid: tuple[int, int],
 ) -> list[Targets]:
     """As train.py's `teacher_targets`, from what was seen; patches between the teacher's come by interpolation."""
     logits = [teacher.dino_head.prototypes(crops.teacher_cls) for crops in micro_batches]
@@ -281,19 +363,32 @@ def head_targets(
     ibot = [None] * len(dino)
     if "ibot" in centering and micro_batches[0].masks is not None:
         chosen = [F.normalize(on_grid(crops, grid)[crops.masks], dim=-1) for crops in micro_batches]
-        ibot = balance(centering["ibot"], [teacher.patch_head.prototypes(rows) for rows in chosen], teacher_temp)
+        ibot = balance(
+            centering["ibot"],
+            [teacher.patch_head.prototypes(rows) for rows in chosen],
+            teacher_temp,
+        )
     views = [(-1, len(crops.images)) for crops in micro_batches]  # (G·B, K) -> (G, B, K)
-    return [Targets(probs.unflatten(0, shape), patches, None) for probs, shape, patches in zip(dino, views, ibot)]
+    return [
+        Targets(probs.unflatten(0, shape), patches, None)
+        for probs, shape, patches in zip(dino, views, ibot)
+    ]
 
 
 def on_grid(crops: Taught, grid: tuple[int, int]) -> Tensor:
     """(G·B, N, E') of the teacher's patches, where the student has its own."""
-    return crops.teacher_patches if crops.grid == grid else downsample_patches(crops.teacher_patches, crops.grid, grid)
+    return (
+        crops.teacher_patches
+        if crops.grid == grid
+        else downsample_patches(crops.teacher_patches, crops.grid, grid)
+    )
 
 
 def open_teacher(cfg: DistillTrainConfig) -> Teacher:
     if cfg.distill.teacher is None:
-        raise ConfigError("who teaches? give distill.teacher, a MODEL: a run, released weights, timm:NAME")
+        raise ConfigError(
+            "who teaches? give distill.teacher, a MODEL: a run, released weights, timm:NAME"
+        )
     try:
         return load_teacher(cfg.distill.teacher, cfg.data.channels)
     except FileNotFoundError as error:

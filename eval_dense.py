@@ -15,9 +15,10 @@ TokenCut's threshold there, if it is given.
 import argparse
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, Callable, Iterator, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from models.pretrained import load_backbone
 SCALES = (0.75, 1.0, 1.25, 1.5)  # --multi-scale; each also mirrored
 
 
-def main(argv: Optional[list[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     began = time.perf_counter()
     device = choose_device(arguments.device)
@@ -56,7 +57,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     print_result(result | {"seconds": round(time.perf_counter() - began, 1)}, arguments.output)
 
 
-def parse(argv: Optional[list[str]]) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     tasks = parser.add_subparsers(dest="task", required=True)
@@ -68,40 +69,73 @@ def parse(argv: Optional[list[str]]) -> argparse.Namespace:
     for name, help in words.items():
         shared = evaluation_parser("")
         task = tasks.add_parser(
-            name, help=help, description=__doc__, formatter_class=plain, parents=[shared], add_help=False
+            name,
+            help=help,
+            description=__doc__,
+            formatter_class=plain,
+            parents=[shared],
+            add_help=False,
         )
         trains = name in ("segmentation", "depth")
         task.add_argument(
-            "--train", required=trains, help="DATA with annotations that a head or a threshold is fitted to"
+            "--train",
+            required=trains,
+            help="DATA with annotations that a head or a threshold is fitted to",
         )
         task.add_argument("--val", required=True, help="DATA with annotations to be found")
         if name != "localization":
             task.add_argument(
-                "--layers", type=int, default=1, help="the last so many blocks, side by side (4: DINOv2's +ms)"
+                "--layers",
+                type=int,
+                default=1,
+                help="the last so many blocks, side by side (4: DINOv2's +ms)",
             )
             task.add_argument(
-                "--window", type=int, help="side in pixels of a sliding window; by default the whole image at once"
+                "--window",
+                type=int,
+                help="side in pixels of a sliding window; by default the whole image at once",
             )
         if trains:
-            task.add_argument("--lr", type=float, nargs="+", help="learning rates; the best on --val is reported")
-            task.add_argument("--steps", type=int, help="by default 32 or 25 epochs, at least 300 steps")
+            task.add_argument(
+                "--lr", type=float, nargs="+", help="learning rates; the best on --val is reported"
+            )
+            task.add_argument(
+                "--steps", type=int, help="by default 32 or 25 epochs, at least 300 steps"
+            )
             task.add_argument("--seed", type=int, default=0)
             task.add_argument(
-                "--multi-scale", action="store_true", help=f"mean over {SCALES} of the size, each mirrored too"
+                "--multi-scale",
+                action="store_true",
+                help=f"mean over {SCALES} of the size, each mirrored too",
             )
     task = tasks.choices["segmentation"]
     task.add_argument("--head", choices=("linear", "knn"), default="linear")
     task.add_argument("--k", type=int, default=30, help="patches that vote, of --head knn")
-    task.add_argument("--ignore-index", type=int, default=255, help="class of pixels that do not count, besides 255")
+    task.add_argument(
+        "--ignore-index",
+        type=int,
+        default=255,
+        help="class of pixels that do not count, besides 255",
+    )
     task = tasks.choices["depth"]
     task.add_argument(
-        "--span", type=float, nargs=2, metavar=("LOW", "HIGH"), help="metres of the bins; by default those of --train"
+        "--span",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="metres of the bins; by default those of --train",
     )
-    tasks.choices["correspondence"].add_argument("--thresholds", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    tasks.choices["correspondence"].add_argument(
+        "--thresholds", type=float, nargs="+", default=[0.05, 0.1, 0.2]
+    )
     task = tasks.choices["tracking"]
-    task.add_argument("--context", type=int, default=7, help="frames that labels come from, besides the first")
     task.add_argument(
-        "--radius", type=float, help="patches that a label may travel; by default 0.4 of the grid's short side"
+        "--context", type=int, default=7, help="frames that labels come from, besides the first"
+    )
+    task.add_argument(
+        "--radius",
+        type=float,
+        help="patches that a label may travel; by default 0.4 of the grid's short side",
     )
     task.add_argument("--top", type=int, default=5, help="patches that a label is taken from")
     task.add_argument("--temperature", type=float, default=0.1, help="0.1 in DINO, 0.2 in DINOv3")
@@ -143,7 +177,12 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
 
 
 def prepared(
-    arguments: argparse.Namespace, backbone: nn.Module, data: ImageData, kind: Any, scale: float = 1.0, **options
+    arguments: argparse.Namespace,
+    backbone: nn.Module,
+    data: ImageData,
+    kind: Any,
+    scale: float = 1.0,
+    **options,
 ) -> Annotated:
     """Whole images as the model wants them, with their annotations."""
     wanted = backbone.preprocessing
@@ -167,24 +206,40 @@ def loading(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     return {"batch_size": arguments.batch_size, "workers": workers, "progress": progress}
 
 
-def segmentation(arguments, backbone, train: ImageData, val: ImageData, device: torch.device) -> dict:
+def segmentation(
+    arguments, backbone, train: ImageData, val: ImageData, device: torch.device
+) -> dict:
     options, ignore = loading(arguments, device), {"ignore": arguments.ignore_index}
     seen = seen_through(arguments, backbone)
     training = prepared(arguments, backbone, train, "mask", **ignore)
     if arguments.head == "knn":
         validation = prepared(arguments, backbone, val, "mask", **ignore)
-        return {"head": "knn", **patch_knn_segmentation(seen, training, validation, device, k=arguments.k, **options)}
+        return {
+            "head": "knn",
+            **patch_knn_segmentation(seen, training, validation, device, k=arguments.k, **options),
+        }
     vals = variants(arguments, backbone, val, "mask", **ignore)
     recipe = replace(SEGMENTATION, lrs=tuple(arguments.lr or SEGMENTATION.lrs))
     training_options = {"recipe": recipe, "steps": arguments.steps, "seed": arguments.seed}
-    return {"head": "linear", **linear_segmentation(seen, training, vals, device, **training_options, **options)}
+    return {
+        "head": "linear",
+        **linear_segmentation(seen, training, vals, device, **training_options, **options),
+    }
 
 
 def depth(arguments, backbone, train: ImageData, val: ImageData, device: torch.device) -> dict:
-    seen, training = seen_through(arguments, backbone), prepared(arguments, backbone, train, "depth")
+    seen, training = (
+        seen_through(arguments, backbone),
+        prepared(arguments, backbone, train, "depth"),
+    )
     vals = variants(arguments, backbone, val, "depth")
     recipe = replace(DEPTH, lrs=tuple(arguments.lr or DEPTH.lrs))
-    options = {"span": arguments.span, "recipe": recipe, "steps": arguments.steps, "seed": arguments.seed}
+    options = {
+        "span": arguments.span,
+        "recipe": recipe,
+        "steps": arguments.steps,
+        "seed": arguments.seed,
+    }
     return linear_depth(seen, training, vals, device, **options, **loading(arguments, device))
 
 
@@ -192,18 +247,27 @@ def variants(arguments, backbone, data: ImageData, kind: str, **options) -> list
     if not arguments.multi_scale:
         return [prepared(arguments, backbone, data, kind, **options)]
     each = [(scale, flip) for scale in SCALES for flip in (False, True)]
-    return [prepared(arguments, backbone, data, kind, scale, flip=flip, **options) for scale, flip in each]
+    return [
+        prepared(arguments, backbone, data, kind, scale, flip=flip, **options)
+        for scale, flip in each
+    ]
 
 
-def matching(arguments, backbone, train: Optional[ImageData], val: ImageData, device: torch.device) -> dict:
+def matching(
+    arguments, backbone, train: ImageData | None, val: ImageData, device: torch.device
+) -> dict:
     seen, thresholds = seen_through(arguments, backbone), arguments.thresholds
     there = kinds_of(val)
     if not {"pair", "keypoints"} & set(there):
-        raise ValueError(f"{val.name(0)} has neither pairs of views nor keypoints; `scenes` has both")
+        raise ValueError(
+            f"{val.name(0)} has neither pairs of views nor keypoints; `scenes` has both"
+        )
     result = {"recall": None, "keypoints": None}
     if "pair" in there:
         images = prepared(arguments, backbone, val, ())
-        result |= correspondence.match_views(seen, tqdm_if_terminal(views(images), len(val)), device, thresholds)
+        result |= correspondence.match_views(
+            seen, tqdm_if_terminal(views(images), len(val)), device, thresholds
+        )
     if "keypoints" not in there:
         return result
     data = prepared(arguments, backbone, val, "keypoints")
@@ -225,10 +289,18 @@ def views(images: Annotated) -> Iterator[tuple]:
             for points, image in ((points_a, image_a), (points_b, image_b))
         ]
         shape = tuple(image_b.shape[-2:])
-        yield images.prepare(image_a), images.prepare(image_b), *points, torch.as_tensor(visible), shape
+        yield (
+            images.prepare(image_a),
+            images.prepare(image_b),
+            *points,
+            torch.as_tensor(visible),
+            shape,
+        )
 
 
-def tracking(arguments, backbone, train: Optional[ImageData], val: ImageData, device: torch.device) -> dict:
+def tracking(
+    arguments, backbone, train: ImageData | None, val: ImageData, device: torch.device
+) -> dict:
     clip(val, 0)
     images = prepared(arguments, backbone, val, ())
 
@@ -237,17 +309,24 @@ def tracking(arguments, backbone, train: Optional[ImageData], val: ImageData, de
             frames, instances = clip(val, index)
             yield [images.prepare(frame) for frame in frames], torch.as_tensor(instances)
 
-    options = {name: getattr(arguments, name) for name in ("context", "radius", "top", "temperature")}
+    options = {
+        name: getattr(arguments, name) for name in ("context", "radius", "top", "temperature")
+    }
     seen = seen_through(arguments, backbone)
     return correspondence.track(seen, tqdm_if_terminal(clips(), len(val)), device, **options)
 
 
-def discovery(arguments, backbone, train: Optional[ImageData], val: ImageData, device: torch.device) -> dict:
+def discovery(
+    arguments, backbone, train: ImageData | None, val: ImageData, device: torch.device
+) -> dict:
     result = localization.localize(objects(arguments, backbone, val, device))
     chosen = "val"
     grid = result["tokencut"]
     if train is not None:
-        grid, chosen = localization.localize(objects(arguments, backbone, train, device))["tokencut"], "train"
+        grid, chosen = (
+            localization.localize(objects(arguments, backbone, train, device))["tokencut"],
+            "train",
+        )
     tau = max(grid, key=lambda one: grid[one]["corloc"])
     side = max(result["centre"], key=lambda one: result["centre"][one]["corloc"])
     best = {"tokencut": {"tau": float(tau), "chosen_on": chosen, **result["tokencut"][tau]}}
@@ -265,7 +344,9 @@ def objects(arguments, backbone, data: ImageData, device: torch.device) -> Itera
     if not known:
         raise ValueError(f"{data.name(0)} has neither boxes nor masks of objects")
     images = prepared(arguments, backbone, data, known)
-    for item in tqdm_if_terminal(extract_patches(backbone, images, device, **loading(arguments, device)), len(data)):
+    for item in tqdm_if_terminal(
+        extract_patches(backbone, images, device, **loading(arguments, device)), len(data)
+    ):
         notes = item.target
         if known == ["boxes"]:
             notes = notes | {"shape": torch.tensor(data.image(item.index).shape[-2:])}

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +37,17 @@ from engine.probes import extract_features, knn_accuracy, retrieval_map, whiteni
 from models.pretrained import load_backbone
 
 GEM = 4  # exponent of the generalised mean (DINO's copy detection)
-SHOWN = {"medium": (("easy", "hard"), ("junk",)), "hard": (("hard",), ("easy", "junk"))}  # looked for, ignored
+SHOWN = {
+    "medium": (("easy", "hard"), ("junk",)),
+    "hard": (("hard",), ("easy", "junk")),
+}  # looked for, ignored
 
 
 def cls_features(scales: list[float], backbone: nn.Module, images: Tensor) -> Tensor:
     """L2-normalised CLS (B, D); of several scales the mean, normalised."""
-    views = [images if s == 1 else F.interpolate(images, scale_factor=s, mode="bilinear") for s in scales]
+    views = [
+        images if s == 1 else F.interpolate(images, scale_factor=s, mode="bilinear") for s in scales
+    ]
     return F.normalize(torch.stack([backbone(view).cls.float() for view in views]).mean(0), dim=1)
 
 
@@ -61,7 +65,9 @@ class Extractor:
         self.device = distributed.choose_device(arguments.device)
         self.backbone = load_backbone(arguments.model).to(self.device)
         self.prepare = preparation(self.backbone.preprocessing, arguments.resize, arguments.size)
-        workers = default_workers(self.device.type) if arguments.workers is None else arguments.workers
+        workers = (
+            default_workers(self.device.type) if arguments.workers is None else arguments.workers
+        )
         self.options = {"batch_size": arguments.batch_size, "workers": workers}
 
     def items(self, data: ImageData) -> EvalDataset:
@@ -69,7 +75,9 @@ class Extractor:
 
     def __call__(self, describe: Callable, items: Dataset, name: str) -> tuple[Tensor, Tensor]:
         """Features (n, D) and labels (n,) on the device."""
-        progress = partial(tqdm, desc=f"features of {name}", unit="batch", disable=not sys.stderr.isatty())
+        progress = partial(
+            tqdm, desc=f"features of {name}", unit="batch", disable=not sys.stderr.isatty()
+        )
         found = extract_features(
             partial(describe, self.backbone), items, self.device, progress=progress, **self.options
         )
@@ -96,7 +104,9 @@ def by_class(train: ImageData, val: ImageData) -> Callable[[range], tuple[Tensor
     return judge
 
 
-def by_truth(path: Path, level: str, train: ImageData, val: ImageData) -> Callable[[range], tuple[Tensor, Tensor]]:
+def by_truth(
+    path: Path, level: str, train: ImageData, val: ImageData
+) -> Callable[[range], tuple[Tensor, Tensor]]:
     """Relevant and ignored as a file says for each query; names of files, with or without extension.
 
     Raises:
@@ -105,15 +115,22 @@ def by_truth(path: Path, level: str, train: ImageData, val: ImageData) -> Callab
     try:
         truth = json.loads(path.read_text())
         truth = {Path(query).stem: entry for query, entry in truth.items()}
-        lists = {query: {Path(n).stem for key in entry for n in entry[key]} for query, entry in truth.items()}
+        lists = {
+            query: {Path(n).stem for key in entry for n in entry[key]}
+            for query, entry in truth.items()
+        }
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise ValueError(f'{path} is not {{"query": {{"easy": [names], "hard": [names], "junk": [names]}}}}') from error
+        raise ValueError(
+            f'{path} is not {{"query": {{"easy": [names], "hard": [names], "junk": [names]}}}}'
+        ) from error
     place = {Path(name).stem: index for index, name in enumerate(names_of(train))}
     queries = [Path(name).stem for name in names_of(val)]
     unknown = [name for query in queries for name in lists.get(query, ()) if name not in place]
     if unknown or not set(queries) & set(lists):
         raise ValueError(
-            f"{path} names {unknown[0]!r}, which --train lacks" if unknown else f"{path} has no query of --val"
+            f"{path} names {unknown[0]!r}, which --train lacks"
+            if unknown
+            else f"{path} has no query of --val"
         )
 
     def judge(rows: range) -> tuple[Tensor, Tensor]:
@@ -121,18 +138,26 @@ def by_truth(path: Path, level: str, train: ImageData, val: ImageData) -> Callab
         for number, row in enumerate(rows):
             entry = truth.get(queries[row], {})
             for mask, keys in zip(masks, SHOWN[level]):
-                mask[number, [place[Path(name).stem] for key in keys for name in entry.get(key, ())]] = True
+                mask[
+                    number, [place[Path(name).stem] for key in keys for name in entry.get(key, ())]
+                ] = True
         return masks[0], masks[1]
 
     return judge
 
 
-def copy_detection(extract: Extractor, train: ImageData, val: ImageData, whiten: Optional[ImageData]) -> dict:
+def copy_detection(
+    extract: Extractor, train: ImageData, val: ImageData, whiten: ImageData | None
+) -> dict:
     """Edited copies of `val` look for their originals among `val` and the distractors `train`."""
     items = extract.items(val)
     queries, originals, others = (
         extract(copy_features, part, name)[0]
-        for part, name in ((Copies(items), "copies"), (items, "originals"), (extract.items(train), "distractors"))
+        for part, name in (
+            (Copies(items), "copies"),
+            (items, "originals"),
+            (extract.items(train), "distractors"),
+        )
     )
     database = torch.cat([originals, others])
     if whiten is not None:
@@ -146,32 +171,60 @@ def copy_detection(extract: Extractor, train: ImageData, val: ImageData, whiten:
 
     nearest = torch.cat([(part @ database.T).argmax(1) for part in queries.split(256)]).cpu()
     top1 = (nearest == torch.arange(len(queries))).double().mean()
-    return {**retrieval_map(queries, database, judge), "top1": float(top1), "database": len(database)}
+    return {
+        **retrieval_map(queries, database, judge),
+        "top1": float(top1),
+        "database": len(database),
+    }
 
 
-def parse(argv: Optional[list[str]]) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = evaluation_parser(__doc__)
     parser.add_argument("--train", required=True, help="DATA with labels that vote")
     parser.add_argument("--val", required=True, help="DATA with labels to be found")
-    parser.add_argument("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
-    parser.add_argument("--temperature", type=float, default=0.07, help="of the vote; lower trusts the nearest more")
-    parser.add_argument("--retrieval", action="store_true", help="mean average precision of --train ranked for --val")
     parser.add_argument(
-        "--truth", type=Path, metavar="FILE.json", help="what --retrieval looks for, in place of the class"
+        "--k", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.07, help="of the vote; lower trusts the nearest more"
+    )
+    parser.add_argument(
+        "--retrieval",
+        action="store_true",
+        help="mean average precision of --train ranked for --val",
+    )
+    parser.add_argument(
+        "--truth",
+        type=Path,
+        metavar="FILE.json",
+        help="what --retrieval looks for, in place of the class",
     )
     parser.add_argument("--copies", action="store_true", help="copy detection")
-    parser.add_argument("--whiten", metavar="DATA", help="images, no labels needed, to learn PCA whitening from")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="of the images; DINO: 1 0.7071 0.5")
+    parser.add_argument(
+        "--whiten", metavar="DATA", help="images, no labels needed, to learn PCA whitening from"
+    )
+    parser.add_argument(
+        "--scales", type=float, nargs="+", default=[1.0], help="of the images; DINO: 1 0.7071 0.5"
+    )
     arguments = parser.parse_args(argv)
-    if min(arguments.k) < 1 or arguments.temperature <= 0 or arguments.batch_size < 1 or min(arguments.scales) <= 0:
-        raise ValueError("--k and --batch-size must be at least 1, --temperature and --scales more than 0")
+    if (
+        min(arguments.k) < 1
+        or arguments.temperature <= 0
+        or arguments.batch_size < 1
+        or min(arguments.scales) <= 0
+    ):
+        raise ValueError(
+            "--k and --batch-size must be at least 1, --temperature and --scales more than 0"
+        )
     if (
         arguments.truth
         and not arguments.retrieval
         or arguments.whiten
         and not (arguments.retrieval or arguments.copies)
     ):
-        raise ValueError("--truth is for --retrieval, --whiten for --retrieval and --copies; add one of them")
+        raise ValueError(
+            "--truth is for --retrieval, --whiten for --retrieval and --copies; add one of them"
+        )
     return arguments
 
 
@@ -184,7 +237,7 @@ def open_both(arguments: argparse.Namespace, channels: int) -> tuple[ImageData, 
     return *open_labelled(arguments.train, arguments.val, channels), True
 
 
-def main(argv: Optional[list[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     began = time.perf_counter()
     extract = Extractor(arguments)
@@ -195,11 +248,17 @@ def main(argv: Optional[list[str]] = None) -> None:
     if labelled or arguments.retrieval:
         describe = partial(cls_features, arguments.scales)
         database, queries = (
-            extract(describe, extract.items(data), name) for name, data in (("train", train), ("val", val))
+            extract(describe, extract.items(data), name)
+            for name, data in (("train", train), ("val", val))
         )
     if labelled:
-        scores = knn_accuracy(*database, *queries, ks=arguments.k, temperature=arguments.temperature)
-        result |= {"k": {str(k): value for k, value in scores.items()}, "top1": max(scores.values())}
+        scores = knn_accuracy(
+            *database, *queries, ks=arguments.k, temperature=arguments.temperature
+        )
+        result |= {
+            "k": {str(k): value for k, value in scores.items()},
+            "top1": max(scores.values()),
+        }
     result |= {"n_train": len(train), "n_val": len(val)}
     if arguments.retrieval:
         white = (
@@ -210,7 +269,9 @@ def main(argv: Optional[list[str]] = None) -> None:
         ranked = white(queries[0]), white(database[0])
         if arguments.truth:
             judges = {level: by_truth(arguments.truth, level, train, val) for level in SHOWN}
-            result["retrieval"] = {level: retrieval_map(*ranked, judge) for level, judge in judges.items()}
+            result["retrieval"] = {
+                level: retrieval_map(*ranked, judge) for level, judge in judges.items()
+            }
         else:
             result["retrieval"] = retrieval_map(*ranked, by_class(train, val))
     if arguments.copies:

@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Optional
 
 import numpy as np
 import torch
@@ -32,8 +31,19 @@ from data.datasets import ImageData, match_classes, open_data, open_labelled
 from data.loader import EvalDataset, Views, default_workers, make_loader
 from engine import distributed
 from engine.cli import evaluation_parser, preparation, print_result, run_script
-from engine.linear import BATCH_SIZE, LEARNING_RATES, Head, HeadGrid, accuracy, available_blocks, cached_batches
-from engine.linear import default_steps, describe, fit_heads, logistic_probe
+from engine.linear import (
+    BATCH_SIZE,
+    LEARNING_RATES,
+    Head,
+    HeadGrid,
+    accuracy,
+    available_blocks,
+    cached_batches,
+    default_steps,
+    describe,
+    fit_heads,
+    logistic_probe,
+)
 from engine.probes import extract_features
 from models.pretrained import load_backbone
 
@@ -58,12 +68,15 @@ class Chosen(ImageData):
         return self.data.name(int(self.rows[index]))
 
 
-def training_rows(labels: np.ndarray, shots: Optional[int], seed: int) -> np.ndarray:
+def training_rows(labels: np.ndarray, shots: int | None, seed: int) -> np.ndarray:
     """Rows with a label; with `shots` so many of each class, drawn by `seed`, or all where it has fewer."""
     if shots is None:
         return np.flatnonzero(labels >= 0)
     rng = np.random.default_rng(seed)
-    drawn = [rng.permutation(np.flatnonzero(labels == label))[:shots] for label in np.unique(labels[labels >= 0])]
+    drawn = [
+        rng.permutation(np.flatnonzero(labels == label))[:shots]
+        for label in np.unique(labels[labels >= 0])
+    ]
     return np.sort(np.concatenate(drawn))
 
 
@@ -75,7 +88,9 @@ class Probe:
         self.device = distributed.choose_device(arguments.device)
         self.backbone: nn.Module = load_backbone(arguments.model).to(self.device)
         self.prepare = preparation(self.backbone.preprocessing, arguments.resize, arguments.size)
-        self.workers = default_workers(self.device.type) if arguments.workers is None else arguments.workers
+        self.workers = (
+            default_workers(self.device.type) if arguments.workers is None else arguments.workers
+        )
         self.heads = self._heads()
         self.blocks = max(head.blocks for head in self.heads)
         channels, (height, width) = self.backbone.in_channels, self.prepare["size"]
@@ -92,7 +107,10 @@ class Probe:
             blocks = available_blocks(self.backbone, (4,) if small else (1,))[0]
             return [Head(blocks, not small, lr) for lr in rates or (DINO_LR,)]
         blocks = available_blocks(self.backbone)
-        return [Head(*cell) for cell in itertools.product(blocks, (False, True), rates or LEARNING_RATES)]
+        return [
+            Head(*cell)
+            for cell in itertools.product(blocks, (False, True), rates or LEARNING_RATES)
+        ]
 
     @torch.inference_mode()
     def _describe(self, images: Tensor) -> Tensor:
@@ -105,22 +123,33 @@ class Probe:
         """Features (n, width) and labels (n,) on the host."""
         size = len(items) * self.width
         dtype = torch.float16 if 4 * size > LARGE else torch.float32
-        if hasattr(os, "sysconf") and size * dtype.itemsize > 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf(
-            "SC_PAGE_SIZE"
-        ):
+        if hasattr(os, "sysconf") and size * dtype.itemsize > 0.8 * os.sysconf(
+            "SC_PHYS_PAGES"
+        ) * os.sysconf("SC_PAGE_SIZE"):
             gib = size * dtype.itemsize / 2**30
             raise ValueError(
                 f"the features of {len(items)} images of {name} take {gib:.0f} GiB of memory; give --stream"
             )
-        progress = partial(tqdm, desc=f"features of {name}", unit="batch", disable=not sys.stderr.isatty())
+        progress = partial(
+            tqdm, desc=f"features of {name}", unit="batch", disable=not sys.stderr.isatty()
+        )
         options = {"batch_size": self.arguments.batch_size, "workers": self.workers, "dtype": dtype}
         return extract_features(self._describe, items, self.device, progress=progress, **options)
 
-    def stream(self, train: ImageData, batch_size: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def stream(
+        self, train: ImageData, batch_size: int, steps: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows and labels of random resized crops (8 to 100 % of the image) and flips, each image once an epoch."""
         crop = CropSpec(self.prepare["size"], (0.08, 1.0), 1)
-        views = MultiCrop(crop, None, POLICIES["crops_only"], self.prepare["mean"], self.prepare["std"])
-        options = {"batch_size": batch_size, "seed": self.arguments.seed, "stop_step": steps, "workers": self.workers}
+        views = MultiCrop(
+            crop, None, POLICIES["crops_only"], self.prepare["mean"], self.prepare["std"]
+        )
+        options = {
+            "batch_size": batch_size,
+            "seed": self.arguments.seed,
+            "stop_step": steps,
+            "workers": self.workers,
+        }
         labels = torch.from_numpy(train.labels)
         for batch in make_loader(train, [Views(views)], device=self.device.type, **options):
             parts = batch.global_crops.split(self.arguments.batch_size)  # images a forward pass
@@ -128,18 +157,27 @@ class Probe:
             yield rows, labels[batch.images].to(self.device)
 
 
-def train_grid(probe: Probe, train: ImageData, val: tuple[Tensor, Tensor], classes: int) -> tuple[Callable, dict]:
+def train_grid(
+    probe: Probe, train: ImageData, val: tuple[Tensor, Tensor], classes: int
+) -> tuple[Callable, dict]:
     """Trains every head; the classifier of the best one on `val`, and what to report."""
     flags, published = probe.arguments, probe.arguments.protocol == "dino"
     batch_size = min(DINO_BATCH if published else BATCH_SIZE, len(train))
     length = {"epochs": DINO_EPOCHS, "most": None} if published else {}
     steps = flags.steps or default_steps(len(train), batch_size, **length)
-    sizes = {"width": probe.width, "pooled": probe.backbone.embed_dim, "classes": classes, "batch_size": batch_size}
+    sizes = {
+        "width": probe.width,
+        "pooled": probe.backbone.embed_dim,
+        "classes": classes,
+        "batch_size": batch_size,
+    }
     grid = HeadGrid(probe.heads, **sizes, device=probe.device, seed=flags.seed)
     if flags.stream:
         batches = probe.stream(train, batch_size, steps)
     else:
-        batches = cached_batches(*probe.rows(probe.items(train), "train"), batch_size, probe.device, flags.seed)
+        batches = cached_batches(
+            *probe.rows(probe.items(train), "train"), batch_size, probe.device, flags.seed
+        )
     bar = tqdm(batches, desc="heads", unit="step", total=steps, disable=not sys.stderr.isatty())
     fit_heads(grid, bar, steps)
     scores = grid.accuracies(*val)
@@ -149,12 +187,16 @@ def train_grid(probe: Probe, train: ImageData, val: tuple[Tensor, Tensor], class
     return grid.classifier(best), report
 
 
-def train_logistic(probe: Probe, train: ImageData, val: tuple[Tensor, Tensor], classes: int) -> tuple[Callable, dict]:
+def train_logistic(
+    probe: Probe, train: ImageData, val: tuple[Tensor, Tensor], classes: int
+) -> tuple[Callable, dict]:
     """The same for logistic regression, whose strength is chosen without `val`."""
     cls = probe.width - probe.backbone.embed_dim
     rows, labels = probe.rows(probe.items(train), "train")
     bar = partial(tqdm, desc="strengths", disable=not sys.stderr.isatty())
-    fitted, best, held_out = logistic_probe(rows[:, :cls], labels, classes, seed=probe.arguments.seed, progress=bar)
+    fitted, best, held_out = logistic_probe(
+        rows[:, :cls], labels, classes, seed=probe.arguments.seed, progress=bar
+    )
     cells = [{"C": strength, "held_out": value} for strength, value in held_out.items()]
 
     def classifier(rows: Tensor) -> Tensor:
@@ -168,12 +210,19 @@ def further_set(probe: Probe, classifier: Callable, train: ImageData, spec: str)
     data = open_data(spec, probe.backbone.in_channels)
     labels = match_classes(train, data)
     if labels is None:
-        raise ValueError(f"{spec} has no labels; --also needs folders named by class, or a labelled data set")
+        raise ValueError(
+            f"{spec} has no labels; --also needs folders named by class, or a labelled data set"
+        )
     data.labels = labels
     data = Chosen(data, np.flatnonzero(labels >= 0))
     allowed = torch.from_numpy(np.unique(data.labels))
     top1 = accuracy(classifier, *probe.rows(probe.items(data), spec), allowed)
-    return {"top1": top1, "n": len(data), "left_out": len(labels) - len(data), "classes": len(allowed)}
+    return {
+        "top1": top1,
+        "n": len(data),
+        "left_out": len(labels) - len(data),
+        "classes": len(allowed),
+    }
 
 
 def corruption_errors(probe: Probe, classifier: Callable, val: ImageData) -> dict:
@@ -181,25 +230,53 @@ def corruption_errors(probe: Probe, classifier: Callable, val: ImageData) -> dic
     found = {}
     for name in CORRUPTIONS:
         damaged = [Corrupted(probe.items(val), name, severity) for severity in SEVERITIES]
-        errors = [1 - accuracy(classifier, *probe.rows(items, f"{name} {items.severity}")) for items in damaged]
+        errors = [
+            1 - accuracy(classifier, *probe.rows(items, f"{name} {items.severity}"))
+            for items in damaged
+        ]
         found[name] = {"errors": errors, "mean": sum(errors) / len(errors)}
     return found | {"mean_error": sum(value["mean"] for value in found.values()) / len(found)}
 
 
-def parse(argv: Optional[list[str]]) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = evaluation_parser(__doc__)
     parser.add_argument("--train", required=True, help="DATA with labels to learn from")
-    parser.add_argument("--val", required=True, help="DATA with labels to be found; chooses the best head")
-    parser.add_argument("--protocol", choices=("dinov2", "dino", "logreg"), default="dinov2", help="see above")
-    parser.add_argument("--lr", type=float, nargs="+", help="learning rates before batch / 256, for the protocol's own")
-    parser.add_argument("--steps", type=int, help="updates; by default the protocol's epochs, at least 1000")
-    parser.add_argument("--stream", action="store_true", help="train on random crops and flips, nothing kept in memory")
-    parser.add_argument("--shots", type=int, help="train on so many images of each class")
-    parser.add_argument("--also", nargs="+", default=[], metavar="DATA", help="further sets, classes matched by name")
     parser.add_argument(
-        "--corruptions", action="store_true", help="errors on damaged --val: noise, blur, contrast, JPEG"
+        "--val", required=True, help="DATA with labels to be found; chooses the best head"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the heads, the order of images and --shots")
+    parser.add_argument(
+        "--protocol", choices=("dinov2", "dino", "logreg"), default="dinov2", help="see above"
+    )
+    parser.add_argument(
+        "--lr",
+        type=float,
+        nargs="+",
+        help="learning rates before batch / 256, for the protocol's own",
+    )
+    parser.add_argument(
+        "--steps", type=int, help="updates; by default the protocol's epochs, at least 1000"
+    )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="train on random crops and flips, nothing kept in memory",
+    )
+    parser.add_argument("--shots", type=int, help="train on so many images of each class")
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        default=[],
+        metavar="DATA",
+        help="further sets, classes matched by name",
+    )
+    parser.add_argument(
+        "--corruptions",
+        action="store_true",
+        help="errors on damaged --val: noise, blur, contrast, JPEG",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the heads, the order of images and --shots"
+    )
     arguments = parser.parse_args(argv)
     for name in ("batch_size", "steps", "shots"):
         value = getattr(arguments, name)
@@ -208,11 +285,13 @@ def parse(argv: Optional[list[str]]) -> argparse.Namespace:
     if min(arguments.lr or [1]) <= 0 or arguments.seed < 0:
         raise ValueError("--lr must be more than 0, --seed at least 0")
     if arguments.protocol == "logreg" and (arguments.stream or arguments.lr or arguments.steps):
-        raise ValueError("--protocol logreg fits all images at once; --stream, --lr and --steps are for the others")
+        raise ValueError(
+            "--protocol logreg fits all images at once; --stream, --lr and --steps are for the others"
+        )
     return arguments
 
 
-def main(argv: Optional[list[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     began = time.perf_counter()
     probe = Probe(arguments)
@@ -225,7 +304,9 @@ def main(argv: Optional[list[str]] = None) -> None:
     result = {"task": "linear", "model": arguments.model, "protocol": arguments.protocol, **report}
     result |= {"n_train": len(train), "n_val": len(val)}
     if arguments.also:
-        result["also"] = {spec: further_set(probe, classifier, every, spec) for spec in arguments.also}
+        result["also"] = {
+            spec: further_set(probe, classifier, every, spec) for spec in arguments.also
+        }
     if arguments.corruptions:
         result["corruptions"] = corruption_errors(probe, classifier, val)
     print_result(result | {"seconds": round(time.perf_counter() - began, 1)}, arguments.output)

@@ -12,7 +12,7 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import yaml
@@ -52,36 +52,65 @@ class Outputs(nn.Module):
         return tuple(getattr(features, name) for name in self.names)
 
 
-def main(argv: Optional[list[str]] = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a run folder, RUN@step, RUN@best, weights, random:vit_small ...")
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a run folder, RUN@step, RUN@best, weights, random:vit_small ...",
+    )
     parser.add_argument("--format", required=True, choices=[*FORMATS, "onnx"])
     parser.add_argument("--output", required=True, type=Path, help="folder for the files")
-    parser.add_argument("--size", type=int, nargs="+", help="onnx: image in pixels, one number or height width")
-    parser.add_argument("--opset", type=int, default=18, help="onnx: version of its operators, from 18 on")
-    parser.add_argument("--dynamic-batch", action="store_true", help="onnx: any number of images a call, not one")
+    parser.add_argument(
+        "--size", type=int, nargs="+", help="onnx: image in pixels, one number or height width"
+    )
+    parser.add_argument(
+        "--opset", type=int, default=18, help="onnx: version of its operators, from 18 on"
+    )
+    parser.add_argument(
+        "--dynamic-batch", action="store_true", help="onnx: any number of images a call, not one"
+    )
     arguments = parser.parse_args(argv)
 
     backbone = load_backbone(arguments.model)
     preprocessing = backbone.preprocessing
-    result = {"task": "export", "model": arguments.model, "format": arguments.format, "output": str(arguments.output)}
+    result = {
+        "task": "export",
+        "model": arguments.model,
+        "format": arguments.format,
+        "output": str(arguments.output),
+    }
     if arguments.format == "onnx":
         size = tuple(arguments.size or preprocessing.size)
         if len(size) > 2 or min(size) < 1:
-            raise ValueError(f"--size is {' '.join(map(str, size))}; give one number, or height and width, in pixels")
-        result |= write_onnx(backbone, arguments.output, (size[0], size[-1]), arguments.opset, arguments.dynamic_batch)
+            raise ValueError(
+                f"--size is {' '.join(map(str, size))}; give one number, or height and width, in pixels"
+            )
+        result |= write_onnx(
+            backbone,
+            arguments.output,
+            (size[0], size[-1]),
+            arguments.opset,
+            arguments.dynamic_batch,
+        )
         notes = []
     else:
         notes = write_backbone(backbone, preprocessing, arguments.output, arguments.format)
     for note in notes:
         print(f"{arguments.output}: {note}", file=sys.stderr)
-    (arguments.output / "README.md").write_text(model_card(arguments.model, arguments.format, backbone, notes))
+    (arguments.output / "README.md").write_text(
+        model_card(arguments.model, arguments.format, backbone, notes)
+    )
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     files = sorted(path.name for path in arguments.output.iterdir())
     print_result(result | {"parameters": parameters, "not_held": notes, "files": files})
 
 
-def write_onnx(backbone: nn.Module, folder: Path, size: tuple[int, int], opset: int, dynamic_batch: bool) -> dict[str, Any]:
+def write_onnx(
+    backbone: nn.Module, folder: Path, size: tuple[int, int], opset: int, dynamic_batch: bool
+) -> dict[str, Any]:
     """model.onnx with the outputs cls, registers (if there are any) and patches; compared with onnxruntime where that is installed.
 
     Raises:
@@ -90,23 +119,45 @@ def write_onnx(backbone: nn.Module, folder: Path, size: tuple[int, int], opset: 
     """
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f"--format onnx needs the package {package}, which is not installed: pip install onnx onnxscript")
+            raise ImportError(
+                f"--format onnx needs the package {package}, which is not installed: pip install onnx onnxscript"
+            )
     if opset < 18:
         raise ValueError(f"--opset is {opset}; it must be at least 18")
     folder.mkdir(parents=True, exist_ok=True)
     path, model = folder / "model.onnx", Outputs(backbone).eval()
-    images = torch.randn(2 if dynamic_batch else 1, backbone.in_channels, *size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(
+        2 if dynamic_batch else 1,
+        backbone.in_channels,
+        *size,
+        generator=torch.Generator().manual_seed(0),
+    )
     shapes = {"images": {0: torch.export.Dim("batch")}} if dynamic_batch else None
     try:
         with torch.no_grad():
             torch.onnx.export(
-                model, (images,), path, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False,
-                input_names=["images"], output_names=model.names, external_data=False,
+                model,
+                (images,),
+                path,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=shapes,
+                verbose=False,
+                input_names=["images"],
+                output_names=model.names,
+                external_data=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ValueError(f"torch.onnx cannot export this backbone: {error}") from error
-    images = torch.cat([images, images.flip(-1)]) if dynamic_batch else images  # another number than it was traced with
-    return {"size": list(size), "opset": opset, "dynamic_batch": dynamic_batch, "max_error": onnx_error(path, model, images)}
+    images = (
+        torch.cat([images, images.flip(-1)]) if dynamic_batch else images
+    )  # another number than it was traced with
+    return {
+        "size": list(size),
+        "opset": opset,
+        "dynamic_batch": dynamic_batch,
+        "max_error": onnx_error(path, model, images),
+    }
 
 
 @torch.no_grad()
@@ -119,10 +170,14 @@ def onnx_error(path: Path, model: nn.Module, images: Tensor) -> float | None:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = session.run(None, {"images": images.numpy()})
-    pairs = [(torch.from_numpy(theirs), ours) for theirs, ours in zip(found, model(images), strict=True)]
+    pairs = [
+        (torch.from_numpy(theirs), ours) for theirs, ours in zip(found, model(images), strict=True)
+    ]
     error = max(((theirs - ours).abs().max() / ours.abs().max()).item() for theirs, ours in pairs)
     if not error < 1e-3:
-        raise ValueError(f"{path}: onnxruntime deviates from this backbone by {error:.1e} of the largest number, more than 1e-3")
+        raise ValueError(
+            f"{path}: onnxruntime deviates from this backbone by {error:.1e} of the largest number, more than 1e-3"
+        )
     return error
 
 
@@ -147,9 +202,24 @@ def model_card(spec: str, format: str, backbone: nn.Module, notes: list[str]) ->
         "Not held by this format": "; ".join(notes) or "nothing is lost",
     }
     lines = [f"- {title}: {text}" for title, text in facts.items()]
-    card = ["# Vision backbone, self-supervised", "", "```python", OPENED_BY[format], "```", "", *lines]
+    card = [
+        "# Vision backbone, self-supervised",
+        "",
+        "```python",
+        OPENED_BY[format],
+        "```",
+        "",
+        *lines,
+    ]
     if recipe:
-        card += ["", "Recipe:", "", "```yaml", yaml.safe_dump(recipe, sort_keys=False).rstrip(), "```"]
+        card += [
+            "",
+            "Recipe:",
+            "",
+            "```yaml",
+            yaml.safe_dump(recipe, sort_keys=False).rstrip(),
+            "```",
+        ]
     return "\n".join(card) + "\n"
 
 

@@ -21,7 +21,6 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import torch
@@ -46,11 +45,17 @@ KINDS = {
 }
 
 
-def main(argv: Optional[list[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = evaluation_parser(__doc__)
-    parser.add_argument("--data", required=True, help="DATA; labels are written down where there are any")
-    parser.add_argument("--features", nargs="+", choices=KINDS, default=["cls"], help="by default cls")
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the arrays")
+    parser.add_argument(
+        "--data", required=True, help="DATA; labels are written down where there are any"
+    )
+    parser.add_argument(
+        "--features", nargs="+", choices=KINDS, default=["cls"], help="by default cls"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="of the arrays"
+    )
     arguments = parser.parse_args(argv)
     if arguments.output is None:
         raise ValueError("--output is missing; name the folder for the arrays and their index")
@@ -61,7 +66,9 @@ def main(argv: Optional[list[str]] = None) -> None:
     device = choose_device(arguments.device)
     backbone = load_backbone(arguments.model).to(device)
     data = open_data(arguments.data, backbone.in_channels)
-    items = Readable(EvalDataset(data, **preparation(backbone.preprocessing, arguments.resize, arguments.size)))
+    items = Readable(
+        EvalDataset(data, **preparation(backbone.preprocessing, arguments.resize, arguments.size))
+    )
     workers = default_workers(device.type) if arguments.workers is None else arguments.workers
     loader = DataLoader(items, arguments.batch_size, num_workers=workers, collate_fn=collate)
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -69,7 +76,9 @@ def main(argv: Optional[list[str]] = None) -> None:
     writers = {kind: Writer(folder / f"{kind}.npy", len(data), arguments.dtype) for kind in kinds}
     rows, bad, grid = [], [], None
     with torch.inference_mode():
-        for images, indices, unreadable in tqdm(loader, desc="features", unit="batch", disable=not sys.stderr.isatty()):
+        for images, indices, unreadable in tqdm(
+            loader, desc="features", unit="batch", disable=not sys.stderr.isatty()
+        ):
             bad += unreadable
             if indices:
                 features: Features = backbone(images.to(device))
@@ -79,11 +88,18 @@ def main(argv: Optional[list[str]] = None) -> None:
                 for kind, writer in writers.items():
                     writer.append(KINDS[kind](features))
     if not rows:
-        raise ValueError(f"none of the {len(data)} images of {arguments.data} could be read; one of them: {bad[0]}")
+        raise ValueError(
+            f"none of the {len(data)} images of {arguments.data} could be read; one of them: {bad[0]}"
+        )
     shapes = {kind: writer.close() for kind, writer in writers.items()}
     write_index(arguments.output, data, rows, bad)
     result = {"task": "extract", "model": arguments.model, "data": arguments.data, "n": len(rows)}
-    result |= {"unreadable": len(bad), "features": shapes, "grid": list(grid), "dtype": arguments.dtype}
+    result |= {
+        "unreadable": len(bad),
+        "features": shapes,
+        "grid": list(grid),
+        "dtype": arguments.dtype,
+    }
     print_result(result | {"seconds": round(time.perf_counter() - began, 1)}, arguments.output)
 
 
@@ -104,7 +120,7 @@ class Readable(Dataset):
             return str(error)
 
 
-def collate(items: list) -> tuple[Optional[Tensor], list[int], list[str]]:
+def collate(items: list) -> tuple[Tensor | None, list[int], list[str]]:
     """Images (B, C, H, W) that could be read, their indices in the data, and the reasons of the others."""
     good = [item for item in items if not isinstance(item, str)]
     images = torch.stack([image for image, _ in good]) if good else None
@@ -129,9 +145,13 @@ class Writer:
             values = values.float().cpu().numpy().astype(self.dtype)
         if not np.isfinite(values).all():
             name = self.path.stem
-            raise ValueError(f"{name} features are not finite in {self.dtype}; check the model, or take float32")
+            raise ValueError(
+                f"{name} features are not finite in {self.dtype}; check the model, or take float32"
+            )
         if self.array is None:
-            self.array = open_memmap(self.unfinished, "w+", self.dtype, (self.most, *values.shape[1:]))
+            self.array = open_memmap(
+                self.unfinished, "w+", self.dtype, (self.most, *values.shape[1:])
+            )
         self.array[self.filled : self.filled + len(values)] = values
         self.filled += len(values)
 
@@ -165,7 +185,9 @@ def check_space(folder: Path, writers: dict[str, Writer], features: Features, im
 
 def write_index(folder: Path, data: ImageData, rows: list[int], bad: list[str]) -> None:
     """index.csv, a line an image that has a row, and bad_images.txt, a line an image that has none."""
-    with (folder / "index.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with (folder / "index.csv").open(
+        "w", newline="", encoding="utf-8", errors="surrogateescape"
+    ) as file:
         writer = csv.writer(file)
         writer.writerow(["row", "name", "label", "class"])
         for row, index in enumerate(rows):
@@ -176,7 +198,9 @@ def write_index(folder: Path, data: ImageData, rows: list[int], bad: list[str]) 
     listed.unlink(missing_ok=True)  # of an earlier call
     if bad:
         notice(f"{len(bad)} images could not be read; {listed} names them")
-        listed.write_text("".join(f"{line}\n" for line in bad), encoding="utf-8", errors="surrogateescape")
+        listed.write_text(
+            "".join(f"{line}\n" for line in bad), encoding="utf-8", errors="surrogateescape"
+        )
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ Each step:
 Started again with the same output_dir, a run goes on where it stopped.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Optional
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,20 @@ from data.datasets import ImageData, open_data, open_labelled
 from data.loader import Batch, EvalDataset, first_readable, stage_loader
 from engine import checkpoint, distributed, optim
 from engine.cli import config_parser, run_script
-from engine.config import LossConfig, TrainConfig, length_in_steps, load_config, micro_batch_size, with_statistics
+from engine.config import (
+    LossConfig,
+    TrainConfig,
+    length_in_steps,
+    load_config,
+    micro_batch_size,
+    with_statistics,
+)
 from engine.finite import FiniteSteps
 from engine.gram import build_gram_teacher
 from engine.guard import build_guard
 from engine.health import CollapseWatch, health
-from engine.logger import BadImages, notice
 from engine.inloop import probe_teacher, report_teacher
+from engine.logger import BadImages, notice
 from engine.patches import mean_locality
 from engine.run import Cadence, Run
 from engine.settings import provenance, refuse_changes, to_yaml
@@ -46,12 +53,19 @@ from losses.ibot import ibot_loss
 from losses.koleo import koleo_loss
 from models.features import Preprocessing
 from models.lora import tune
-from models.ssl_model import SSLModel, SSLOutput, count_parameters, host_copy, make_teacher, update_ema
+from models.ssl_model import (
+    SSLModel,
+    SSLOutput,
+    count_parameters,
+    host_copy,
+    make_teacher,
+    update_ema,
+)
 from models.start import build_student, load_initial, start_from
 from models.writing import save_model
 
 
-def main(argv: Optional[list[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     arguments = config_parser(__doc__).parse_args(argv)
     cfg = load_config(arguments.config, arguments.overrides)
     device = distributed.choose_device(cfg.device)
@@ -68,7 +82,14 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     for stage in stages:  # a mistake in the last one costs nothing either
         micro_batch_size(stage.cfg, distributed.world_size(), "koleo" in stage.schedules)
     cadence = Cadence(log=cfg.log_every, probe=cfg.probe.every, **vars(cfg.checkpoint))
-    run = Run(Path(cfg.output_dir), [stage.stop for stage in stages], cadence, device, cfg.time_limit, cfg.mirrors)
+    run = Run(
+        Path(cfg.output_dir),
+        [stage.stop for stage in stages],
+        cadence,
+        device,
+        cfg.time_limit,
+        cfg.mirrors,
+    )
     if not run.open(to_yaml(cfg, provenance()), partial(refuse_changes, cfg), cfg.overwrite):
         return
 
@@ -78,10 +99,14 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     notice(f"{cfg.model.arch}: {sizes}")
     teacher = make_teacher(student)
     whole = distributed.Whole(teacher, cfg.strategy, device, cfg.precision)
-    distributed.prepare(student, cfg.checkpointing, device.type == "cuda" if cfg.compile is None else cfg.compile)
+    distributed.prepare(
+        student, cfg.checkpointing, device.type == "cuda" if cfg.compile is None else cfg.compile
+    )
     whole.place(student), whole.place(teacher)
     centering = build_centering(cfg.loss, terms).to(device)
-    current = [stage for stage in stages if stage.first < max(run.start_step, 1)][-1]  # of which a checkpoint is
+    current = [stage for stage in stages if stage.first < max(run.start_step, 1)][
+        -1
+    ]  # of which a checkpoint is
     tune(student, teacher, cfg.seed + current.first, **vars(current.cfg.tune))
     optimizer = optim.optimizer_for(student, cfg.optim)
     autocast, scaler = distributed.choose_precision(cfg.precision, device)
@@ -101,7 +126,9 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
             if stage.cfg.tune != current.cfg.tune:
                 tune(student, teacher, cfg.seed + stage.first, **vars(stage.cfg.tune))
                 optimizer = optim.optimizer_for(student, cfg.optim, optimizer)
-                run.state = checkpoint.training_state(student, teacher, centering, optimizer, scaler)
+                run.state = checkpoint.training_state(
+                    student, teacher, centering, optimizer, scaler
+                )
             current = stage
             train_stage(stage, run, student, teacher, whole, centering, optimizer, autocast, scaler)
 
@@ -124,9 +151,13 @@ def train_stage(
         start_from(student, load_initial(cfg.init, cfg.data.channels), cfg.init)
         teacher.load_state_dict(student.state_dict())
         optim.forget(optimizer)
-    gram_teacher = build_gram_teacher(stage, run, whole, lambda spec: load_initial(spec, cfg.data.channels).to(device))
+    gram_teacher = build_gram_teacher(
+        stage, run, whole, lambda spec: load_initial(spec, cfg.data.channels).to(device)
+    )
     loader = stage_loader(stage, first_step, student.backbone.patch_size, device)
-    parallel = distributed.wrap(student, cfg.strategy, device, all_used=student.uses_all(stage.schedules))
+    parallel = distributed.wrap(
+        student, cfg.strategy, device, all_used=student.uses_all(stage.schedules)
+    )
     micro_batch = micro_batch_size(cfg, distributed.world_size(), "koleo" in stage.schedules)
     freeze_steps = optim.span_steps(cfg.optim.freeze_last_layer, stage.stop - stage.first)
     finite = FiniteSteps(optimizer, scaler, device)
@@ -134,7 +165,9 @@ def train_stage(
     def logged() -> dict:
         finite.report(step + 1)
         probs = targets[-1].dino if "dino" in now else targets[-1].ibot
-        return metrics(totals, now) | health(probs, out.cls.unflatten(0, (-1, len(crops.images))), out.patches)
+        return metrics(totals, now) | health(
+            probs, out.cls.unflatten(0, (-1, len(crops.images))), out.patches
+        )
 
     for step, batch in run.steps(loader, first_step):
         distributed.seed_step(cfg.seed, step)
@@ -145,7 +178,9 @@ def train_stage(
 
         # 1. The teacher sees the global crops only and gives the targets, of the whole batch at once.
         with autocast():
-            targets = teacher_targets(teacher, micro_batches, centering, now["teacher_temp"], anchor)
+            targets = teacher_targets(
+                teacher, micro_batches, centering, now["teacher_temp"], anchor
+            )
 
         for number, (crops, target) in enumerate(zip(micro_batches, targets), 1):
             share = len(crops.images) / len(batch.images)
@@ -187,8 +222,8 @@ class Targets:
     its own should be similar like."""
 
     dino: Tensor  # (G, B, K)
-    ibot: Optional[Tensor]  # (M, K'), in the order of masks.flatten().nonzero()
-    gram: Optional[Tensor]  # (G·B, N, D'), patches of the Gram teacher
+    ibot: Tensor | None  # (M, K'), in the order of masks.flatten().nonzero()
+    gram: Tensor | None  # (G·B, N, D'), patches of the Gram teacher
 
 
 @torch.no_grad()
@@ -197,7 +232,7 @@ def teacher_targets(
     micro_batches: list[Batch],
     centering: nn.ModuleDict,
     teacher_temp: float,
-    gram_teacher: Optional[nn.Module] = None,
+    gram_teacher: nn.Module | None = None,
 ) -> list[Targets]:
     """One `Targets` a micro batch; centred and balanced over the whole batch and all ranks, however it is divided."""
     outs = [teacher(crops.global_crops, masks=crops.masks, hide=False) for crops in micro_batches]
@@ -207,17 +242,29 @@ def teacher_targets(
         ibot = balance(centering["ibot"], [out.patch_logits for out in outs], teacher_temp)
     gram = [None] * len(outs)
     if gram_teacher is not None:
-        gram = [gram_targets(gram_teacher, teacher, crops, out) for crops, out in zip(micro_batches, outs)]
+        gram = [
+            gram_targets(gram_teacher, teacher, crops, out)
+            for crops, out in zip(micro_batches, outs)
+        ]
     views = [(-1, len(crops.images)) for crops in micro_batches]  # (G·B, K) -> (G, B, K)
-    return [Targets(probs.unflatten(0, shape), *rest) for probs, shape, *rest in zip(dino, views, ibot, gram)]
+    return [
+        Targets(probs.unflatten(0, shape), *rest)
+        for probs, shape, *rest in zip(dino, views, ibot, gram)
+    ]
 
 
-def gram_targets(gram_teacher: nn.Module, teacher: SSLModel, crops: Batch, out: SSLOutput) -> Tensor:
+def gram_targets(
+    gram_teacher: nn.Module, teacher: SSLModel, crops: Batch, out: SSLOutput
+) -> Tensor:
     """(G·B, N, D') patches of the Gram teacher, from crops of its own size if it has such, on the student's grid."""
     if crops.gram_crops is None and gram_teacher is teacher.backbone:
         return out.patches
     seen = gram_teacher(crops.global_crops if crops.gram_crops is None else crops.gram_crops)
-    return seen.patches if seen.grid == out.grid else downsample_patches(seen.patches, seen.grid, out.grid)
+    return (
+        seen.patches
+        if seen.grid == out.grid
+        else downsample_patches(seen.patches, seen.grid, out.grid)
+    )
 
 
 def balance(centering: Centering, parts: list[Tensor], teacher_temp: float) -> list[Tensor]:
@@ -237,13 +284,20 @@ def compute_losses(
     if "dino" in now:
         local_logits = None if out.local_logits is None else out.local_logits.unflatten(0, views)
         losses["dino"] = multicrop_dino_loss(
-            out.global_logits.unflatten(0, views), local_logits, targets.dino, cfg.dino.student_temp, now["dino_local"]
+            out.global_logits.unflatten(0, views),
+            local_logits,
+            targets.dino,
+            cfg.dino.student_temp,
+            now["dino_local"],
         )
     if "ibot" in now:
-        losses["ibot"] = ibot_loss(out.patch_logits, targets.ibot, crops.masks, cfg.ibot.student_temp)
+        losses["ibot"] = ibot_loss(
+            out.patch_logits, targets.ibot, crops.masks, cfg.ibot.student_temp
+        )
     if "koleo" in now:  # per view: two views of an image must not be pushed apart
         losses["koleo"] = sum(
-            koleo_loss(cls, cfg.koleo.group, distributed.gather_rows) for cls in out.cls.unflatten(0, views)
+            koleo_loss(cls, cfg.koleo.group, distributed.gather_rows)
+            for cls in out.cls.unflatten(0, views)
         )
     if targets.gram is not None:
         losses["gram"] = gram_loss(out.patches, targets.gram)
@@ -256,7 +310,11 @@ def compute_losses(
 def metrics(totals: dict[str, Tensor], now: dict[str, float]) -> dict:
     """Names as in metrics.jsonl; losses are means over the ranks."""
     rates = {name: now[name] for name in ("lr", "weight_decay", "ema_momentum", "teacher_temp")}
-    losses = {name: distributed.mean_over_ranks(value) for name, value in totals.items() if name != "grad_norm"}
+    losses = {
+        name: distributed.mean_over_ranks(value)
+        for name, value in totals.items()
+        if name != "grad_norm"
+    }
     named = {name if name == "loss" else f"loss/{name}": value for name, value in losses.items()}
     return named | rates | {"grad_norm": totals["grad_norm"]}
 
@@ -269,22 +327,38 @@ def teacher_outputs(
     mean, std = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
     prepare = partial(EvalDataset, resize=max(size), size=size, mean=mean, std=std)
     probed = cfg.probe.every > 0
-    train, val = open_labelled(cfg.probe.train, cfg.probe.val, cfg.data.channels) if probed else (None, None)
-    annotated = partial(Annotated, kind="mask", size=size, multiple=teacher.backbone.patch_size, mean=mean, std=std)
-    masks = [annotated(data) for data in (train, val)] if probed and cfg.probe.patches and has_masks(train, val) else None
+    train, val = (
+        open_labelled(cfg.probe.train, cfg.probe.val, cfg.data.channels) if probed else (None, None)
+    )
+    annotated = partial(
+        Annotated, kind="mask", size=size, multiple=teacher.backbone.patch_size, mean=mean, std=std
+    )
+    masks = (
+        [annotated(data) for data in (train, val)]
+        if probed and cfg.probe.patches and has_masks(train, val)
+        else None
+    )
 
     def export() -> Callable[[Path], None]:
-        return partial(save_model, host_copy(teacher), preprocessing=Preprocessing(size, max(size), mean, std))
+        return partial(
+            save_model, host_copy(teacher), preprocessing=Preprocessing(size, max(size), mean, std)
+        )
 
     def report() -> Callable[[Path], None]:
         data = val if probed else images
         shown = first_readable(data, 4)
         inputs = torch.stack([prepare(data)[index][0] for index in shown]).to(device)
-        crops = multi_crop_from(cfg.crops, mean, std).examples([data.image(index) for index in shown], cfg.seed)
-        return report_teacher(Path(cfg.output_dir).name, teacher.backbone, inputs, crops, mean=mean, std=std)
+        crops = multi_crop_from(cfg.crops, mean, std).examples(
+            [data.image(index) for index in shown], cfg.seed
+        )
+        return report_teacher(
+            Path(cfg.output_dir).name, teacher.backbone, inputs, crops, mean=mean, std=std
+        )
 
     def probe() -> dict[str, float]:
-        return probe_teacher(cfg.probe, teacher.backbone, prepare(train), prepare(val), masks, device)
+        return probe_teacher(
+            cfg.probe, teacher.backbone, prepare(train), prepare(val), masks, device
+        )
 
     return {
         "export": export,

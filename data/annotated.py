@@ -60,14 +60,18 @@ class Annotated(Dataset):
     def prepare(self, image: Tensor) -> Tensor:
         """(C, H, W) in the stored type -> (C, h, w) normalised."""
         target = target_size(image.shape[-2:], self.size, self.multiple)
-        image = normalize(to_unit(resize(image, target, self.interpolation)).clone(), self.mean, self.std)
+        image = normalize(
+            to_unit(resize(image, target, self.interpolation)).clone(), self.mean, self.std
+        )
         return image.flip(-1) if self.flip else image
 
     def annotations(self, index: int) -> Any:
         notes = self.data.annotations(index) if self.kinds else {}
         missing = [kind for kind in self.kinds if kind not in notes]
         if missing:
-            raise ValueError(f"{self.data.name(index)} has no {missing[0]}; it has {', '.join(notes) or 'nothing'}")
+            raise ValueError(
+                f"{self.data.name(index)} has no {missing[0]}; it has {', '.join(notes) or 'nothing'}"
+            )
         found = {kind: torch.from_numpy(np.ascontiguousarray(notes[kind])) for kind in self.kinds}
         if self.ignore != 255 and "mask" in found:
             found["mask"] = torch.where(found["mask"] == self.ignore, 255, found["mask"])
@@ -122,7 +126,11 @@ def _with(data: ImageData, method: str, words: str) -> Any:
 
 
 def _recolor(data: ImageData, image: Tensor, index: int) -> Tensor:
-    return fit_channels(image, data.channels, data.name(index)) if isinstance(data, Recolored) else image
+    return (
+        fit_channels(image, data.channels, data.name(index))
+        if isinstance(data, Recolored)
+        else image
+    )
 
 
 def has_masks(*sets: ImageData) -> bool:

@@ -9,7 +9,14 @@ from PIL import Image
 from torch import Tensor
 
 from data.images import SPLITS, ImageData
-from data.pictures import UnreadableImage, Window, array_to_tensor, error_text, finish, picture_to_tensor
+from data.pictures import (
+    UnreadableImage,
+    Window,
+    array_to_tensor,
+    error_text,
+    finish,
+    picture_to_tensor,
+)
 from data.published import labels_of
 
 
@@ -73,7 +80,11 @@ def open_npz(path: Path, channels: int | None, split: str | None = None, **optio
             if name is None:
                 splits = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
                 given = "needs a split" if split is None else f"has no split {split!r}"
-                held = f"split= is one of {', '.join(splits)}" if splits else f"it holds {', '.join(arrays)}"
+                held = (
+                    f"split= is one of {', '.join(splits)}"
+                    if splits
+                    else f"it holds {', '.join(arrays)}"
+                )
                 raise ValueError(f"{str(path)!r} {given}; {held}")
             pixels, labels = arrays[f"{name}images"], arrays.get(f"{name}labels")
     except (OSError, EOFError, zipfile.BadZipFile) as error:
@@ -89,7 +100,12 @@ class PythonImages(ImageData):
     """
 
     def __init__(
-        self, dataset, title: str, channels: int | None = 3, window: Window | None = None, size: int | None = None
+        self,
+        dataset,
+        title: str,
+        channels: int | None = 3,
+        window: Window | None = None,
+        size: int | None = None,
     ):
         self.dataset, self.title, self.channels, self.window = dataset, title, channels, window
         self.length = min(size or len(dataset), len(dataset))
@@ -107,7 +123,9 @@ class PythonImages(ImageData):
             image = _to_tensor(item, self.channels)
         except UnreadableImage:
             raise
-        except OSError as error:  # a file of the Dataset; anything else is a mistake in its code and must show
+        except (
+            OSError
+        ) as error:  # a file of the Dataset; anything else is a mistake in its code and must show
             raise UnreadableImage(self.name(index), error_text(error)) from error
         return finish(image, self.name(index), self.channels, self.window)
 
@@ -126,7 +144,11 @@ def _to_tensor(item, channels: int | None) -> Tensor:
 
 
 def open_python(
-    path: str, channels: int | None, size: int | None = None, window: Window | None = None, **arguments: str
+    path: str,
+    channels: int | None,
+    size: int | None = None,
+    window: Window | None = None,
+    **arguments: str,
 ) -> PythonImages:
     """`package.module:callable`, called with the remaining keys of the spec, as text.
 
@@ -137,7 +159,9 @@ def open_python(
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"python:{path} names no package.module:callable: {error_text(error)}") from error
+        raise ValueError(
+            f"python:{path} names no package.module:callable: {error_text(error)}"
+        ) from error
     try:
         dataset = function(**arguments)
     except TypeError as error:
@@ -145,5 +169,7 @@ def open_python(
             f"python:{path} does not take {', '.join(arguments) or 'no arguments'}: {error_text(error)}"
         ) from error
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ValueError(f"python:{path} gave a {type(dataset).__name__}; a Dataset has a length and items by number")
+        raise ValueError(
+            f"python:{path} gave a {type(dataset).__name__}; a Dataset has a length and items by number"
+        )
     return PythonImages(dataset, f"python:{path}", channels, window, size)

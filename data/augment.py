@@ -26,14 +26,20 @@ TRIES = 10
 AREA, ASPECT, TOP, LEFT, FLIP = slice(0, TRIES), slice(TRIES, 2 * TRIES), 20, 21, 22
 JITTER, FACTORS, ORDER = 23, slice(24, 28), slice(28, 32)
 GRAYSCALE, BLUR, SIGMA, SOLARIZE = 32, 33, 34, 35
-FIRST_NUMBERS = 36  # drawn first; what was added later is drawn after them, so that old seeds keep their views
+FIRST_NUMBERS = (
+    36  # drawn first; what was added later is drawn after them, so that old seeds keep their views
+)
 TURN, STAINS = 36, slice(37, 43)
 NUMBERS = 43
-TARGET = slice(43, 45)  # row and column in pixels; not drawn, and there in guided runs only (data/guided.py)
+TARGET = slice(
+    43, 45
+)  # row and column in pixels; not drawn, and there in guided runs only (data/guided.py)
 
 HELD = 16  # decoded images held at a time while their crops are cut
 CHUNK = 1 << 18  # values jittered at a time: about 1 MB, so that the passes stay in the cache
-DEVICE_CHUNK = 1 << 25  # elsewhere than on a CPU: 128 MB, to bound what the operations hold at a time
+DEVICE_CHUNK = (
+    1 << 25
+)  # elsewhere than on a CPU: 128 MB, to bound what the operations hold at a time
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,17 @@ POLICIES = {
 }
 # For other domains; the strengths are ours. Intensity carries meaning: no solarisation, less blur.
 _MEASURED = AugmentPolicy(
-    saturation=0.0, hue=0.0, grayscale=0.0, blur=(0.5, 0.1, 0.2), blur_sigma=(0.1, 1.0), solarize=0.0
+    saturation=0.0,
+    hue=0.0,
+    grayscale=0.0,
+    blur=(0.5, 0.1, 0.2),
+    blur_sigma=(0.1, 1.0),
+    solarize=0.0,
 )
 POLICIES |= {
-    "grey-medical": replace(_MEASURED, brightness=0.2, contrast=0.2),  # X-ray, CT, MR; flip=0 where sides matter
+    "grey-medical": replace(
+        _MEASURED, brightness=0.2, contrast=0.2
+    ),  # X-ray, CT, MR; flip=0 where sides matter
     "histology": replace(_MEASURED, brightness=0.2, contrast=0.2, turn=0.75, stain=0.2),
     "aerial": replace(_MEASURED, saturation=0.2, hue=0.05, grayscale=0.1, turn=0.75),
     "microscopy": replace(_MEASURED, turn=0.75),
@@ -145,11 +158,15 @@ def crop_boxes(u: Tensor, height, width, spec: CropSpec) -> np.ndarray:
     return np.stack([top, left, h, w], 1).astype(np.int64)
 
 
-def resized_crop(image: Tensor, box: Sequence[int], size: tuple[int, int], flip: bool, turns: int = 0) -> Tensor:
+def resized_crop(
+    image: Tensor, box: Sequence[int], size: tuple[int, int], flip: bool, turns: int = 0
+) -> Tensor:
     """The box (top, left, height, width) of a (C, H, W) image, resized to (C, h, w) as by `resize`,
     mirrored left to right where `flip`, then turned anticlockwise by so many times 90 degrees."""
     top, left, height, width = box
-    crop = resize(image[:, top : top + height, left : left + width], size[::-1] if turns % 2 else size)
+    crop = resize(
+        image[:, top : top + height, left : left + width], size[::-1] if turns % 2 else size
+    )
     crop = crop.flip(-1) if flip else crop
     return crop.rot90(turns, (1, 2)) if turns else crop
 
@@ -250,12 +267,16 @@ class MultiCrop:
         gram_distorted: bool = False,
     ):
         if policy.stain > 0 and len(mean) not in (1, 3):
-            raise ValueError(f"stains (the policy histology) are those of three colours, not of {len(mean)} channels")
+            raise ValueError(
+                f"stains (the policy histology) are those of three colours, not of {len(mean)} channels"
+            )
         self.specs = [s for s in (global_spec, local_spec) if s is not None and s.count > 0]
         self.gram_spec = None if gram_size is None else replace(global_spec, size=tuple(gram_size))
         self.gram_distorted = gram_distorted
         ends = np.cumsum([0, *(spec.count for spec in self.specs)]).tolist()
-        self.cuts = [*zip(self.specs, map(slice, ends, ends[1:]))]  # kinds of crops, and their rows of a table
+        self.cuts = [
+            *zip(self.specs, map(slice, ends, ends[1:]))
+        ]  # kinds of crops, and their rows of a table
         if self.gram_spec is not None:
             self.cuts.append((self.gram_spec, self.cuts[0][1]))
         self.policy, self.mean, self.std = policy, tuple(mean), tuple(std)
@@ -264,7 +285,10 @@ class MultiCrop:
         self.crops = self.globals + self.locals
 
     def views(
-        self, images: Iterable[Tensor], tables: Sequence[Tensor], targets: Iterable[Tensor] | None = None
+        self,
+        images: Iterable[Tensor],
+        tables: Sequence[Tensor],
+        targets: Iterable[Tensor] | None = None,
     ) -> list[Tensor]:
         """Geometry only: crops (G·B, C, H, W) and, where L > 0, (L·B, C, h, w), uint8 from uint8;
         last those for a Gram teacher, if there is one.
@@ -288,21 +312,35 @@ class MultiCrop:
     def _cut(self, images: list[Tensor], u: Tensor, spec: CropSpec) -> list[Tensor]:
         sizes = np.array([image.shape[-2:] for image in images]).repeat(spec.count, 0)
         places = zip(*(values.tolist() for values in self.geometry(u, sizes, spec)))
-        return [resized_crop(images[k // spec.count], box, spec.size, *how) for k, (box, *how) in enumerate(places)]
+        return [
+            resized_crop(images[k // spec.count], box, spec.size, *how)
+            for k, (box, *how) in enumerate(places)
+        ]
 
-    def geometry(self, u: Tensor, sizes: np.ndarray, spec: CropSpec) -> tuple[np.ndarray, Tensor, Tensor]:
+    def geometry(
+        self, u: Tensor, sizes: np.ndarray, spec: CropSpec
+    ) -> tuple[np.ndarray, Tensor, Tensor]:
         """What `resized_crop` takes: boxes (n, 4), whether to mirror (n,) and quarter turns (n,) of n crops, from their
         rows of the table and the sizes (n, 2) of their images."""
         boxes = crop_boxes(u, sizes[:, 0], sizes[:, 1], spec)
         if u.shape[1] > NUMBERS:
-            boxes = steered(boxes, u[:, TARGET].double().numpy(), u[:, TOP : LEFT + 1].double().numpy(), sizes)
+            boxes = steered(
+                boxes, u[:, TARGET].double().numpy(), u[:, TOP : LEFT + 1].double().numpy(), sizes
+            )
         turns = torch.zeros(len(u), dtype=torch.int)
-        if self.policy.turn > 0:  # one number says whether and how far: below the probability it is uniform again
-            turns = torch.where(u[:, TURN] < self.policy.turn, 1 + 3 * u[:, TURN] / self.policy.turn, 0).int()
+        if (
+            self.policy.turn > 0
+        ):  # one number says whether and how far: below the probability it is uniform again
+            turns = torch.where(
+                u[:, TURN] < self.policy.turn, 1 + 3 * u[:, TURN] / self.policy.turn, 0
+            ).int()
         return boxes, u[:, FLIP] < self.policy.flip, turns
 
     def __call__(
-        self, images: Iterable[Tensor], tables: Sequence[Tensor], targets: Iterable[Tensor] | None = None
+        self,
+        images: Iterable[Tensor],
+        tables: Sequence[Tensor],
+        targets: Iterable[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Normalised float32: global crops (G·B, C, H, W), local crops (L·B, C, h, w), and those of the
         Gram teacher, in the order of the global ones; None where there are none."""
@@ -327,15 +365,29 @@ class MultiCrop:
         """The normalised views of each image, globals first: for pictures of what training sees. `targets` as in `views`."""
         generator = torch.Generator().manual_seed(seed)
         places = [None] * len(images) if targets is None else [[target] for target in targets]
-        pairs = [self([image], [draw(generator, self.crops)], place) for image, place in zip(images, places)]
-        return [[*crops, *(() if local_crops is None else local_crops)] for crops, local_crops, _ in pairs]
+        pairs = [
+            self([image], [draw(generator, self.crops)], place)
+            for image, place in zip(images, places)
+        ]
+        return [
+            [*crops, *(() if local_crops is None else local_crops)]
+            for crops, local_crops, _ in pairs
+        ]
 
     def _photometric(self, crops: Tensor, u: Tensor, first: bool) -> Tensor:
         blur, solarize = torch.full(u.shape[:2], self.policy.blur[2]), torch.zeros(u.shape[:2])
         if first:
             blur[0], blur[1:] = self.policy.blur[0], self.policy.blur[1]
             solarize[1:] = self.policy.solarize
-        return photometric(crops, u.flatten(0, 1), self.policy, blur.flatten(), solarize.flatten(), self.mean, self.std)
+        return photometric(
+            crops,
+            u.flatten(0, 1),
+            self.policy,
+            blur.flatten(),
+            solarize.flatten(),
+            self.mean,
+            self.std,
+        )
 
 
 def _stack(crops: list[Tensor]) -> Tensor:
@@ -350,7 +402,9 @@ def _stack(crops: list[Tensor]) -> Tensor:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def multi_crop_from(crops, mean: Sequence[float], std: Sequence[float], sizes=None, gram=None) -> MultiCrop:
+def multi_crop_from(
+    crops, mean: Sequence[float], std: Sequence[float], sizes=None, gram=None
+) -> MultiCrop:
     """A MultiCrop from an object with the attributes of the configuration's section `crops`.
 
     `sizes` has other global and local sizes; `gram` has a Gram teacher's `teacher_scale` and
@@ -360,10 +414,14 @@ def multi_crop_from(crops, mean: Sequence[float], std: Sequence[float], sizes=No
         ValueError: for an unknown policy.
     """
     if crops.policy not in POLICIES:
-        raise ValueError(f"unknown crops.policy {crops.policy!r}; choose from {', '.join(POLICIES)}")
+        raise ValueError(
+            f"unknown crops.policy {crops.policy!r}; choose from {', '.join(POLICIES)}"
+        )
     given = {item.name: getattr(crops, item.name, None) for item in fields(AugmentPolicy)}
     given = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in given.items()
+        if value is not None
     }
     sizes = crops if sizes is None else sizes
     specs = [
@@ -374,7 +432,9 @@ def multi_crop_from(crops, mean: Sequence[float], std: Sequence[float], sizes=No
     if gram is not None and (gram.teacher_scale != 1 or not gram.distortions):
         gram_size = tuple(round(side * gram.teacher_scale) for side in specs[0].size)
     distorted = gram is not None and gram.distortions
-    return MultiCrop(*specs, replace(POLICIES[crops.policy], **given), mean, std, gram_size, distorted)
+    return MultiCrop(
+        *specs, replace(POLICIES[crops.policy], **given), mean, std, gram_size, distorted
+    )
 
 
 def channel_statistics(
@@ -384,7 +444,11 @@ def channel_statistics(
     three channels, and their average for any other number."""
     pairs = ((mean, IMAGENET_MEAN), (std, IMAGENET_STD))
     return tuple(
-        tuple(given) if given is not None else imagenet if channels == 3 else (sum(imagenet) / 3,) * channels
+        tuple(given)
+        if given is not None
+        else imagenet
+        if channels == 3
+        else (sum(imagenet) / 3,) * channels
         for given, imagenet in pairs
     )
 

@@ -12,12 +12,18 @@ BLUR_RADIUS = 4  # pixels; kernel 9 as in DINOv2 and DINOv3
 def sent(host: Tensor, device: torch.device) -> Tensor:
     """A small tensor of the host on a device. To a GPU from pinned memory: copied otherwise, it would be waited for, and
     with it everything that the GPU has still to do."""
-    return host.contiguous().pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return (
+        host.contiguous().pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else host.to(device)
+    )
 
 
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x - mean) / std per channel of (..., C, H, W), in place."""
-    mean, std = (sent(torch.tensor(values, dtype=x.dtype).view(-1, 1, 1), x.device) for values in (mean, std))
+    mean, std = (
+        sent(torch.tensor(values, dtype=x.dtype).view(-1, 1, 1), x.device) for values in (mean, std)
+    )
     return x.sub_(mean).div_(std)
 
 

@@ -51,7 +51,9 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
         return torch.cat([jpeg(channel[None], quality) for channel in image])
     pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
     file = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if len(image) == 1 else pixels).save(file, "JPEG", quality=quality)
+    Image.fromarray(pixels.squeeze(-1) if len(image) == 1 else pixels).save(
+        file, "JPEG", quality=quality
+    )
     read = torch.from_numpy(np.array(Image.open(file)))
     return read.reshape(pixels.shape).permute(2, 0, 1) / 255
 
@@ -71,7 +73,12 @@ def corrupt(image: Tensor, name: str, severity: int, generator: torch.Generator)
     return function(image, strengths[severity - 1], *further).clamp(0, 1)
 
 
-CORRUPTIONS = {"noise": (noise, NOISE), "blur": (blur, BLUR), "contrast": (contrast, CONTRAST), "jpeg": (jpeg, QUALITY)}
+CORRUPTIONS = {
+    "noise": (noise, NOISE),
+    "blur": (blur, BLUR),
+    "contrast": (contrast, CONTRAST),
+    "jpeg": (jpeg, QUALITY),
+}
 
 
 class Corrupted(Dataset):
@@ -86,7 +93,9 @@ class Corrupted(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         image, label, _ = self.items[index]
         unit = _denormalize(image, self.items)
-        damaged = corrupt(unit, self.name, self.severity, _generator(CORRUPTION, self.severity, index))
+        damaged = corrupt(
+            unit, self.name, self.severity, _generator(CORRUPTION, self.severity, index)
+        )
         return normalize(damaged, self.items.mean, self.items.std), label, index
 
 
@@ -104,7 +113,9 @@ class Copies(Dataset):
         image, label, _ = self.items[index]
         generator = _generator(COPY, index)
         height, width = image.shape[-2:]
-        box = crop_boxes(draw(generator, 1), height, width, CropSpec((height, width), (0.3, 0.7), 1))[0].tolist()
+        box = crop_boxes(
+            draw(generator, 1), height, width, CropSpec((height, width), (0.3, 0.7), 1)
+        )[0].tolist()
         flip, gain, scale, sigma, quality = torch.rand(5, generator=generator).tolist()
         copy = resized_crop(_denormalize(image, self.items), box, (height, width), flip < 0.5)
         copy = contrast(copy, 0.5 + scale) * (0.7 + 0.6 * gain)

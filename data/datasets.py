@@ -47,7 +47,11 @@ KEYS = {
 }
 TORCHVISION_KEYS = ("split", "size", "download", "window")
 TEXTS = ("split", "labels", "marks", "config", "image", "label")
-FILES = {".tar": "tar", ".yaml": "mix", ".yml": "mix"}  # a file that exists, by its extension; otherwise a list
+FILES = {
+    ".tar": "tar",
+    ".yaml": "mix",
+    ".yml": "mix",
+}  # a file that exists, by its extension; otherwise a list
 
 
 def open_data(spec: str, channels: int | None = 3) -> ImageData:
@@ -71,7 +75,10 @@ def open_data(spec: str, channels: int | None = 3) -> ImageData:
     if not path:
         raise ValueError(f"{kind!r} needs a path: {kind}:PATH")
     place = Path(path).expanduser()
-    reading = {"channels": channels, **{key: options.pop(key) for key in ("window", "page") if key in options}}
+    reading = {
+        "channels": channels,
+        **{key: options.pop(key) for key in ("window", "page") if key in options},
+    }
     if kind == "folder":
         return open_folder(place, reading, **options)
     if kind == "list":
@@ -131,10 +138,14 @@ def _open_mixture(path: Path, channels: int | None) -> Mixture:
     sources = []
     for spec, _, _ in items:
         if _parse(spec)[0] == "mix":
-            raise ValueError(f"{spec!r} in {str(path)!r} is itself a mixture; name its sources here")
+            raise ValueError(
+                f"{spec!r} in {str(path)!r} is itself a mixture; name its sources here"
+            )
         sources.append(open_data(spec, channels))
     try:
-        return Mixture(sources, [weight for _, weight, _ in items], [alone for _, _, alone in items])
+        return Mixture(
+            sources, [weight for _, weight, _ in items], [alone for _, _, alone in items]
+        )
     except ValueError as error:
         raise ValueError(f"{str(path)!r}: {error}") from error
 
@@ -158,7 +169,9 @@ def _parse(spec: str) -> tuple[str, str, dict]:
             options[key] = value
         else:
             takes = f"takes {', '.join(allowed)}" if allowed else "takes no keys"
-            raise ValueError(f"unknown key {key!r} in {spec!r}{_nearest(key, allowed)}; {kind} {takes}")
+            raise ValueError(
+                f"unknown key {key!r} in {spec!r}{_nearest(key, allowed)}; {kind} {takes}"
+            )
     return kind, path, options
 
 
@@ -180,7 +193,9 @@ def _known_kind(kind: str, spec: str, colon: bool) -> str:
     kinds = f"{', '.join(KEYS)}, or a torchvision.datasets class in snake case such as cifar10, fashion_mnist, stl10"
     if (colon and len(kind) > 1 and os.sep not in kind) or nearest:
         raise ValueError(f"unknown kind {kind!r} in {spec!r}{nearest}; kinds are {kinds}")
-    raise FileNotFoundError(f"no folder or file {spec.partition('?')[0]!r}; other kinds of data are {kinds}")
+    raise FileNotFoundError(
+        f"no folder or file {spec.partition('?')[0]!r}; other kinds of data are {kinds}"
+    )
 
 
 def _nearest(given: str, allowed) -> str:
@@ -208,5 +223,7 @@ def _window(text: str, spec: str) -> tuple[float, float]:
     except ValueError:
         centre, width = math.nan, math.nan
     if not (math.isfinite(centre) and math.isfinite(width) and width > 0):
-        raise ValueError(f"window is CENTRE,WIDTH with a positive width in {spec!r}, such as 40,400; not {text!r}")
+        raise ValueError(
+            f"window is CENTRE,WIDTH with a positive width in {spec!r}, such as 40,400; not {text!r}"
+        )
     return centre, width

@@ -19,7 +19,9 @@ from torch import Tensor
 from data.augment import CropSpec, MultiCrop, resize, to_unit
 
 SHRINK_BELOW = 0.8  # share of a side; to shrink by less costs more than it saves
-BUDGET = 1 << 25  # values and weights of the windows resized at a time: about half a GB with all by-products
+BUDGET = (
+    1 << 25
+)  # values and weights of the windows resized at a time: about half a GB with all by-products
 
 
 @dataclass
@@ -31,23 +33,37 @@ class Cut:
 
     size: tuple[int, int]
     rows: Tensor  # (n,) int64: the place of each in the batch, crop-major
-    windows: Tensor  # (n, 4) int64: first pixel in the buffer, pixels a line of its image, height, width
+    windows: (
+        Tensor  # (n, 4) int64: first pixel in the buffer, pixels a line of its image, height, width
+    )
     lines: Tensor  # (n, 4) float32: offset and step, down and across
-    chunks: list[tuple[int, int, int, int, bool]]  # from, to, largest height, largest width, whether turned
+    chunks: list[
+        tuple[int, int, int, int, bool]
+    ]  # from, to, largest height, largest width, whether turned
 
     def to(self, device: torch.device, non_blocking: bool) -> "Cut":
-        moved = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.rows, self.windows, self.lines))
+        moved = (
+            tensor.to(device, non_blocking=non_blocking)
+            for tensor in (self.rows, self.windows, self.lines)
+        )
         return Cut(self.size, *moved, self.chunks)
 
     def pin_memory(self) -> "Cut":
-        return Cut(self.size, *(tensor.pin_memory() for tensor in (self.rows, self.windows, self.lines)), self.chunks)
+        return Cut(
+            self.size,
+            *(tensor.pin_memory() for tensor in (self.rows, self.windows, self.lines)),
+            self.chunks,
+        )
 
 
 # ----------------------------------------------------------------- in a loader worker
 
 
 def pack(
-    multi_crop: MultiCrop, images: Iterable[Tensor], tables: Sequence[Tensor], targets: Iterable[Tensor] | None = None
+    multi_crop: MultiCrop,
+    images: Iterable[Tensor],
+    tables: Sequence[Tensor],
+    targets: Iterable[Tensor] | None = None,
 ) -> tuple[Tensor, list[Cut]]:
     """Images (C, H, W), one after the other and shrunk where they can be, and what is to be cut out of them.
 
@@ -68,7 +84,10 @@ def pack(
         u = torch.cat([u, torch.stack(points, 1)], 2)
     sizes, own = np.array(sizes), np.array([image.shape[-2:] for image in kept])
     budget = BUDGET // (1 + len(kept[0]))
-    cuts = [_cut(multi_crop, u[rows].flatten(0, 1), sizes, own, spec, budget) for spec, rows in multi_crop.cuts]
+    cuts = [
+        _cut(multi_crop, u[rows].flatten(0, 1), sizes, own, spec, budget)
+        for spec, rows in multi_crop.cuts
+    ]
     return torch.cat([image.permute(1, 2, 0).reshape(-1, len(image)) for image in kept]), cuts
 
 
@@ -85,7 +104,14 @@ def shrunk(image: Tensor, multi_crop: MultiCrop) -> Tensor:
     return resize(image, (max(1, round(height * ratio)), max(1, round(width * ratio))))
 
 
-def _cut(multi_crop: MultiCrop, u: Tensor, sizes: np.ndarray, own: np.ndarray, spec: CropSpec, budget: int) -> Cut:
+def _cut(
+    multi_crop: MultiCrop,
+    u: Tensor,
+    sizes: np.ndarray,
+    own: np.ndarray,
+    spec: CropSpec,
+    budget: int,
+) -> Cut:
     """
     Args:
         u: (count·b, NUMBERS) or with targets, crop-major.
@@ -97,7 +123,9 @@ def _cut(multi_crop: MultiCrop, u: Tensor, sizes: np.ndarray, own: np.ndarray, s
     boxes, flips, turns = (np.asarray(values) for values in multi_crop.geometry(u, sizes, spec))
     ratio = own / sizes
     corner, extent = boxes[:, :2] * ratio, boxes[:, 2:] * ratio
-    first = np.minimum(np.floor(corner + 0.5), own - 1)  # pixels with their centre in the box, at least one
+    first = np.minimum(
+        np.floor(corner + 0.5), own - 1
+    )  # pixels with their centre in the box, at least one
     window = np.maximum(np.floor(corner + extent + 0.5) - first, 1).astype(np.int64)
 
     turned = turns % 2 == 1
@@ -111,11 +139,16 @@ def _cut(multi_crop: MultiCrop, u: Tensor, sizes: np.ndarray, own: np.ndarray, s
 
     order = np.lexsort((-window.prod(1), turned))
     chunks = _chunks(window[order], turned[order], budget, max(spec.size))
-    tensors = (torch.from_numpy(values) for values in (order, windows[order], lines[order].astype(np.float32)))
+    tensors = (
+        torch.from_numpy(values)
+        for values in (order, windows[order], lines[order].astype(np.float32))
+    )
     return Cut(spec.size, *tensors, chunks)
 
 
-def _chunks(window: np.ndarray, turned: np.ndarray, budget: int, side: int) -> list[tuple[int, int, int, int, bool]]:
+def _chunks(
+    window: np.ndarray, turned: np.ndarray, budget: int, side: int
+) -> list[tuple[int, int, int, int, bool]]:
     """Neighbours whose windows, each as large as the largest, and crops of `side` pixels a side stay within a budget of
     pixels; a single one may exceed it."""
     chunks, start, height, width = [], 0, 0, 0
@@ -147,14 +180,19 @@ def cut_out(pixels: Tensor, cut: Cut) -> Tensor:
     return out
 
 
-def _resized(pixels: Tensor, windows: Tensor, lines: Tensor, largest: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def _resized(
+    pixels: Tensor, windows: Tensor, lines: Tensor, largest: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
     """(n, C, h, w) as `data.augment.resize` gives it, of windows that differ in size."""
     coarse = pixels.dtype == torch.uint8
     # Whole numbers up to 255 are exact in half precision, and so nearly are the weights.
     dtype = torch.half if coarse and pixels.device.type == "cuda" else torch.float32
     start, line, *extents = windows.unbind(1)
     # Beyond a window its last line and column, which get no weight.
-    y, x = (torch.arange(n, device=pixels.device).minimum(e[:, None] - 1) for n, e in zip(largest, extents))
+    y, x = (
+        torch.arange(n, device=pixels.device).minimum(e[:, None] - 1)
+        for n, e in zip(largest, extents)
+    )
     places = (start[:, None] + y * line[:, None])[:, :, None] + x[:, None]  # (n, height, width)
     window = pixels[places].movedim(3, 2).to(dtype)  # (n, height, C, width)
     down, across = (
@@ -162,8 +200,14 @@ def _resized(pixels: Tensor, windows: Tensor, lines: Tensor, largest: tuple[int,
         for axis, extent, sides in zip(lines.split(2, 1), extents, zip(size, largest))
     )
     made = torch.bmm(window.flatten(1, 2), across.transpose(1, 2))  # (n, height·C, w)
-    made = made.round_().clamp_(0, 255) if coarse else made  # as F.interpolate does between its two passes
-    made = torch.bmm(down, made.view(len(windows), largest[0], -1)).unflatten(2, (-1, size[1])).movedim(2, 1)
+    made = (
+        made.round_().clamp_(0, 255) if coarse else made
+    )  # as F.interpolate does between its two passes
+    made = (
+        torch.bmm(down, made.view(len(windows), largest[0], -1))
+        .unflatten(2, (-1, size[1]))
+        .movedim(2, 1)
+    )
     return made.round().clamp_(0, 255).to(torch.uint8) if coarse else made.clamp(0, 1)
 
 
@@ -182,5 +226,8 @@ def resampling(offset: Tensor, step: Tensor, extent: Tensor, lines: int, pixels:
     distance = (pixel + 0.5 - centre[..., None]).div_(step.abs().clamp(min=1)[..., None]).abs_()
     near = (1.5 * distance - 2.5) * distance.square() + 1
     far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0)) * (pixel < extent[:, None])[:, None]
+    weights = (
+        torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
+        * (pixel < extent[:, None])[:, None]
+    )
     return weights / weights.sum(2, keepdim=True)

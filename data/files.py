@@ -49,7 +49,11 @@ class FileImages(ImageData):
         return str(self.root / os.fsdecode(self.files[index]))
 
     def annotations(self, index: int) -> dict:
-        return super().annotations(index) if self.marks is None else self.marks.of(os.fsdecode(self.files[index]))
+        return (
+            super().annotations(index)
+            if self.marks is None
+            else self.marks.of(os.fsdecode(self.files[index]))
+        )
 
 
 def open_folder(
@@ -71,7 +75,9 @@ def open_folder(
             raise FileNotFoundError(f"no folder {split!r} in {str(below)!r} for split={split}")
     files = sorted(_walk(root))
     if not files:
-        raise FileNotFoundError(f"no image in {str(root)!r}; extensions are {' '.join(sorted(EXTENSIONS))}")
+        raise FileNotFoundError(
+            f"no image in {str(root)!r}; extensions are {' '.join(sorted(EXTENSIONS))}"
+        )
     if labels is None:
         names = [file.partition("/")[0] if "/" in file else None for file in files]
     else:
@@ -96,7 +102,9 @@ def _read_marks(root: Path, given: str | None, files: list[str]) -> Marks | None
     path = _beside(root, given)
     marks = Marks(_read_csv(path, ("file",)), path.parent)
     if not any(file in marks for file in files):
-        raise ValueError(f"{given!r} marks no image of {str(root)!r}; its column file holds paths as in the data")
+        raise ValueError(
+            f"{given!r} marks no image of {str(root)!r}; its column file holds paths as in the data"
+        )
     return marks
 
 
@@ -110,7 +118,9 @@ def _walk(root: Path):
                 yield (relative / file).as_posix()
 
 
-def open_list(path: Path, reading: dict, size: int | None = None, marks: str | None = None) -> FileImages:
+def open_list(
+    path: Path, reading: dict, size: int | None = None, marks: str | None = None
+) -> FileImages:
     """The images that a .txt or .csv names, or the one image at that path."""
     names = None
     if path.suffix.lower() in EXTENSIONS:
@@ -126,7 +136,9 @@ def open_list(path: Path, reading: dict, size: int | None = None, marks: str | N
         raise ValueError(f"{str(path)!r} is no list of images: a list ends in .txt or .csv")
     if not files:
         raise FileNotFoundError(f"{str(path)!r} lists no image")
-    return FileImages(path.parent, files, names, reading, size, _read_marks(path.parent, marks, files))
+    return FileImages(
+        path.parent, files, names, reading, size, _read_marks(path.parent, marks, files)
+    )
 
 
 def _open_text(path: Path):

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from data.pictures import read_image
 
-GUIDES, MARKED = range(24, 26)  # purposes of random numbers; those below are the loader's and the mixture's
+GUIDES, MARKED = range(
+    24, 26
+)  # purposes of random numbers; those below are the loader's and the mixture's
 BOX = ("x0", "y0", "x1", "y1")
 
 
@@ -34,7 +36,9 @@ class Guidance:
     global_crops: bool = False
     share: float = 1.0
 
-    def targets(self, data: Any, index: int, position: int, seed: int, global_count: int, count: int) -> Tensor:
+    def targets(
+        self, data: Any, index: int, position: int, seed: int, global_count: int, count: int
+    ) -> Tensor:
         """Where the crops of an image should look: a function of image, position in the stream, and seed.
 
         Args:
@@ -60,7 +64,11 @@ class Guidance:
 
 def guidance_from(crops: Any) -> Guidance | None:
     """From the configuration's section `crops`; None where nothing is guided."""
-    return Guidance(crops.guided, crops.guided_globals, crops.guided_share) if crops.guided > 0 else None
+    return (
+        Guidance(crops.guided, crops.guided_globals, crops.guided_share)
+        if crops.guided > 0
+        else None
+    )
 
 
 def marked_points(notes: dict, u: np.ndarray) -> np.ndarray:
@@ -83,7 +91,10 @@ def marked_points(notes: dict, u: np.ndarray) -> np.ndarray:
     pixels = np.flatnonzero((mask > 0) & (mask != 255))
     if not len(pixels):
         return np.full((len(u), 2), np.nan)
-    return np.stack(np.divmod(pixels[(u[:, 0] * len(pixels)).astype(int)], mask.shape[1]), 1) + u[:, 1:]
+    return (
+        np.stack(np.divmod(pixels[(u[:, 0] * len(pixels)).astype(int)], mask.shape[1]), 1)
+        + u[:, 1:]
+    )
 
 
 def steered(boxes: np.ndarray, points: np.ndarray, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -100,7 +111,9 @@ def steered(boxes: np.ndarray, points: np.ndarray, u: np.ndarray, sizes: np.ndar
     corner = np.clip(np.rint(points - extent * (0.25 + 0.5 * u)), pixel - extent + 1, pixel)
     corner = np.clip(corner, 0, sizes - extent)
     stays = np.isnan(points)
-    return np.concatenate([np.where(stays, boxes[:, :2], np.nan_to_num(corner).astype(np.int64)), extent], 1)
+    return np.concatenate(
+        [np.where(stays, boxes[:, :2], np.nan_to_num(corner).astype(np.int64)), extent], 1
+    )
 
 
 # ----------------------------------------------------------------- where marks come from
@@ -154,7 +167,11 @@ class Marks:
     def of(self, file: str) -> dict[str, np.ndarray]:
         """`mask` (H, W) uint8, 1 where marked, or `boxes` (m, 4) float32; m is 0 where there is no mark."""
         if file in self.masks:
-            return {"mask": (read_image(self.folder / self.masks[file], None)[0] > 0).numpy().astype(np.uint8)}
+            return {
+                "mask": (read_image(self.folder / self.masks[file], None)[0] > 0)
+                .numpy()
+                .astype(np.uint8)
+            }
         return {"boxes": np.array(self.boxes.get(file, ()), dtype=np.float32).reshape(-1, 4)}
 
 
@@ -164,5 +181,7 @@ def _box(row: dict[str, str]) -> list[float]:
     except (KeyError, TypeError, ValueError):
         box = []
     if not box or not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
-        raise ValueError(f"{row} marks nothing; give {', '.join(BOX)} in pixels with x0 < x1 and y0 < y1, or mask")
+        raise ValueError(
+            f"{row} marks nothing; give {', '.join(BOX)} in pixels with x0 < x1 and y0 < y1, or mask"
+        )
     return box

@@ -7,7 +7,11 @@ from torch.utils.data import Dataset
 from data.pictures import fit_channels
 
 # What a data set may call the split that is asked for, best first.
-SPLITS = {"train": ("train", "trainval"), "val": ("val", "valid", "validation", "test"), "test": ("test",)}
+SPLITS = {
+    "train": ("train", "trainval"),
+    "val": ("val", "valid", "validation", "test"),
+    "test": ("test",),
+}
 
 
 class ImageData(Dataset):

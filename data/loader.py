@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.augment import MultiCrop, channel_statistics, draw, multi_crop_from, normalize, resize, to_unit
+from data.augment import (
+    MultiCrop,
+    channel_statistics,
+    draw,
+    multi_crop_from,
+    normalize,
+    resize,
+    to_unit,
+)
 from data.datasets import ImageData, UnreadableImage, open_data
 from data.device import Cut, cut_out, pack
 from data.guided import Guidance, guidance_from, require_marks
@@ -25,7 +33,9 @@ from data.masking import MaskSpec, draw_masks
 from data.mixture import Mixture
 from engine import distributed
 
-EPOCH_ORDER, VIEWS, MASKS, SIZES = range(4)  # purposes of random numbers, so that none repeats another's
+EPOCH_ORDER, VIEWS, MASKS, SIZES = range(
+    4
+)  # purposes of random numbers, so that none repeats another's
 
 
 @dataclass
@@ -34,7 +44,9 @@ class Batch:
 
     global_crops: Tensor  # (G·b, C, H, W) float32, normalised
     local_crops: Tensor | None  # (L·b, C, h, w); None when L = 0
-    gram_crops: Tensor | None  # (G·b, C, H', W') global crops as the Gram teacher sees them; None = as they are
+    gram_crops: (
+        Tensor | None
+    )  # (G·b, C, H', W') global crops as the Gram teacher sees them; None = as they are
     masks: Tensor | None  # (G·b, N) bool, True = hidden from the student
     images: list[int]  # indices into the data
     bad: list[tuple[str, str]]  # (name, reason) of those that could not be read
@@ -92,7 +104,12 @@ class RawBatch:
 
     def pin_memory(self) -> "RawBatch":
         masks = None if self.masks is None else self.masks.pin_memory()
-        return replace(self, pixels=self.pixels.pin_memory(), cuts=[cut.pin_memory() for cut in self.cuts], masks=masks)
+        return replace(
+            self,
+            pixels=self.pixels.pin_memory(),
+            cuts=[cut.pin_memory() for cut in self.cuts],
+            masks=masks,
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,9 @@ class Views:
     guidance: Guidance | None = None
 
 
-def views_from(crops, mean: Sequence[float], std: Sequence[float], patch_size: int, ibot=None, gram=None) -> list[Views]:
+def views_from(
+    crops, mean: Sequence[float], std: Sequence[float], patch_size: int, ibot=None, gram=None
+) -> list[Views]:
     """One `Views`, or those of `crops.mix`, from the configuration's section `crops`.
 
     Args:
@@ -169,7 +188,10 @@ class StepDataset(Dataset):
         start = step * self.batch_size + self.shift
         epochs, places = np.divmod(np.arange(start, start + self.batch_size), len(self.data))
         return np.concatenate(
-            [self._epoch_order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
+            [
+                self._epoch_order(epoch)[places[epochs == epoch]]
+                for epoch in np.unique(epochs).tolist()
+            ]
         )
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
@@ -190,7 +212,9 @@ class StepDataset(Dataset):
         crops = make(readable, tables, self._targets(views, first, images))
         masks = None if views.masks is None else self._draw_masks(step, views)
         if self.on_device:
-            return RawBatch(*crops, torch.stack(tables, 1), views.multi_crop, masks, images, list(bad.items()))
+            return RawBatch(
+                *crops, torch.stack(tables, 1), views.multi_crop, masks, images, list(bad.items())
+            )
         return Batch(*crops, masks, images, list(bad.items()))
 
     def _views(self, step: int) -> Views:
@@ -200,7 +224,9 @@ class StepDataset(Dataset):
         rng = np.random.default_rng([self.seed, SIZES, step])
         return self.views[rng.choice(len(shares), p=shares / shares.sum())]
 
-    def _read(self, indices: np.ndarray, images: list[int], bad: dict[str, str]) -> Iterator[Tensor]:
+    def _read(
+        self, indices: np.ndarray, images: list[int], bad: dict[str, str]
+    ) -> Iterator[Tensor]:
         """The images of this rank's block. An unreadable one gives its place to the next readable
         one of the global batch, whichever rank's: that does not depend on the number of ranks."""
         errors: dict[int, UnreadableImage] = {}
@@ -231,8 +257,7 @@ class StepDataset(Dataset):
         return draw(torch.Generator().manual_seed(int(hashed[0])), crops)
 
     def _targets(self, views: Views, first: int, images: list[int]) -> Iterator[Tensor] | None:
-        """Where the crops of this rank's images should look. `images` fills as they are read, each before it is asked for.
-        """
+        """Where the crops of this rank's images should look. `images` fills as they are read, each before it is asked for."""
         if views.guidance is None:
             return None
         counts = views.multi_crop.globals, views.multi_crop.crops
@@ -245,14 +270,22 @@ class StepDataset(Dataset):
         count, spec = views.multi_crop.globals, views.masks
         rows = [view * self.batch_size + place for view in range(count) for place in self.block]
         return draw_masks(
-            count * self.batch_size, spec.grid, spec.probability, spec.ratio, (self.seed, MASKS, step), rows, spec.fill
+            count * self.batch_size,
+            spec.grid,
+            spec.probability,
+            spec.ratio,
+            (self.seed, MASKS, step),
+            rows,
+            spec.fill,
         )
 
 
 def default_workers(device: str, ranks: int = 1) -> int:
     """Loader processes of a rank: on a GPU machine its share of the cores, at most 16. None where the CPU trains: the work
     is the same, and threads that wait for a core held by a loader cost more than the overlap gains."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return min(16, cores // ranks) if device == "cuda" else 0
 
 
@@ -280,7 +313,9 @@ def make_loader(
     """
     workers = default_workers(device, world_size) if workers is None else workers
     ranks = {"rank": rank, "world_size": world_size}
-    steps = StepDataset(data, views, batch_size=batch_size, seed=seed, shift=shift, on_device=on_device, **ranks)
+    steps = StepDataset(
+        data, views, batch_size=batch_size, seed=seed, shift=shift, on_device=on_device, **ranks
+    )
     return DataLoader(
         steps,
         batch_size=None,
@@ -305,7 +340,10 @@ def stage_loader(stage, first_step: int, patch_size: int, device: torch.device) 
             file=sys.stderr,
         )
     statistics = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
-    gram, ibot = cfg.loss.gram if "gram" in terms else None, cfg.loss.ibot if "ibot" in terms else None
+    gram, ibot = (
+        cfg.loss.gram if "gram" in terms else None,
+        cfg.loss.ibot if "ibot" in terms else None,
+    )
     return make_loader(
         images,
         views_from(cfg.crops, *statistics, patch_size, ibot, gram),
@@ -318,7 +356,9 @@ def stage_loader(stage, first_step: int, patch_size: int, device: torch.device) 
         world_size=distributed.world_size(),
         workers=cfg.data.workers,
         device=device.type,
-        on_device=device.type == "cuda" if cfg.data.augment_on == "auto" else cfg.data.augment_on == "device",
+        on_device=device.type == "cuda"
+        if cfg.data.augment_on == "auto"
+        else cfg.data.augment_on == "device",
     )
 
 

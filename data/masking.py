@@ -24,7 +24,9 @@ class MaskSpec:
     fill: bool = True  # exactly that many (DINOv3); False leaves masks a little short (DINOv2)
 
 
-def block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator, fill: bool = True) -> np.ndarray:
+def block_mask(
+    grid: tuple[int, int], count: int, rng: np.random.Generator, fill: bool = True
+) -> np.ndarray:
     """Rectangles at random places until `count` patches are hidden.
 
     Args:

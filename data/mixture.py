@@ -35,13 +35,21 @@ class Mixture(ImageData):
         ValueError: for a negative or missing share.
     """
 
-    def __init__(self, sources: Sequence[ImageData], weights: Sequence[float], alone: Sequence[float]):
+    def __init__(
+        self, sources: Sequence[ImageData], weights: Sequence[float], alone: Sequence[float]
+    ):
         if min(*weights, *alone) < 0 or sum(alone) > 1 + 1e-9:
-            raise ValueError(f"weights {weights} must not be negative, and {alone} (alone) must lie in [0, 1] together")
+            raise ValueError(
+                f"weights {weights} must not be negative, and {alone} (alone) must lie in [0, 1] together"
+            )
         if sum(weights) == 0 and sum(alone) < 1 - 1e-9:
-            raise ValueError("all weights are 0, and `alone` does not add up to 1: what should the other steps show?")
+            raise ValueError(
+                "all weights are 0, and `alone` does not add up to 1: what should the other steps show?"
+            )
         self.sources, self.starts = list(sources), np.cumsum([0, *map(len, sources)])
-        self.step_quotas = _quotas([*alone, max(0.0, 1 - sum(alone))])  # the last is that of mixed steps
+        self.step_quotas = _quotas(
+            [*alone, max(0.0, 1 - sum(alone))]
+        )  # the last is that of mixed steps
         self.quotas = _quotas(weights) if sum(weights) else np.zeros(len(weights), dtype=np.int64)
         self.patterns: dict[int, tuple] = {}  # by purpose, the last one asked for
         self.orders: dict[int, tuple] = {}  # by source, the last epoch's
@@ -72,8 +80,12 @@ class Mixture(ImageData):
                 shared out among the kinds of steps, so with `alone` a source may then miss or repeat a few images.
         """
         kinds, kind = self._count(KINDS_OF_STEPS, self.step_quotas, step, 1, seed)
-        places = np.maximum(0, kinds * batch_size + shift * self.step_quotas // PERIOD)  # before this step
-        drawn, sources = self._count(SOURCES_OF_PLACES, self.quotas, int(places[-1]), batch_size, seed)
+        places = np.maximum(
+            0, kinds * batch_size + shift * self.step_quotas // PERIOD
+        )  # before this step
+        drawn, sources = self._count(
+            SOURCES_OF_PLACES, self.quotas, int(places[-1]), batch_size, seed
+        )
         drawn = drawn + places[:-1]  # images of each source
         if kind[0] < len(self.sources):
             sources = np.full(batch_size, kind[0])
@@ -92,7 +104,10 @@ class Mixture(ImageData):
         if not quotas.any():
             return quotas, np.empty(0, dtype=np.int64)
         period, place = divmod(first, PERIOD)
-        row = [self._pattern(purpose, quotas, period + k, seed) for k in range((place + count - 1) // PERIOD + 1)]
+        row = [
+            self._pattern(purpose, quotas, period + k, seed)
+            for k in range((place + count - 1) // PERIOD + 1)
+        ]
         before = period * quotas + np.bincount(row[0][:place], minlength=len(quotas))
         return before, np.concatenate(row)[place : place + count]
 
@@ -137,7 +152,11 @@ def read_mixture(path: Path) -> list[tuple[str, float, float]]:
 
 
 def _source(item, path: Path) -> tuple[str, float, float]:
-    if not isinstance(item, dict) or "data" not in item or not item.keys() <= {"data", "weight", "alone"}:
+    if (
+        not isinstance(item, dict)
+        or "data" not in item
+        or not item.keys() <= {"data", "weight", "alone"}
+    ):
         raise ValueError(
             f"{item} in {str(path)!r} is no source; keys are data, weight (default 1) and alone (default 0)"
         )
@@ -152,7 +171,9 @@ def _quotas(shares: Sequence[float]) -> np.ndarray:
     exact = np.array(shares, dtype=np.float64) / sum(shares) * PERIOD
     quotas = np.maximum(np.floor(exact + 1e-9), exact > 0).astype(np.int64)
     while (missing := PERIOD - quotas.sum()) != 0:
-        quotas[np.argmax(np.where(quotas > 0, (exact - quotas) * np.sign(missing), -np.inf))] += np.sign(missing)
+        quotas[np.argmax(np.where(quotas > 0, (exact - quotas) * np.sign(missing), -np.inf))] += (
+            np.sign(missing)
+        )
     return quotas
 
 

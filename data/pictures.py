@@ -15,9 +15,28 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 ARRAYS = {".npy", ".npz"}
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"} | ARRAYS
+EXTENSIONS = {
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".bmp",
+    ".gif",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+} | ARRAYS
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-WIDTH, HEIGHT, BITS, ORIENTATION, SAMPLES, EXTRA, FORMAT = 256, 257, 258, 274, 277, 338, 339  # tags of TIFF 6.0
+WIDTH, HEIGHT, BITS, ORIENTATION, SAMPLES, EXTRA, FORMAT = (
+    256,
+    257,
+    258,
+    274,
+    277,
+    338,
+    339,
+)  # tags of TIFF 6.0
 ALPHA = (1, 2)  # values of EXTRA: with and without premultiplied colours; anything else is a band
 Window = tuple[float, float]
 
@@ -30,11 +49,18 @@ class UnreadableImage(OSError):
         self.name, self.reason = name, reason
 
     def __reduce__(self):
-        return type(self), (self.name, self.reason)  # OSError's own would hand over the message alone
+        return type(self), (
+            self.name,
+            self.reason,
+        )  # OSError's own would hand over the message alone
 
 
 def read_image(
-    path: str | Path, channels: int | None = 3, *, window: Window | None = None, page: int | None = None
+    path: str | Path,
+    channels: int | None = 3,
+    *,
+    window: Window | None = None,
+    page: int | None = None,
 ) -> Tensor:
     """(C, H, W) uint8, uint16 or float32 in [0, 1], upright as its EXIF tag says; of an animation the first frame.
 
@@ -58,7 +84,12 @@ def read_image(
 
 
 def read_open_file(
-    file: BinaryIO, name: str, channels: int | None = 3, *, window: Window | None = None, page: int | None = None
+    file: BinaryIO,
+    name: str,
+    channels: int | None = 3,
+    *,
+    window: Window | None = None,
+    page: int | None = None,
 ) -> Tensor:
     """As `read_image`, from an open binary file or io.BytesIO; `name` is for the message."""
     try:
@@ -150,7 +181,9 @@ def array_to_tensor(array: np.ndarray, channels: int | None = None) -> Tensor:
         ValueError: for another number of axes, no values, or values that are no numbers.
     """
     if array.ndim not in (2, 3) or 0 in array.shape:
-        raise ValueError(f"an array of shape {array.shape} is no image; shapes are (H, W), (H, W, C) and (C, H, W)")
+        raise ValueError(
+            f"an array of shape {array.shape} is no image; shapes are (H, W), (H, W, C) and (C, H, W)"
+        )
     if array.dtype.kind not in "buif":
         raise ValueError(f"an array of {array.dtype} is no image")
     if array.dtype.kind == "f":
@@ -211,7 +244,9 @@ def _without_alpha(image: Tensor, channels: int | None) -> Tensor:
 def _refuse_huge(height: int, width: int) -> None:
     if Image.MAX_IMAGE_PIXELS and height * width > 2 * Image.MAX_IMAGE_PIXELS:
         limit = 2 * Image.MAX_IMAGE_PIXELS
-        raise ValueError(f"{height} x {width} pixels are more than {limit} (twice PIL.Image.MAX_IMAGE_PIXELS)")
+        raise ValueError(
+            f"{height} x {width} pixels are more than {limit} (twice PIL.Image.MAX_IMAGE_PIXELS)"
+        )
 
 
 # NumPy
@@ -219,7 +254,11 @@ def _refuse_huge(height: int, width: int) -> None:
 
 def _read_npy(file: BinaryIO) -> np.ndarray:
     version = np.lib.format.read_magic(file)
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    header = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
     shape = sorted(header(file)[0])
     if len(shape) > 1:
         _refuse_huge(*shape[-2:])
@@ -231,7 +270,9 @@ def _read_npz(file: BinaryIO) -> np.ndarray:
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if name.endswith(".npy")]
         if len(names) != 1 and "image.npy" not in names:
-            raise ValueError(f"holds {len(names)} arrays; an image is the only one, or the one called 'image'")
+            raise ValueError(
+                f"holds {len(names)} arrays; an image is the only one, or the one called 'image'"
+            )
         with archive.open(names[0] if len(names) == 1 else "image.npy") as member:
             return _read_npy(member)
 
@@ -264,7 +305,13 @@ def _pillow_keeps_all(tags: dict) -> bool:
     kind = tags.get(FORMAT, (1,))[0]
     if samples == 1:
         return (kind == 1 and bits[0] <= 16) or (kind, bits[0]) in ((2, 16), (2, 32), (3, 32))
-    return max(bits) <= 8 and kind == 1 and samples <= 4 and set(extra) <= set(ALPHA) and len(extra) <= 1
+    return (
+        max(bits) <= 8
+        and kind == 1
+        and samples <= 4
+        and set(extra) <= set(ALPHA)
+        and len(extra) <= 1
+    )
 
 
 def _read_pages(file: BinaryIO, tags: dict, page: int | None, channels: int | None) -> list[Tensor]:
@@ -281,7 +328,9 @@ def _read_pages(file: BinaryIO, tags: dict, page: int | None, channels: int | No
         return images
 
 
-def _read_pages_with_tifffile(file: BinaryIO, tags: dict, page: int | None, channels: int | None) -> list[Tensor]:
+def _read_pages_with_tifffile(
+    file: BinaryIO, tags: dict, page: int | None, channels: int | None
+) -> list[Tensor]:
     try:
         import tifffile
     except ImportError as error:
@@ -295,7 +344,13 @@ def _read_pages_with_tifffile(file: BinaryIO, tags: dict, page: int | None, chan
             axes, array = tiff.pages[number].axes, tiff.pages[number].asarray()
             if axes not in ("YX", "YXS", "SYX"):
                 raise ValueError(f"has the axes {axes}; an image has height, width and bands")
-            array = array[None] if axes == "YX" else array if axes == "SYX" else array.transpose(2, 0, 1)
+            array = (
+                array[None]
+                if axes == "YX"
+                else array
+                if axes == "SYX"
+                else array.transpose(2, 0, 1)
+            )
             image = array_to_tensor(array, len(array))
             image = _without_alpha(image, channels) if tags.get(EXTRA, (0,))[0] in ALPHA else image
             images.append(_upright(image, tags.get(ORIENTATION, 1)))
@@ -313,4 +368,6 @@ def _chosen_pages(count: int, all_alike: bool, page: int | None) -> range:
 def _upright(image: Tensor, orientation: int) -> Tensor:
     """(C, H, W) turned as the value 1 to 8 of the TIFF and EXIF tag says."""
     image = image.transpose(1, 2) if orientation >= 5 else image
-    return image.flip({2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ()))
+    return image.flip(
+        {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
+    )

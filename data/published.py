@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.images import SPLITS, ImageData
-from data.pictures import UnreadableImage, error_text, finish, picture_to_tensor, read_image, read_open_file
+from data.pictures import (
+    UnreadableImage,
+    error_text,
+    finish,
+    picture_to_tensor,
+    read_image,
+    read_open_file,
+)
 
 
 class TorchvisionImages(ImageData):
@@ -48,14 +55,22 @@ class TorchvisionImages(ImageData):
             picture = self.dataset[index][0]
         except Exception as error:  # whatever a decoder makes of broken bytes
             raise UnreadableImage(self.name(index), error_text(error)) from error
-        return finish(picture_to_tensor(picture, self.channels), self.name(index), self.channels, self.window)
+        return finish(
+            picture_to_tensor(picture, self.channels), self.name(index), self.channels, self.window
+        )
 
     def name(self, index: int) -> str:
         return f"{self.title}/{index}"
 
 
 def open_torchvision(
-    kind: str, root: Path, channels: int | None, *, split: str | None = None, download: bool = False, **options
+    kind: str,
+    root: Path,
+    channels: int | None,
+    *,
+    split: str | None = None,
+    download: bool = False,
+    **options,
 ) -> TorchvisionImages:
     """See the grammar in data/datasets.py; options are those of TorchvisionImages."""
     dataset = _construct(kind, root, split, download)
@@ -165,8 +180,12 @@ class HubImages(ImageData):
 
         self.title, self.reading = title, reading
         features = dataset.features
-        self.column = image or next((name for name, kind in features.items() if isinstance(kind, datasets.Image)), None)
-        label = label or next((name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
+        self.column = image or next(
+            (name for name, kind in features.items() if isinstance(kind, datasets.Image)), None
+        )
+        label = label or next(
+            (name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None
+        )
         for name, key in ((self.column, "image"), (label, "label")):
             if (name is None and key == "image") or (name is not None and name not in features):
                 raise ValueError(
@@ -174,7 +193,9 @@ class HubImages(ImageData):
                 )
         self.dataset = dataset.select(range(min(size or len(dataset), len(dataset))))
         if label is not None:
-            self.labels = np.array([-1 if k is None else k for k in self.dataset[label]], dtype=np.int64)
+            self.labels = np.array(
+                [-1 if k is None else k for k in self.dataset[label]], dtype=np.int64
+            )
             self.classes = getattr(features[label], "names", None)
         if isinstance(features[self.column], datasets.Image):
             self.dataset = self.dataset.cast_column(self.column, datasets.Image(decode=False))
@@ -195,16 +216,22 @@ class HubImages(ImageData):
         return f"{self.title}/{index}"
 
 
-def open_hub(path: str, reading: dict, split: str | None = None, config: str | None = None, **options) -> HubImages:
+def open_hub(
+    path: str, reading: dict, split: str | None = None, config: str | None = None, **options
+) -> HubImages:
     """`org/name` on the hub, or a folder: one that `save_to_disk` wrote, or files in a layout of the hub."""
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("data of the kind hf needs the package datasets: pip install datasets") from error
+        raise ImportError(
+            "data of the kind hf needs the package datasets: pip install datasets"
+        ) from error
     place = Path(path).expanduser()
     saved = any((place / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
-        found = datasets.load_from_disk(str(place)) if saved else datasets.load_dataset(path, config)
+        found = (
+            datasets.load_from_disk(str(place)) if saved else datasets.load_dataset(path, config)
+        )
     except Exception as error:  # of the network, of the hub, of files
         raise ValueError(f"cannot open hf:{path}: {error_text(error)}") from error
     if isinstance(found, dict):

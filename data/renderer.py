@@ -134,9 +134,19 @@ KINDS = [
         1.5,
     ),
     Kind("latticed cross", _cross, _lattice, 1.7),
-    Kind("rimmed diamond", lambda u, v: np.abs(u) / 0.62 + np.abs(v), lambda u, v, g, w, p: w * (g - 0.62), 1.5),
+    Kind(
+        "rimmed diamond",
+        lambda u, v: np.abs(u) / 0.62 + np.abs(v),
+        lambda u, v, g, w, p: w * (g - 0.62),
+        1.5,
+    ),
     Kind("spiral ellipse", lambda u, v: _length(u / 0.6, v), _spiral, 1.6),
-    Kind("halved arch", lambda u, v: np.maximum(_length(u, v), 2.5 * v), lambda u, v, g, w, p: w * u, 1.5),
+    Kind(
+        "halved arch",
+        lambda u, v: np.maximum(_length(u, v), 2.5 * v),
+        lambda u, v, g, w, p: w * u,
+        1.5,
+    ),
 ]
 
 

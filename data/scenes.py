@@ -14,10 +14,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.renderer import KINDS, Background, Body, Rendering, View, outline, render, seen, to_object, to_scene
+from data.renderer import (
+    KINDS,
+    Background,
+    Body,
+    Rendering,
+    View,
+    outline,
+    render,
+    seen,
+    to_object,
+    to_scene,
+)
 
 SIZES = {"train": 20_000, "val": 4_000}
-UPRIGHT = 0.8  # radians by which an object may lean: things stand, and small models learn them in minutes
+UPRIGHT = (
+    0.8  # radians by which an object may lean: things stand, and small models learn them in minutes
+)
 KEYPOINTS = 8
 PAIR_POINTS = 16
 LABEL, SCENE, SECOND_VIEW, MOTION = range(4)  # what a random number is for
@@ -40,7 +53,12 @@ class Scenes(Dataset):
     """
 
     def __init__(
-        self, split: str = "train", size: int | None = None, seed: int = 0, resolution: int = 64, frames: int = 1
+        self,
+        split: str = "train",
+        size: int | None = None,
+        seed: int = 0,
+        resolution: int = 64,
+        frames: int = 1,
     ):
         if split not in SIZES:
             raise ValueError(f"scenes have no split {split!r}; choose from {', '.join(SIZES)}")

@@ -26,7 +26,9 @@ def stain_jitter(x: Tensor, u: Tensor, strength: float) -> Tensor:
         ValueError: if the images have another number of channels than three.
     """
     if x.shape[1] != 3:
-        raise ValueError(f"stains (the policy histology) are those of three colours, not of {x.shape[1]} channels")
+        raise ValueError(
+            f"stains (the policy histology) are those of three colours, not of {x.shape[1]} channels"
+        )
     rows = torch.nn.functional.normalize(torch.tensor(ABSORPTION, dtype=x.dtype), dim=1)
     absorption, inverse = sent(rows, x.device), sent(rows.inverse(), x.device)
     factor, shift = (2 * strength * (u.to(x) - 0.5)).unflatten(1, (2, 3, 1, 1)).unbind(1)

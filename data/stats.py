@@ -52,7 +52,11 @@ def collect(data: ImageData, images: int = 10_000, workers: int = 0) -> dict:
     Raises:
         ValueError: if no image can be read, or they differ in their number of channels.
     """
-    chosen = np.random.default_rng(0).permutation(len(data))[:images] if len(data) > images else range(len(data))
+    chosen = (
+        np.random.default_rng(0).permutation(len(data))[:images]
+        if len(data) > images
+        else range(len(data))
+    )
     loader = DataLoader(Subset(ImageStats(data), chosen), batch_size=None, num_workers=workers)
     rows, bad = [], []
     for number, item in enumerate(loader, 1):
@@ -63,7 +67,9 @@ def collect(data: ImageData, images: int = 10_000, workers: int = 0) -> dict:
         raise ValueError(f"none of {len(bad)} images can be read; the first: {bad[0]}")
     counts = sorted({len(row[0]) for row in rows})
     if len(counts) > 1:
-        raise ValueError(f"images have {' and '.join(map(str, counts))} channels; --channels brings them to one number")
+        raise ValueError(
+            f"images have {' and '.join(map(str, counts))} channels; --channels brings them to one number"
+        )
     mean, square, low, high = (np.array([row[k] for row in rows]) for k in range(4))
     sizes = np.array([row[5] for row in rows])
     return {
@@ -71,7 +77,9 @@ def collect(data: ImageData, images: int = 10_000, workers: int = 0) -> dict:
         "bad": len(bad),
         "first_bad": bad[0] if bad else None,
         "channels": counts[0],
-        "dtype": {kind: sum(row[4] == kind for row in rows) for kind in sorted({row[4] for row in rows})},
+        "dtype": {
+            kind: sum(row[4] == kind for row in rows) for kind in sorted({row[4] for row in rows})
+        },
         "height": [int(sizes[:, 0].min()), int(sizes[:, 0].max())],
         "width": [int(sizes[:, 1].min()), int(sizes[:, 1].max())],
         "mean": mean.mean(0).round(6).tolist(),
@@ -82,23 +90,40 @@ def collect(data: ImageData, images: int = 10_000, workers: int = 0) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", help="a DATA spec")
-    parser.add_argument("--channels", type=int, help="bring every image to so many; by default as stored")
-    parser.add_argument("--images", type=int, default=10_000, help="at most so many, drawn at random")
+    parser.add_argument(
+        "--channels", type=int, help="bring every image to so many; by default as stored"
+    )
+    parser.add_argument(
+        "--images", type=int, default=10_000, help="at most so many, drawn at random"
+    )
     parser.add_argument("--workers", type=int, default=0, help="loader processes")
     arguments = parser.parse_args(argv)
     start = time.perf_counter()
     if arguments.images < 1:
         raise ValueError(f"--images is {arguments.images}; it must be at least 1")
-    stats = collect(open_data(arguments.data, arguments.channels), arguments.images, arguments.workers)
+    stats = collect(
+        open_data(arguments.data, arguments.channels), arguments.images, arguments.workers
+    )
     print(f"{'channel':>7} {'mean':>9} {'std':>9} {'min':>9} {'max':>9}", file=sys.stderr)
     for channel, values in enumerate(zip(stats["mean"], stats["std"], stats["min"], stats["max"])):
-        print(f"{channel:>7} {values[0]:>9.5f} {values[1]:>9.5f} {values[2]:>9g} {values[3]:>9g}", file=sys.stderr)
-    settings = (f"data.{name}={json.dumps(stats[name], separators=(',', ':'))}" for name in ("channels", "mean", "std"))
+        print(
+            f"{channel:>7} {values[0]:>9.5f} {values[1]:>9.5f} {values[2]:>9g} {values[3]:>9g}",
+            file=sys.stderr,
+        )
+    settings = (
+        f"data.{name}={json.dumps(stats[name], separators=(',', ':'))}"
+        for name in ("channels", "mean", "std")
+    )
     print(" ".join(settings), file=sys.stderr)
     seconds = round(time.perf_counter() - start, 2)
-    print(json.dumps({"task": "stats", "data": arguments.data, **stats, "seconds": seconds}), flush=True)
+    print(
+        json.dumps({"task": "stats", "data": arguments.data, **stats, "seconds": seconds}),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

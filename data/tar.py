@@ -52,10 +52,18 @@ class TarImages(ImageData):
     def __init__(self, shards: list[Path], reading: dict, size: int | None = None):
         self.shards, self.reading = shards, reading
         stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, shards)]
-        self.shard, self.members, self.places, labels, self.classes = _index(tuple(shards), tuple(stamps))
+        self.shard, self.members, self.places, labels, self.classes = _index(
+            tuple(shards), tuple(stamps)
+        )
         if (self.places[:, 1] == DAMAGED).all():
-            raise FileNotFoundError(f"no image in {_title(shards)}; extensions are {' '.join(sorted(EXTENSIONS))}")
-        self.shard, self.members, self.places = self.shard[:size], self.members[:size], self.places[:size]
+            raise FileNotFoundError(
+                f"no image in {_title(shards)}; extensions are {' '.join(sorted(EXTENSIONS))}"
+            )
+        self.shard, self.members, self.places = (
+            self.shard[:size],
+            self.members[:size],
+            self.places[:size],
+        )
         self.labels = None if labels is None else labels[:size]
 
     def __len__(self) -> int:
@@ -93,13 +101,19 @@ def open_tar(path: str, reading: dict, size: int | None = None) -> TarImages:
     shards = expand_braces(path)
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
-        more = f", and {len(missing) - 1} more of {len(shards)} are missing" if len(missing) > 1 else ""
+        more = (
+            f", and {len(missing) - 1} more of {len(shards)} are missing"
+            if len(missing) > 1
+            else ""
+        )
         raise FileNotFoundError(f"no file {str(missing[0])!r}{more}")
     for shard in shards:
         with open(shard, "rb") as file:
             tool = PACKED.get(file.read(2))
         if tool:
-            raise ValueError(f"{str(shard)!r} is compressed, which rules out reading at random; unpack it with {tool}")
+            raise ValueError(
+                f"{str(shard)!r} is compressed, which rules out reading at random; unpack it with {tool}"
+            )
     return TarImages(shards, reading, size)
 
 
@@ -118,13 +132,17 @@ def _index(shards: tuple[Path, ...], stamps: tuple) -> tuple:
     """(shard, member, (offset, size), label) of all images, an array each, and the classes. Kept, because a run opens
     its data more than once; `stamps` change with the files. Arrays, not lists: workers share their pages."""
     parts = distributed.gather_objects(_part(shards, distributed.rank(), distributed.world_size()))
-    for part in parts:  # before anything else, or ranks without an error would wait for those with one
+    for (
+        part
+    ) in parts:  # before anything else, or ranks without an error would wait for those with one
         if isinstance(part, OSError):
             raise part
     *columns, names = zip(*parts)
     columns, names = [np.concatenate(arrays) for arrays in columns], list(itertools.chain(*names))
     order = np.argsort(columns[0], kind="stable")  # of the shards, whoever read them
-    return *(column[order] for column in columns), *number_classes([names[place] for place in order])
+    return *(column[order] for column in columns), *number_classes(
+        [names[place] for place in order]
+    )
 
 
 def _part(shards: tuple[Path, ...], first: int, every: int) -> tuple | OSError:
@@ -172,7 +190,11 @@ def _class_name(shard: Path, fields: dict[str, tuple[int, int]]) -> str | None:
             values = json.loads(_read(shard, *fields[".json"]))
         except ValueError:
             return None
-        found = [values[key] for key in LABEL_KEYS if isinstance(values, dict) and values.get(key) is not None]
+        found = [
+            values[key]
+            for key in LABEL_KEYS
+            if isinstance(values, dict) and values.get(key) is not None
+        ]
         return str(found[0]) if found else None
     return None
 
@@ -185,7 +207,9 @@ def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
         def damage_at(place: int) -> bool:
             """Whether neither a sound header nor padding stands there, where a member should begin."""
             try:
-                tarfile.TarInfo.frombuf(_read(shard, place, BLOCK), tarfile.ENCODING, "surrogateescape")
+                tarfile.TarInfo.frombuf(
+                    _read(shard, place, BLOCK), tarfile.ENCODING, "surrogateescape"
+                )
             except (tarfile.EmptyHeaderError, tarfile.EOFHeaderError):
                 return length == 0
             except tarfile.HeaderError:
@@ -198,7 +222,9 @@ def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
                 for member in tar:
                     if member.offset > end and damage_at(end):
                         yield f"@{end}", end, DAMAGED
-                    end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
+                    end = member.offset_data + (
+                        -(-member.size // BLOCK) * BLOCK if member.isreg() else 0
+                    )
                     if member.isreg() and not os.path.basename(member.name).startswith("."):
                         yield member.name, member.offset_data, member.size
         except tarfile.TarError:

@@ -88,7 +88,9 @@ class Taught(Batch):
     grid: Size  # (h, w) of the teacher's patches
 
 
-def with_masks(batch: Batch, grid: Size, ibot, key: tuple[int, int], places: Iterable[int], batch_size: int) -> Batch:
+def with_masks(
+    batch: Batch, grid: Size, ibot, key: tuple[int, int], places: Iterable[int], batch_size: int
+) -> Batch:
     """`batch` with the masks that `StepDataset` would have drawn on that grid.
 
     Args:
@@ -99,7 +101,9 @@ def with_masks(batch: Batch, grid: Size, ibot, key: tuple[int, int], places: Ite
     views = len(batch.global_crops) // len(batch.images)
     rows = [view * batch_size + place for view in range(views) for place in places]
     seed, step = key
-    masks = draw_masks(views * batch_size, grid, ibot.mask_probability, ibot.mask_ratio, (seed, MASKS, step), rows)
+    masks = draw_masks(
+        views * batch_size, grid, ibot.mask_probability, ibot.mask_ratio, (seed, MASKS, step), rows
+    )
     return replace(batch, masks=masks.to(batch.global_crops.device, non_blocking=True))
 
 
@@ -118,11 +122,20 @@ def exchanged(batch: Taught, wanted: Sequence[range]) -> Taught:
 
     def exchange(tensor: Tensor) -> Tensor:
         images = tensor.unflatten(0, (-1, share)).transpose(0, 1)  # (b, views, ...)
-        parts = [images[part.start - loaded[rank].start : part.stop - loaded[rank].start] for part in sent]
-        return distributed.exchange_rows(torch.cat(parts), list(map(len, sent)), received).transpose(0, 1).flatten(0, 1)
+        parts = [
+            images[part.start - loaded[rank].start : part.stop - loaded[rank].start]
+            for part in sent
+        ]
+        return (
+            distributed.exchange_rows(torch.cat(parts), list(map(len, sent)), received)
+            .transpose(0, 1)
+            .flatten(0, 1)
+        )
 
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    tensors = {name: exchange(value) for name, value in tensors.items() if isinstance(value, Tensor)}
+    tensors = {
+        name: exchange(value) for name, value in tensors.items() if isinstance(value, Tensor)
+    }
     images = exchange(torch.tensor(batch.images, device=batch.global_crops.device)).tolist()
     return replace(batch, **tensors, images=images)
 

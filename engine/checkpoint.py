@@ -8,9 +8,9 @@ teacher/ snapshots/<step>/ best/    backbone as a folder that load_backbone open
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Callable, Optional
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -34,17 +34,23 @@ def training_state(
     Randomness needs no state: each step's is drawn from (seed, step).
     """
     student = unwrap(student)
-    frozen = {name for name, p in student.named_parameters() if not p.requires_grad}  # the teacher's are the same
-    moments = {name: optimizer.state[p] for name, p in student.named_parameters() if p in optimizer.state}
+    frozen = {
+        name for name, p in student.named_parameters() if not p.requires_grad
+    }  # the teacher's are the same
+    moments = {
+        name: optimizer.state[p] for name, p in student.named_parameters() if p in optimizer.state
+    }
     return {
         "student": student.state_dict(),
-        "teacher": {name: tensor for name, tensor in teacher.state_dict().items() if name not in frozen},
+        "teacher": {
+            name: tensor for name, tensor in teacher.state_dict().items() if name not in frozen
+        },
         "centering": centering.state_dict(),
         "optimizer": moments,
     } | ({"scaler": scaler} if scaler.is_enabled() else {})
 
 
-def latest_step(run: Path) -> Optional[int]:
+def latest_step(run: Path) -> int | None:
     """The newest complete checkpoint's step, or None."""
     pointer = run / "checkpoints" / "latest"
     return int(pointer.read_text()) if pointer.is_file() else None
@@ -142,7 +148,9 @@ class CheckpointWriter:
 
 
 def _refuse_non_finite(weights: dict, step: int) -> None:
-    tensors = [tensor for tensor in distributed.local(weights.values()) if tensor.is_floating_point()]
+    tensors = [
+        tensor for tensor in distributed.local(weights.values()) if tensor.is_floating_point()
+    ]
     bad = not torch.isfinite(sum(tensor.float().sum() for tensor in tensors))
     if distributed.any_rank(bad, tensors[0].device):
         raise RunFailed(
@@ -152,7 +160,9 @@ def _refuse_non_finite(weights: dict, step: int) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
+    steps = sorted(
+        (int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True
+    )
     for old in steps[keep:]:
         shutil.rmtree(folder / str(old))
 
@@ -176,7 +186,9 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
         write(unfinished)
     except Exception as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # which is no OSError
+        if (
+            isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+        ):  # which is no OSError
             raise RunFailed(
                 f"{folder} could not be written ({error}); is the disk full? What stood there, and the last checkpoint, are untouched"
             ) from error

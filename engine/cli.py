@@ -6,15 +6,20 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any
 
 import torch
 
 from engine.distributed import RankLost
 
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 3
-NO_MEMORY = ("out of memory", "ALLOC_FAILED", "t allocate memory")  # RuntimeErrors: of CUDA and MPS, cuBLAS, the CPU
+NO_MEMORY = (
+    "out of memory",
+    "ALLOC_FAILED",
+    "t allocate memory",
+)  # RuntimeErrors: of CUDA and MPS, cuBLAS, the CPU
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
@@ -62,7 +67,10 @@ def keep_freed_memory() -> None:
 
 
 def memory_is_short(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
+    if (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or getattr(error, "errno", None) == errno.ENOMEM
+    ):
         return True
     unnamed = isinstance(error, RuntimeError) and not isinstance(error, (RunFailed, StoppedEarly))
     return unnamed and any(words in str(error) for words in NO_MEMORY)
@@ -78,7 +86,9 @@ def sentence(error: BaseException) -> str:
             "out of memory; lower batch_size or micro_batch_size (--batch-size for evaluations) or the crop sizes, or train "
             "with checkpointing=blocks"
         )
-    if "DataLoader worker" in said and "Traceback" in said:  # raised in a worker, which sends its whole traceback
+    if (
+        "DataLoader worker" in said and "Traceback" in said
+    ):  # raised in a worker, which sends its whole traceback
         said = said.strip().splitlines()[-1].partition(": ")[2]
     elif "DataLoader worker" in said:
         said = f"a loader process died ({said.partition(chr(10))[0]}); if memory ran out, lower data.workers or batch_size and start again"
@@ -94,25 +104,38 @@ class ConfigParser(argparse.ArgumentParser):
 
 def config_parser(description: str) -> argparse.ArgumentParser:
     """`--config NAME key=value ...`"""
-    parser = ConfigParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ConfigParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", help="a YAML file, by path or by its name in configs/")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example data.train=/my/images batch_size=32"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="for example data.train=/my/images batch_size=32",
     )
     return parser
 
 
 def evaluation_parser(description: str) -> argparse.ArgumentParser:
     """The flags that every evaluation takes."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--model", required=True, help="a run folder, RUN@step, RUN@best, weights, random:vit_small, pixels ..."
+        "--model",
+        required=True,
+        help="a run folder, RUN@step, RUN@best, weights, random:vit_small, pixels ...",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--batch-size", type=int, default=64, help="images a forward pass")
-    parser.add_argument("--workers", type=int, help="loader processes; by default by the number of cores")
     parser.add_argument(
-        "--resize", type=int, help="short side in pixels before the centre crop; by default the model's own"
+        "--workers", type=int, help="loader processes; by default by the number of cores"
+    )
+    parser.add_argument(
+        "--resize",
+        type=int,
+        help="short side in pixels before the centre crop; by default the model's own",
     )
     parser.add_argument(
         "--size",
@@ -124,7 +147,7 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def preparation(preprocessing: Any, resize: Optional[int], size: Optional[list[int]]) -> dict:
+def preparation(preprocessing: Any, resize: int | None, size: list[int] | None) -> dict:
     """How to prepare images: the model's own preprocessing, unless --resize or --size say otherwise.
 
     Raises:
@@ -133,7 +156,9 @@ def preparation(preprocessing: Any, resize: Optional[int], size: Optional[list[i
     values = vars(preprocessing).copy()
     if size is not None:
         if len(size) > 2 or min(size) < 1:
-            raise ValueError(f"--size is {' '.join(map(str, size))}; give one number, or height and width, in pixels")
+            raise ValueError(
+                f"--size is {' '.join(map(str, size))}; give one number, or height and width, in pixels"
+            )
         values["size"] = (size[0], size[-1])
         values["resize"] = max(size)  # the whole image, unless --resize says otherwise
     if resize is not None:

@@ -1,7 +1,8 @@
 """Nearest patches between two images, and labels carried along the frames of a clip: nothing is trained."""
 
 import math
-from typing import Any, Iterable, Optional, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,11 @@ from engine.patches import tokens_of, upsample
 
 
 def match_points(
-    tokens_a: Tensor, grid_a: tuple[int, int], tokens_b: Tensor, grid_b: tuple[int, int], points: Tensor
+    tokens_a: Tensor,
+    grid_a: tuple[int, int],
+    tokens_b: Tensor,
+    grid_b: tuple[int, int],
+    points: Tensor,
 ) -> Tensor:
     """Where points of image a are in image b: the centre of the patch whose token has the largest cosine.
 
@@ -27,7 +32,9 @@ def match_points(
     """
     maps = F.normalize(tokens_a, dim=1).T.unflatten(1, grid_a)[None]
     places = (2 * points - 1).to(maps)[None, None]
-    queries = F.grid_sample(maps, places, padding_mode="border", align_corners=False)[0, :, 0].T  # (P, D)
+    queries = F.grid_sample(maps, places, padding_mode="border", align_corners=False)[
+        0, :, 0
+    ].T  # (P, D)
     similarity = F.normalize(queries, dim=1) @ F.normalize(tokens_b, dim=1).T
     return patch_centres(grid_b).to(maps)[similarity.argmax(dim=1)]
 
@@ -35,7 +42,9 @@ def match_points(
 def patch_centres(grid: tuple[int, int]) -> Tensor:
     """(N, 2) x, y of the patches' centres, as shares of width and height."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    return torch.stack([(columns.flatten() + 0.5) / grid[1], (rows.flatten() + 0.5) / grid[0]], dim=1)
+    return torch.stack(
+        [(columns.flatten() + 0.5) / grid[1], (rows.flatten() + 0.5) / grid[0]], dim=1
+    )
 
 
 def to_centres(points: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -46,7 +55,10 @@ def to_centres(points: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def recall_at(distances: Tensor, thresholds: Sequence[float]) -> dict[str, float]:
     """Share of distances of at most each threshold."""
-    return {f"{threshold:g}": float((distances <= threshold).double().mean()) for threshold in thresholds}
+    return {
+        f"{threshold:g}": float((distances <= threshold).double().mean())
+        for threshold in thresholds
+    }
 
 
 @torch.inference_mode()
@@ -75,7 +87,9 @@ def match_views(
         if not visible.any():
             continue
         points_a, points_b = points_a[visible], points_b[visible]
-        (tokens_a, grid_a), (tokens_b, grid_b) = tokens_of(backbone, [image_a.to(device), image_b.to(device)])
+        (tokens_a, grid_a), (tokens_b, grid_b) = tokens_of(
+            backbone, [image_a.to(device), image_b.to(device)]
+        )
         guesses = {
             "recall": match_points(tokens_a, grid_a, tokens_b, grid_b, points_a).cpu(),
             "limit": to_centres(points_b, grid_b),
@@ -85,7 +99,9 @@ def match_views(
             errors[name].append(_distances(guess, points_b, shape) / max(shape))
     if not errors["recall"]:
         raise ValueError("no point is visible in both views")
-    result: dict[str, Any] = {name: recall_at(torch.cat(found), thresholds) for name, found in errors.items()}
+    result: dict[str, Any] = {
+        name: recall_at(torch.cat(found), thresholds) for name, found in errors.items()
+    }
     return result | {"n_points": sum(map(len, errors["recall"]))}
 
 
@@ -100,7 +116,7 @@ def match_keypoints(
     labels: Sequence[int],
     thresholds: Sequence[float] = (0.05, 0.1, 0.2),
     pairs: int = 2000,
-) -> Optional[dict[str, Any]]:
+) -> dict[str, Any] | None:
     """Keypoints of an object found on another object of its class (SPair-71k: PCK, here a share of all keypoints).
 
     Args:
@@ -123,14 +139,18 @@ def match_keypoints(
             continue
         count += 1
         here, there = keys_a[seen, :2], keys_b[seen, :2]
-        extent = (keys_b[:, :2].amax(dim=0) - keys_b[:, :2].amin(dim=0)) * torch.tensor([shape[1], shape[0]])
+        extent = (keys_b[:, :2].amax(dim=0) - keys_b[:, :2].amin(dim=0)) * torch.tensor(
+            [shape[1], shape[0]]
+        )
         found = match_points(tokens_a, grid_a, tokens_b, grid_b, here).cpu()
         guesses = {"recall": found, "limit": to_centres(there, grid_b), "same_place": here}
         for name, guess in guesses.items():
             errors[name].append(_distances(guess, there, shape) / extent.max().clamp(min=1.0))
     if not count:
         return None
-    result: dict[str, Any] = {name: recall_at(torch.cat(found), thresholds) for name, found in errors.items()}
+    result: dict[str, Any] = {
+        name: recall_at(torch.cat(found), thresholds) for name, found in errors.items()
+    }
     return result | {"n_points": sum(map(len, errors["recall"])), "n_pairs": count}
 
 
@@ -182,7 +202,10 @@ def propagate(
     labels = [first]
     for frame in range(1, len(units)):
         sources = [0, *range(max(1, frame - context), frame)]
-        known, candidates = torch.cat([labels[k] for k in sources]), torch.cat([units[k] for k in sources])
+        known, candidates = (
+            torch.cat([labels[k] for k in sources]),
+            torch.cat([units[k] for k in sources]),
+        )
         rows = max(1, 2**27 // len(candidates))  # similarities of half a gigabyte at a time
         carried = []
         for queries, here in zip(units[frame].split(rows), places.split(rows)):
@@ -212,7 +235,7 @@ def track(
     device: torch.device,
     *,
     context: int = 7,
-    radius: Optional[float] = None,
+    radius: float | None = None,
     top: int = 5,
     temperature: float = 0.1,
 ) -> dict[str, Any]:
@@ -234,7 +257,9 @@ def track(
     scores: dict[str, list[tuple[float, float]]] = {"found": [], "limit": [], "static": []}
     for frames, instances in clips:
         if len(frames) < 2:
-            raise ValueError("a clip has one frame; tracking needs at least two (frames=8 of `scenes`)")
+            raise ValueError(
+                "a clip has one frame; tracking needs at least two (frames=8 of `scenes`)"
+            )
         found = [tokens_of(backbone, [frame.to(device)])[0] for frame in frames]
         grid, objects = found[0][1], torch.unique(instances[0]).tolist()
         objects = [number for number in objects if number > 0]
@@ -243,22 +268,37 @@ def track(
         pooled = [pool_instances(one.to(device), [0, *objects], grid) for one in instances]
         reach = 0.4 * min(grid) if radius is None else radius
         tokens = [one for one, _ in found]
-        soft = propagate(tokens, grid, pooled[0], context=context, radius=reach, top=top, temperature=temperature)
+        soft = propagate(
+            tokens, grid, pooled[0], context=context, radius=reach, top=top, temperature=temperature
+        )
         last = max(2, len(frames) - 1)
         said = {
-            "found": [to_objects(labels, grid, instances.shape[1:]).cpu() for labels in soft[1:last]],
-            "limit": [to_objects(labels, grid, instances.shape[1:]).cpu() for labels in pooled[1:last]],
+            "found": [
+                to_objects(labels, grid, instances.shape[1:]).cpu() for labels in soft[1:last]
+            ],
+            "limit": [
+                to_objects(labels, grid, instances.shape[1:]).cpu() for labels in pooled[1:last]
+            ],
             "static": [to_objects(pooled[0], grid, instances.shape[1:]).cpu()] * (last - 1),
         }
         for name, masks in said.items():
             for number, object_ in enumerate(objects, start=1):
-                pairs = [(mask == number, truth == object_) for mask, truth in zip(masks, instances[1:last])]
+                pairs = [
+                    (mask == number, truth == object_)
+                    for mask, truth in zip(masks, instances[1:last])
+                ]
                 scores[name].append(
-                    (_mean(region_j(*pair) for pair in pairs), _mean(boundary_f(*pair) for pair in pairs))
+                    (
+                        _mean(region_j(*pair) for pair in pairs),
+                        _mean(boundary_f(*pair) for pair in pairs),
+                    )
                 )
     if not scores["found"]:
         raise ValueError("no clip has an object in its first frame")
-    means = {name: (_mean(j for j, _ in rows), _mean(f for _, f in rows)) for name, rows in scores.items()}
+    means = {
+        name: (_mean(j for j, _ in rows), _mean(f for _, f in rows))
+        for name, rows in scores.items()
+    }
     j, f = means["found"]
     baselines = {name: sum(means[name]) / 2 for name in ("limit", "static")}
     return {"jf": (j + f) / 2, "j": j, "f": f, **baselines, "n_objects": len(scores["found"])}

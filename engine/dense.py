@@ -5,17 +5,27 @@ published protocols draw random crops, whole images are used, so that a frozen b
 """
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Callable, Iterable, Iterator, Optional, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from engine.patches import CLASSES, IGNORE, Patches, confusion, extract_patches, mean_iou, pooled_classes, upsample
+from engine.patches import (
+    CLASSES,
+    IGNORE,
+    Patches,
+    confusion,
+    extract_patches,
+    mean_iou,
+    pooled_classes,
+    upsample,
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,12 @@ class Recipe:
 
 # DINOv3's files for ADE20k and NYUv2. Published are lr 1e-3 (swept from 1e-4) and 3e-4; the larger ones are ours, for
 # short runs.
-SEGMENTATION = Recipe((1e-3, 1e-2), 1e-3, (0.9, 0.999), 0.0375, 1e-6, 0.0, epochs=32, longest=40_000)
-DEPTH = Recipe((3e-4, 3e-2, 3e-1), 1e-4, (0.9, 0.99), 1 / 3, 0.04, 1e-3, epochs=25, longest=38_400, clip=35.0)
+SEGMENTATION = Recipe(
+    (1e-3, 1e-2), 1e-3, (0.9, 0.999), 0.0375, 1e-6, 0.0, epochs=32, longest=40_000
+)
+DEPTH = Recipe(
+    (3e-4, 3e-2, 3e-1), 1e-4, (0.9, 0.99), 1 / 3, 0.04, 1e-3, epochs=25, longest=38_400, clip=35.0
+)
 
 
 class FrozenPatches:
@@ -66,7 +80,7 @@ class FrozenPatches:
         **options: Any,
     ):
         self.data, self.extract = data, partial(extract_patches, backbone, device=device, **options)
-        self.kept: Optional[list[Patches]] = []
+        self.kept: list[Patches] | None = []
         self.summaries, used = [], 0
         for item in self.extract(data, batch_size=batch_size):
             self.dim = item.tokens.shape[1]
@@ -81,7 +95,10 @@ class FrozenPatches:
         """`steps` batches, epoch after epoch in a new order; the last images of an epoch join the next one's first."""
         generator = torch.Generator().manual_seed(seed)
         count = steps * batch_size
-        epochs = [torch.randperm(len(self.data), generator=generator) for _ in range(-(-count // len(self.data)))]
+        epochs = [
+            torch.randperm(len(self.data), generator=generator)
+            for _ in range(-(-count // len(self.data)))
+        ]
         order = torch.cat(epochs)[:count].tolist()
         if self.kept is None:
             items = self.extract(Subset(self.data, order), batch_size=batch_size)
@@ -127,7 +144,7 @@ def train_heads(
     loss: Callable[[Tensor, Tensor, float], Tensor],
     recipe: Recipe,
     device: torch.device,
-    steps: Optional[int] = None,
+    steps: int | None = None,
     seed: int = 0,
     progress: Callable[[Iterable], Iterator] = iter,
 ) -> dict[float, nn.Module]:
@@ -143,13 +160,17 @@ def train_heads(
         torch.manual_seed(seed)
         heads = {lr: build().to(device) for lr in recipe.lrs}
         optimizers = {
-            lr: torch.optim.AdamW(head.parameters(), lr, recipe.betas, weight_decay=recipe.weight_decay)
+            lr: torch.optim.AdamW(
+                head.parameters(), lr, recipe.betas, weight_decay=recipe.weight_decay
+            )
             for lr, head in heads.items()
         }
         for step, batch in enumerate(progress(patches.draws(steps, recipe.batch_size, seed))):
             tokens = torch.cat([item.tokens for item in batch]).to(device)
             pixels = [torch.randint(item.target.numel(), (recipe.points,)) for item in batch]
-            targets = torch.cat([item.target.flatten()[chosen] for item, chosen in zip(batch, pixels)]).to(device)
+            targets = torch.cat(
+                [item.target.flatten()[chosen] for item, chosen in zip(batch, pixels)]
+            ).to(device)
             for lr, head in heads.items():
                 parts = head(tokens).split([len(item.tokens) for item in batch])
                 values = at_pixels(parts, batch, pixels)
@@ -169,7 +190,9 @@ def schedule(done: float, recipe: Recipe) -> float:
     return recipe.end + (1 - recipe.end) * 0.5 * (1 + math.cos(math.pi * rest))
 
 
-def at_pixels(values: Sequence[Tensor], batch: Sequence[Patches], pixels: Sequence[Tensor]) -> Tensor:
+def at_pixels(
+    values: Sequence[Tensor], batch: Sequence[Patches], pixels: Sequence[Tensor]
+) -> Tensor:
     """(N, K) of each image's patches -> (P, K) at the P pixels of each target, one image after the other.
 
     Exactly what `upsample` gives there, without the pixels between.
@@ -182,14 +205,19 @@ def at_pixels(values: Sequence[Tensor], batch: Sequence[Patches], pixels: Sequen
         rows, columns = chosen // width, chosen % width
         places = torch.stack([(2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1], dim=-1)
         maps = torch.stack([values[k] for k in alike]).mT.unflatten(2, grid)
-        found = F.grid_sample(maps, places[:, None].to(maps), padding_mode="border", align_corners=False)
+        found = F.grid_sample(
+            maps, places[:, None].to(maps), padding_mode="border", align_corners=False
+        )
         for k, of_one in zip(alike, found):
             results[k] = of_one[:, 0].T
     return torch.cat(results)
 
 
 def predict(
-    head: Callable[[Tensor], Tensor], variants: Sequence[Patches], flips: Sequence[bool], activation: Callable
+    head: Callable[[Tensor], Tensor],
+    variants: Sequence[Patches],
+    flips: Sequence[bool],
+    activation: Callable,
 ) -> Tensor:
     """(K, H, W) at the target's size: the mean over one image's variants (sizes, mirrored) of the activated scores."""
     total = 0.0
@@ -208,7 +236,7 @@ def linear_segmentation(
     device: torch.device,
     *,
     recipe: Recipe = SEGMENTATION,
-    steps: Optional[int] = None,
+    steps: int | None = None,
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
@@ -235,10 +263,20 @@ def linear_segmentation(
     with torch.inference_mode(False):
         build = partial(LinearHead, patches.dim, classes, dropout=0.1)
         heads = train_heads(
-            patches, build, segmentation_loss, recipe, device, steps, seed, options.get("progress", iter)
+            patches,
+            build,
+            segmentation_loss,
+            recipe,
+            device,
+            steps,
+            seed,
+            options.get("progress", iter),
         )
     # A class of val that train lacks is never said, but counts.
-    counts = {name: torch.zeros(CLASSES, CLASSES, dtype=torch.long, device=device) for name in (*heads, "limit")}
+    counts = {
+        name: torch.zeros(CLASSES, CLASSES, dtype=torch.long, device=device)
+        for name in (*heads, "limit")
+    }
     activation = partial(torch.softmax, dim=0) if len(vals) > 1 else torch.clone
     for variants in zip(*(extract_patches(backbone, val, device, **options) for val in vals)):
         mask = variants[0].target.to(device)
@@ -272,9 +310,9 @@ def linear_depth(
     vals: Sequence[Dataset],
     device: torch.device,
     *,
-    span: Optional[tuple[float, float]] = None,
+    span: tuple[float, float] | None = None,
     recipe: Recipe = DEPTH,
-    steps: Optional[int] = None,
+    steps: int | None = None,
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
@@ -304,23 +342,39 @@ def linear_depth(
     with torch.inference_mode(False):
         build = partial(DepthHead, patches.dim, low, high)
         loss = partial(sig_loss, begin=min(0.1, 100 / steps))
-        heads = train_heads(patches, build, loss, recipe, device, steps, seed, options.get("progress", iter))
+        heads = train_heads(
+            patches, build, loss, recipe, device, steps, seed, options.get("progress", iter)
+        )
     scores: dict[Any, list] = {name: [] for name in (*heads, "limit", "constant")}
     for variants in zip(*(extract_patches(backbone, val, device, **options) for val in vals)):
         depth = variants[0].target.to(device)
         if not is_depth(depth).any():
             continue
         for lr, head in heads.items():
-            said = predict(head, variants, [val.flip for val in vals], torch.clone)[0].clamp(low, high)
+            said = predict(head, variants, [val.flip for val in vals], torch.clone)[0].clamp(
+                low, high
+            )
             scores[lr].append(depth_errors(said, depth))
         scores["limit"].append(depth_errors(pooled_depth(depth, variants[0].grid), depth))
-        scores["constant"].append(depth_errors(torch.full_like(depth, sum(means) / len(means)), depth))
+        scores["constant"].append(
+            depth_errors(torch.full_like(depth, sum(means) / len(means)), depth)
+        )
     if not scores["limit"]:
         raise ValueError("no pixel of the validation depth is above 0")
-    rmse, delta = ({name: sum(one[k] for one in rows) / len(rows) for name, rows in scores.items()} for k in (0, 1))
+    rmse, delta = (
+        {name: sum(one[k] for one in rows) / len(rows) for name, rows in scores.items()}
+        for k in (0, 1)
+    )
     best = min(heads, key=lambda lr: rmse[lr])
-    result = {"rmse": rmse[best], "delta1": delta[best], "lr": {f"{lr:g}": rmse[lr] for lr in heads}}
-    result |= {"limit": {"rmse": rmse["limit"], "delta1": delta["limit"]}, "constant": rmse["constant"]}
+    result = {
+        "rmse": rmse[best],
+        "delta1": delta[best],
+        "lr": {f"{lr:g}": rmse[lr] for lr in heads},
+    }
+    result |= {
+        "limit": {"rmse": rmse["limit"], "delta1": delta["limit"]},
+        "constant": rmse["constant"],
+    }
     return result | {"span": [low, high], "steps": steps}
 
 
@@ -328,13 +382,15 @@ def is_depth(depth: Tensor) -> Tensor:
     return depth.isfinite() & (depth > 0)
 
 
-def depth_summary(depth: Tensor) -> Optional[tuple[float, float, float]]:
+def depth_summary(depth: Tensor) -> tuple[float, float, float] | None:
     """Least, largest and mean depth; None where there is none."""
     known = depth[is_depth(depth)].float()
     return (float(known.min()), float(known.max()), float(known.mean())) if len(known) else None
 
 
-def sig_loss(values: Tensor, depth: Tensor, done: float, begin: float = 0.0, eps: float = 1e-3) -> Tensor:
+def sig_loss(
+    values: Tensor, depth: Tensor, done: float, begin: float = 0.0, eps: float = 1e-3
+) -> Tensor:
     """√(Var(g) + 0.15 mean(g)²) with g = log(predicted + ε) − log(true + ε), in DINOv3's file without Var(g) at first.
 
     Args:

@@ -8,9 +8,10 @@ import contextlib
 import copy
 import os
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-
-LOST = ("imed out", "Connection closed", "Connection reset", "Connection refused", "Broken pipe")  # says gloo
+LOST = (
+    "imed out",
+    "Connection closed",
+    "Connection reset",
+    "Connection refused",
+    "Broken pipe",
+)  # says gloo
 GIVING_UP = 3.0  # seconds in which all ranks give up that wait for the same one
 
 
@@ -36,7 +42,11 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ValueError: if the device asked for is not there.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     if not available.get(name.split(":")[0], False):
@@ -79,16 +89,22 @@ def process_group(device: torch.device, timeout: float = 600.0) -> Iterator[None
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # checkpoints are written through gloo
+    backend = (
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    )  # checkpoints are written through gloo
     store, number, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(
+        backend, store=store, rank=number, world_size=size, timeout=timedelta(seconds=timeout)
+    )
     try:
         yield
     except RuntimeError as error:
         of_torch = type(error) is RuntimeError or isinstance(error, dist.DistError)
         if not of_torch or not any(words in str(error) for words in LOST):
             raise
-        raise RankLost(f"{_who_is_lost(store, number, size, timeout)}; the last checkpoint is untouched") from error
+        raise RankLost(
+            f"{_who_is_lost(store, number, size, timeout)}; the last checkpoint is untouched"
+        ) from error
     finally:
         dist.destroy_process_group()
 
@@ -101,18 +117,28 @@ def _who_is_lost(store: dist.Store, number: int, size: int, timeout: float) -> s
         lost = [str(other) for other in range(size) if not store.check([f"gave_up/{other}"])]
     except RuntimeError:  # it lived on a machine that is gone
         lost = ["0"]
-    who = f"rank{'s' * (len(lost) > 1)} {', '.join(lost)} of {size}" if lost else "a connection between ranks"
+    who = (
+        f"rank{'s' * (len(lost) > 1)} {', '.join(lost)} of {size}"
+        if lost
+        else "a connection between ranks"
+    )
     return f"{who} ended, or did not answer for {timeout:g} seconds (hang_timeout)"
 
 
 def _from_slurm() -> None:
     """srun's names for what torchrun sets. MASTER_ADDR is the first node, which SLURM does not spell out."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) < 2 or "SLURM_PROCID" not in os.environ:
+    if (
+        "RANK" in os.environ
+        or int(os.environ.get("SLURM_NTASKS", 1)) < 2
+        or "SLURM_PROCID" not in os.environ
+    ):
         return
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     os.environ.update({ours: os.environ[theirs] for ours, theirs in names.items()})
     os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-    os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 50000))
+    os.environ.setdefault(
+        "MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 50000)
+    )
 
 
 def active() -> bool:
@@ -260,10 +286,16 @@ def shard(module: nn.Module, strategy: str, device: torch.device, precision: str
     if strategy != "fsdp" or not active():
         return module
     every = _group is None
-    mesh = init_device_mesh(device.type, (world_size(),)) if every else DeviceMesh.from_group(_group, device.type)
+    mesh = (
+        init_device_mesh(device.type, (world_size(),))
+        if every
+        else DeviceMesh.from_group(_group, device.type)
+    )
     half = precision == "bf16" and device.type == "cuda"
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    parts = list(module.children()) if hasattr(module, "backbone") else []  # the backbone also runs alone, as a Gram teacher
+    parts = (
+        list(module.children()) if hasattr(module, "backbone") else []
+    )  # the backbone also runs alone, as a Gram teacher
     for part in [*_blocks(module), *parts, module]:
         # Given back right after use, or the teacher would run on what it gathered before its last update.
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -272,7 +304,9 @@ def shard(module: nn.Module, strategy: str, device: torch.device, precision: str
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
     backbone = getattr(module, "backbone", module)
-    return list(getattr(backbone, "blocks", getattr(getattr(backbone, "model", None), "blocks", [])))
+    return list(
+        getattr(backbone, "blocks", getattr(getattr(backbone, "model", None), "blocks", []))
+    )
 
 
 class Whole:
@@ -282,11 +316,15 @@ class Whole:
     def __init__(self, module: nn.Module, strategy: str, device: torch.device, precision: str):
         self.source, self.sharded = module, strategy == "fsdp" and active()
         self.module = copy.deepcopy(module) if self.sharded else module
-        self.place = partial(shard, strategy=strategy, device=device, precision=precision)  # any module, like this one
+        self.place = partial(
+            shard, strategy=strategy, device=device, precision=precision
+        )  # any module, like this one
 
     def refresh(self) -> None:
         if self.sharded:
-            self.module.load_state_dict({name: gathered(tensor) for name, tensor in self.source.state_dict().items()})
+            self.module.load_state_dict(
+                {name: gathered(tensor) for name, tensor in self.source.state_dict().items()}
+            )
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -299,7 +337,9 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def wrap(module: nn.Module, strategy: str, device: torch.device, *, all_used: bool = True) -> nn.Module:
+def wrap(
+    module: nn.Module, strategy: str, device: torch.device, *, all_used: bool = True
+) -> nn.Module:
     """`module` made parallel from outside; itself where there is no process group, or where it is sharded.
 
     Args:
@@ -309,7 +349,9 @@ def wrap(module: nn.Module, strategy: str, device: torch.device, *, all_used: bo
     if not active() or strategy != "ddp":
         return module
     devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=devices, process_group=_group, find_unused_parameters=not all_used)
+    return DistributedDataParallel(
+        module, device_ids=devices, process_group=_group, find_unused_parameters=not all_used
+    )
 
 
 def unwrap(module: nn.Module) -> nn.Module:

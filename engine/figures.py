@@ -8,13 +8,21 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from engine.maps import PCABasis, Picture, attention_image, heat_picture, pca_basis, pca_image, to_picture
+from engine.maps import (
+    PCABasis,
+    Picture,
+    attention_image,
+    heat_picture,
+    pca_basis,
+    pca_image,
+    to_picture,
+)
 
 GAP = 6  # pixels between the pictures of a sheet
 COLOURS = ("#2563a8", "#d9711c", "#2e8b57", "#b0357a", "#6a4fb0", "#8a6d3b", "#3aa0b5", "#666666")
@@ -35,12 +43,17 @@ def enlarge(picture: Picture, height: int, smooth: bool = True) -> Picture:
     return np.asarray(Image.fromarray(picture).resize((width, height), filter))
 
 
-def mark(picture: Picture, places: Sequence[tuple[float, float]], first: int = 0, radius: int = 7) -> Picture:
+def mark(
+    picture: Picture, places: Sequence[tuple[float, float]], first: int = 0, radius: int = 7
+) -> Picture:
     """With a ring around each place (x, y) in pixels of the picture, in the colours of RINGS from number `first` on."""
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     for number, (x, y) in enumerate(places, first):
-        for size, line, ink in ((radius + 1, 5, "#000000"), (radius, 3, RINGS[number % len(RINGS)])):
+        for size, line, ink in (
+            (radius + 1, 5, "#000000"),
+            (radius, 3, RINGS[number % len(RINGS)]),
+        ):
             draw.ellipse((x - size, y - size, x + size, y + size), outline=ink, width=line)
     return np.asarray(image)
 
@@ -48,7 +61,10 @@ def mark(picture: Picture, places: Sequence[tuple[float, float]], first: int = 0
 def pack(pictures: Sequence[Picture], rows: int, height: int, smooth: bool = True) -> Picture:
     """Pictures of one size in reading order, in rows that together are `height` pixels high."""
     rows = min(rows, len(pictures))
-    pictures = [enlarge(picture, max(1, (height - GAP * (rows - 1)) // rows), smooth) for picture in pictures]
+    pictures = [
+        enlarge(picture, max(1, (height - GAP * (rows - 1)) // rows), smooth)
+        for picture in pictures
+    ]
     (h, w), columns = pictures[0].shape[:2], math.ceil(len(pictures) / rows)
     canvas = np.full((height, columns * (w + GAP) - GAP, 3), 255, np.uint8)
     for number, picture in enumerate(pictures):
@@ -57,7 +73,9 @@ def pack(pictures: Sequence[Picture], rows: int, height: int, smooth: bool = Tru
     return canvas
 
 
-def draw_sheet(path: Path, rows: Sequence[Sequence[Picture]], headings: Sequence[str], title: str = "") -> None:
+def draw_sheet(
+    path: Path, rows: Sequence[Sequence[Picture]], headings: Sequence[str], title: str = ""
+) -> None:
     """A table on white: columns as wide as their widest, rows as high as their highest picture."""
     from matplotlib import get_data_path
 
@@ -91,15 +109,15 @@ def draw_groups(path: Path, groups: Sequence[Sequence[Picture]], headings: Seque
 
 def draw_report(
     path: Path,
-    images: Sequence[Union[Tensor, Picture]],
+    images: Sequence[Tensor | Picture],
     features: Any = None,
-    crops: Sequence[Sequence[Union[Tensor, Picture]]] = (),
+    crops: Sequence[Sequence[Tensor | Picture]] = (),
     *,
     mean: Sequence[float],
     std: Sequence[float],
-    attention: Optional[Tensor] = None,
+    attention: Tensor | None = None,
     title: str = "",
-    basis: Optional[PCABasis] = None,
+    basis: PCABasis | None = None,
     height: int = 144,
 ) -> None:
     """One row an image: image, PCA of its patch tokens, CLS attention, its crops.
@@ -133,7 +151,7 @@ def draw_report(
     draw_sheet(path, rows, headings, title)
 
 
-def _picture(image: Union[Tensor, Picture], mean: Sequence[float], std: Sequence[float]) -> Picture:
+def _picture(image: Tensor | Picture, mean: Sequence[float], std: Sequence[float]) -> Picture:
     return to_picture(image, mean, std) if isinstance(image, Tensor) else image
 
 
@@ -143,7 +161,7 @@ def _crop_cells(pictures: Sequence[Picture], height: int) -> list[Picture]:
     return [pack(group, max(1, round(largest / len(group[0]))), height) for group in groups]
 
 
-def _crop_headings(views: Sequence[Union[Tensor, Picture]]) -> list[str]:
+def _crop_headings(views: Sequence[Tensor | Picture]) -> list[str]:
     shapes = (view.shape[-2:] if isinstance(view, Tensor) else view.shape[:2] for view in views)
     groups = [(shape, len(list(group))) for shape, group in itertools.groupby(shapes)]
     return [f"{n} crops, {h} px" if h == w else f"{n} crops, {h} × {w} px" for (h, w), n in groups]
@@ -178,10 +196,14 @@ def draw_embedding(
         axes = figure.add_subplot()
         for name in ["", *known]:
             chosen = np.array([other == name for other in names])
-            axes.scatter(*positions[chosen].T, s=14, color=colour_of[name], label=name or None, linewidths=0)
+            axes.scatter(
+                *positions[chosen].T, s=14, color=colour_of[name], label=name or None, linewidths=0
+            )
         for place, name, picture in zip(positions, names, thumbnails):
             frame = {"edgecolor": colour_of[name], "linewidth": 1.5}
-            small = OffsetImage(picture, zoom=72 * side / max(picture.shape[:2]))  # matplotlib takes 72 dots an inch
+            small = OffsetImage(
+                picture, zoom=72 * side / max(picture.shape[:2])
+            )  # matplotlib takes 72 dots an inch
             axes.add_artist(AnnotationBbox(small, place, pad=0.05, bboxprops=frame))
         axes.margins(0.02 + (side / 10 if len(thumbnails) else 0.02))
         axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1], xticks=[], yticks=[])
@@ -194,7 +216,11 @@ def distinct_colours(count: int) -> list:
     """COLOURS as far as they reach, more from around the rainbow."""
     from matplotlib import colormaps
 
-    return list(COLOURS[:count]) if count <= len(COLOURS) else list(colormaps["turbo"](np.linspace(0.03, 0.97, count)))
+    return (
+        list(COLOURS[:count])
+        if count <= len(COLOURS)
+        else list(colormaps["turbo"](np.linspace(0.03, 0.97, count)))
+    )
 
 
 # Curves.
@@ -232,8 +258,12 @@ def draw_curves(path: Path, runs: dict[str, list[dict]]) -> None:
     rows = math.ceil(len(names) / columns)
     with matplotlib.rc_context(STYLE):
         width, height = 0.7 + 2.5 * columns, 0.9 + 1.7 * rows  # inches
-        figure = Figure((width, height), dpi=160)  # places are given: finding them takes as long as drawing
-        figure.subplots_adjust(0.6 / width, 0.45 / height, 1 - 0.15 / width, 1 - 0.6 / height, 0.28, 0.42)
+        figure = Figure(
+            (width, height), dpi=160
+        )  # places are given: finding them takes as long as drawing
+        figure.subplots_adjust(
+            0.6 / width, 0.45 / height, 1 - 0.15 / width, 1 - 0.6 / height, 0.28, 0.42
+        )
         for number, name in enumerate(names):
             axes = figure.add_subplot(rows, columns, number + 1)
             _draw_panel(axes, name, runs)

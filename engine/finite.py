@@ -14,7 +14,9 @@ IN_A_ROW_FP16 = 40  # there each halves the scale, which begins at 2 ** 16
 class FiniteSteps:
     """Decides on the device, so that the loop does not wait for it; what happened is read when the logger writes."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: torch.device):
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: torch.device
+    ):
         self.optimizer, self.scaler = optimizer, scaler
         self.in_a_row = torch.zeros((), device=device)
         self.skipped: dict[str, Tensor] = {}  # how often each value was not finite
@@ -55,7 +57,9 @@ class FiniteSteps:
         self.skipped = {}
         if not counts:
             return
-        culprits = ", ".join(name for name in counts if name not in ("loss", "grad_norm")) or ", ".join(counts)
+        culprits = ", ".join(
+            name for name in counts if name not in ("loss", "grad_norm")
+        ) or ", ".join(counts)
         remedy = "lower schedule.lr.peak or schedule.teacher_temp, or set precision=fp32"
         half = self.scaler.is_enabled()
         if float(self.in_a_row) >= (IN_A_ROW_FP16 if half else IN_A_ROW):
@@ -65,6 +69,8 @@ class FiniteSteps:
             )
         times = int(max(counts.values()))
         if half and culprits == "grad_norm":
-            notice(f"skipped {times} steps before step {step}, looking for the scale that fp16 gradients can bear")
+            notice(
+                f"skipped {times} steps before step {step}, looking for the scale that fp16 gradients can bear"
+            )
             return
         notice(f"skipped {times} steps before step {step}, not finite: {culprits}; {remedy}")

@@ -1,7 +1,7 @@
 """How fast a device can multiply matrices, against which a step is held (MFU), and how many operations a step takes."""
 
 import time
-from typing import Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -78,8 +78,12 @@ class FlopClock:
     def __enter__(self) -> "FlopClock":
         self.counter.__enter__()
         # Hooks run where a module is called, and not where checkpointing runs its forward once more.
-        self.hooks = [module.register_forward_pre_hook(lambda *_: self._count(-1)) for module in self.again]
-        self.hooks += [module.register_forward_hook(lambda *_: self._count(1)) for module in self.again]
+        self.hooks = [
+            module.register_forward_pre_hook(lambda *_: self._count(-1)) for module in self.again
+        ]
+        self.hooks += [
+            module.register_forward_hook(lambda *_: self._count(1)) for module in self.again
+        ]
         return self
 
     def __exit__(self, *error) -> None:

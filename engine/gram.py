@@ -2,8 +2,9 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any
 
 from torch import nn
 
@@ -30,7 +31,7 @@ class GramTeacher:
         snapshot: Callable[[], nn.Module],
         load: Callable[[str], nn.Module],
         choose: Callable[[int], str],
-        resumed_at: Optional[int] = None,
+        resumed_at: int | None = None,
     ):
         """
         Args:
@@ -50,11 +51,19 @@ class GramTeacher:
         self.backbone = None
         if settings.teacher == "ema":
             self.backbone = ema
-        elif settings.teacher == "init" or settings.teacher == "auto" and (resumed_at or -1) > self.start:
+        elif (
+            settings.teacher == "init"
+            or settings.teacher == "auto"
+            and (resumed_at or -1) > self.start
+        ):
             self.backbone = snapshot()
         elif settings.teacher != "auto":
             self.backbone = load(settings.teacher)
-        if settings.refresh and self.backbone is not None and _shapes(self.backbone) != _shapes(ema):
+        if (
+            settings.refresh
+            and self.backbone is not None
+            and _shapes(self.backbone) != _shapes(ema)
+        ):
             raise ValueError(
                 f"loss.gram.refresh copies the teacher into the Gram teacher, but {settings.teacher} is another architecture"
             )
@@ -62,9 +71,11 @@ class GramTeacher:
     @property
     def weights(self) -> dict:
         """For the checkpoint: nothing where the EMA teacher itself plays the part, or before the start."""
-        return {} if self.backbone is None or self.backbone is self.ema else self.backbone.state_dict()
+        return (
+            {} if self.backbone is None or self.backbone is self.ema else self.backbone.state_dict()
+        )
 
-    def at(self, step: int) -> Optional[nn.Module]:
+    def at(self, step: int) -> nn.Module | None:
         """The network that gives the similarities in this step; None before the start."""
         if step < self.start:
             return None
@@ -81,7 +92,9 @@ class GramTeacher:
             self.backbone.load_state_dict(self.ema.state_dict())
 
 
-def build_gram_teacher(stage: Any, run: Any, whole: Whole, load: Callable[[str], nn.Module]) -> Optional[GramTeacher]:
+def build_gram_teacher(
+    stage: Any, run: Any, whole: Whole, load: Callable[[str], nn.Module]
+) -> GramTeacher | None:
     """The one of a stage (engine.stages) of a run (engine.run), as far as the run has come; None without the Gram term.
 
     Args:
@@ -105,7 +118,9 @@ def build_gram_teacher(stage: Any, run: Any, whole: Whole, load: Callable[[str],
         return whole.place(_frozen(copy.deepcopy(whole.module.backbone)))
 
     settings, ema = stage.cfg.loss.gram, whole.source.backbone
-    gram_teacher = GramTeacher(settings, stage.first, stage.stop, ema, snapshot, find, choose, resumed)
+    gram_teacher = GramTeacher(
+        settings, stage.first, stage.stop, ema, snapshot, find, choose, resumed
+    )
     if resumed and gram_teacher.weights:
         run.restore({"gram_teacher": gram_teacher.weights})
     return gram_teacher
@@ -125,14 +140,27 @@ def best_snapshot(run: Path, step: int, measure: Callable[[str], float]) -> str:
     Raises:
         ValueError: if the run keeps no snapshot yet.
     """
-    kept = sorted(int(path.name) for path in (run / "snapshots").glob("*") if path.name.isdigit() and int(path.name) <= step)
+    kept = sorted(
+        int(path.name)
+        for path in (run / "snapshots").glob("*")
+        if path.name.isdigit() and int(path.name) <= step
+    )
     if not kept:
-        raise ValueError(f"loss.gram.teacher: auto finds no snapshot in {run} up to step {step}; lower checkpoint.snapshot")
+        raise ValueError(
+            f"loss.gram.teacher: auto finds no snapshot in {run} up to step {step}; lower checkpoint.snapshot"
+        )
     values = {kept_step: measure(f"{run}@{kept_step}") for kept_step in kept}
     best = max(values, key=values.get)
-    notice(f"Gram teacher: the snapshot of step {best}; locality " + ", ".join(f"{k}: {v:.4f}" for k, v in values.items()))
+    notice(
+        f"Gram teacher: the snapshot of step {best}; locality "
+        + ", ".join(f"{k}: {v:.4f}" for k, v in values.items())
+    )
     if distributed.is_main():
-        write_atomically(run / "gram_choice.json", json.dumps({"step": step, "chosen": best, "locality": values}))
-        curve = [{"step": kept_step, "probe/locality": value} for kept_step, value in values.items()]
+        write_atomically(
+            run / "gram_choice.json", json.dumps({"step": step, "chosen": best, "locality": values})
+        )
+        curve = [
+            {"step": kept_step, "probe/locality": value} for kept_step, value in values.items()
+        ]
         draw_curves(run / "gram_choice.png", {"snapshots": curve})
     return f"{run}@{best}"

@@ -1,8 +1,9 @@
 """Is adaptation doing harm? The probe of the teacher against what the weights could do at step 0."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any
 
 from engine.cli import RunFailed
 from engine.logger import notice
@@ -23,9 +24,9 @@ class Guard:
         action: "warn", "stop": raises RunFailed, or None: nothing.
     """
 
-    def __init__(self, probe: str = "knn", tolerance: float = 0.02, action: Optional[str] = None):
+    def __init__(self, probe: str = "knn", tolerance: float = 0.02, action: str | None = None):
         self.key, self.tolerance, self.action = f"probe/{probe}", tolerance, action
-        self.initial: Optional[float] = None
+        self.initial: float | None = None
         self.said = False
 
     def recall(self, records: Sequence[dict]) -> float:
@@ -34,14 +35,20 @@ class Guard:
         Returns:
             The best value, -inf where there is none.
         """
-        values = {record["step"]: record[self.key] for record in records if record.get(self.key) is not None}
+        values = {
+            record["step"]: record[self.key]
+            for record in records
+            if record.get(self.key) is not None
+        }
         self.initial = values.get(0)
         self.said = any(self._fell(value) for value in values.values())
         if self.action and records and self.initial is None:
-            notice(f"guard: this run has no {self.key} of step 0, so there is nothing to compare with")
+            notice(
+                f"guard: this run has no {self.key} of step 0, so there is nothing to compare with"
+            )
         return max(values.values(), default=-math.inf)
 
-    def look(self, step: int, values: dict, best: Path) -> Optional[str]:
+    def look(self, step: int, values: dict, best: Path) -> str | None:
         """What is wrong after a probe, where it was not said before; None otherwise.
 
         Args:
@@ -58,7 +65,12 @@ class Guard:
                     f"guard.probe: the probe of step 0 gave no {self.key}; choose another, or guard.action=null"
                 )
         value = values.get(self.key)
-        if self.action is None or value is None or not self._fell(value) or (self.said and self.action == "warn"):
+        if (
+            self.action is None
+            or value is None
+            or not self._fell(value)
+            or (self.said and self.action == "warn")
+        ):
             return None
         self.said = True
         sentence = (

@@ -1,7 +1,7 @@
 """Is the run alive? Cheap measures of targets and features, taken when the logger writes, and what they say."""
 
 import math
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from engine import distributed
 from engine.cli import RunFailed
 
 # When a measure means collapse. Ours; from about 80 runs of up to 3,300 steps with 32 to 2,048 prototypes.
-ONE_PROTOTYPE = 0.9  # least top_share; 0.1 when balanced; a moving centre ends such moments in 60 steps
+ONE_PROTOTYPE = (
+    0.9  # least top_share; 0.1 when balanced; a moving centre ends such moments in 60 steps
+)
 SAME_TARGETS = 0.002  # largest teacher_kl in nats; above 0.006 in all runs that lived, 0.0001 to 0.001 in dead ones
 SAME_FEATURES = 0.01  # largest feature_std; above 0.02 in all runs
 HOLDS = 80  # steps that it must last: eight time constants of a centre with momentum 0.9
@@ -33,7 +35,9 @@ REMEDIES = {
 
 
 @torch.no_grad()
-def health(teacher_probs: Tensor, features: Tensor, patches: Optional[Tensor] = None) -> dict[str, Tensor]:
+def health(
+    teacher_probs: Tensor, features: Tensor, patches: Tensor | None = None
+) -> dict[str, Tensor]:
     """Measures of one step, the same on every rank.
 
     Args:
@@ -111,7 +115,7 @@ class CollapseWatch:
         self.since: dict[str, tuple[int, int]] = {}  # kind -> first step of the streak, looks in it
         self.said: set[str] = set()
 
-    def look(self, step: int, values: dict[str, float]) -> Optional[str]:
+    def look(self, step: int, values: dict[str, float]) -> str | None:
         """What is wrong at this step, given `health` as numbers; None where nothing is, or it was said before.
 
         A value that is not finite says nothing.
@@ -126,7 +130,7 @@ class CollapseWatch:
                 return self._say(kind, f"{signs[kind]} since step {first}")
         return None
 
-    def look_at(self, images: Any) -> Optional[str]:
+    def look_at(self, images: Any) -> str | None:
         """Before the first step: whether the images are one picture many times.
 
         Args:
@@ -156,9 +160,13 @@ def _signs(values: dict[str, float]) -> dict[str, str]:
         signs["prototype"] = f"one prototype takes {top:.0%} of the targets"
     elif kl <= SAME_TARGETS:  # of one prototype the difference is 0 as well
         uniform = "uniform" if entropy > 0.98 else "the same for every image"
-        signs["targets"] = f"the targets are {uniform} (entropy {entropy:.1%} of ln K, {kl:.1g} nats from their mean)"
+        signs["targets"] = (
+            f"the targets are {uniform} (entropy {entropy:.1%} of ln K, {kl:.1g} nats from their mean)"
+        )
     if std <= SAME_FEATURES:
-        signs["features"] = f"the features of all images are alike (standard deviation {std:.2g}, 1 when independent)"
+        signs["features"] = (
+            f"the features of all images are alike (standard deviation {std:.2g}, 1 when independent)"
+        )
     return signs
 
 
@@ -168,12 +176,16 @@ def same_pictures(images: Any) -> tuple[int, float]:
     Pictures are the same where 8 x 8 averages differ by less than 2 % of their spread: a re-encoded copy counts.
     """
     total, thumbnails = len(images), []
-    for index in sorted({number * total // PICTURES for number in range(PICTURES)}):  # fewer, if there are fewer
+    for index in sorted(
+        {number * total // PICTURES for number in range(PICTURES)}
+    ):  # fewer, if there are fewer
         try:
             image = images.image(index).float()
         except OSError:  # counted when it comes up in training
             continue
-        thumbnails.append(torch.nn.functional.adaptive_avg_pool2d(image.mean(dim=0, keepdim=True), 8).flatten())
+        thumbnails.append(
+            torch.nn.functional.adaptive_avg_pool2d(image.mean(dim=0, keepdim=True), 8).flatten()
+        )
     if not thumbnails:
         return 0, 0.0
     averages = torch.stack(thumbnails)

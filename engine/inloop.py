@@ -1,8 +1,9 @@
 """What is measured and drawn of the teacher while it trains."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,12 @@ from engine.probes import knn_probe
 
 
 def probe_teacher(
-    which: Any, backbone: nn.Module, train: Dataset, val: Dataset, masks: Optional[Sequence[Dataset]], device: torch.device
+    which: Any,
+    backbone: nn.Module,
+    train: Dataset,
+    val: Dataset,
+    masks: Sequence[Dataset] | None,
+    device: torch.device,
 ) -> dict[str, float]:
     """Fields of metrics.jsonl, as the section `probe` of the configuration asks. All ranks together; the run's randomness is
     neither used nor moved.
@@ -48,5 +54,11 @@ def report_teacher(
     """
     attention = prefix_attention(backbone, images)[0] if hasattr(backbone, "attention") else None
     return partial(
-        draw_report, images=images, features=backbone(images), crops=crops, attention=attention, title=title, **statistics
+        draw_report,
+        images=images,
+        features=backbone(images),
+        crops=crops,
+        attention=attention,
+        title=title,
+        **statistics,
     )

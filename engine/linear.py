@@ -18,7 +18,26 @@ from engine.probes import extract_features
 
 BLOCKS = (1, 4)
 # Before · batch / 256: those of DINOv2's code, then up to the 5 that DINOv3's appendix D.7 sweeps.
-LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+LEARNING_RATES = (
+    1e-5,
+    2e-5,
+    5e-5,
+    1e-4,
+    2e-4,
+    5e-4,
+    1e-3,
+    2e-3,
+    5e-3,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+)
 BATCH_SIZE = 128
 MOST_STEPS, LEAST_STEPS, EPOCHS = 12_500, 1000, 10  # DINOv2's length; ours for small data
 STRENGTHS = tuple(
@@ -85,11 +104,13 @@ class HeadGrid:
         generator = torch.Generator().manual_seed(seed)
         self.groups: list[tuple[slice, list[Head], Tensor, Tensor, Tensor]] = []
         for blocks, avgpool in sorted({(head.blocks, head.avgpool) for head in self.heads}):
-            group = [head for head in self.heads if (head.blocks, head.avgpool) == (blocks, avgpool)]
+            group = [
+                head for head in self.heads if (head.blocks, head.avgpool) == (blocks, avgpool)
+            ]
             part = columns(blocks, avgpool, width=width, pooled=pooled, most=most)
-            weight = 0.01 * torch.randn(classes, part.stop - part.start + 1, generator=generator).repeat(
-                len(group), 1, 1
-            )
+            weight = 0.01 * torch.randn(
+                classes, part.stop - part.start + 1, generator=generator
+            ).repeat(len(group), 1, 1)
             weight[..., -1] = 0  # the bias: inputs get a 1 at the end
             rates = torch.tensor([head.lr * batch_size / 256 for head in group]).view(-1, 1, 1)
             weight, rates = weight.to(device), rates.to(device)
@@ -155,7 +176,11 @@ def default_steps(
 
 @torch.inference_mode()
 def accuracy(
-    classifier: Classifier, rows: Tensor, labels: Tensor, allowed: Tensor | None = None, chunk: int = 1024
+    classifier: Classifier,
+    rows: Tensor,
+    labels: Tensor,
+    allowed: Tensor | None = None,
+    chunk: int = 1024,
 ) -> float:
     """Top-1 as a fraction, the choice being among the `allowed` classes (k,) where they are given."""
     correct = 0
@@ -184,7 +209,9 @@ def linear_probe(backbone: nn.Module, train: Dataset, val: Dataset, device: torc
     batch_size = min(BATCH_SIZE, len(rows))
     sizes = {"width": rows.shape[1], "pooled": backbone.embed_dim, "classes": int(labels.max()) + 1}
     grid = HeadGrid(heads, **sizes, batch_size=batch_size, device=device)
-    fit_heads(grid, cached_batches(rows, labels, batch_size, device), default_steps(len(rows), batch_size))
+    fit_heads(
+        grid, cached_batches(rows, labels, batch_size, device), default_steps(len(rows), batch_size)
+    )
     return max(grid.accuracies(val_rows, val_labels).values())
 
 
@@ -213,11 +240,15 @@ class LogisticRegression:
 
     def fit(self, strength: float) -> Tensor:
         """(classes, d + 1) for this C, the bias, which is not drawn to 0, last; starts from the last solution."""
-        penalty = 1 / (strength * len(self.labels))  # all divided by n · C: tolerances mean the same for any data
+        penalty = 1 / (
+            strength * len(self.labels)
+        )  # all divided by n · C: tolerances mean the same for any data
         scale = 1 / _with_one(self.CURVATURE * self.variance + penalty).sqrt()
         inputs, scaled = self.inputs * scale, (self.weight / scale).requires_grad_()
         options = {"history_size": 10, "tolerance_grad": 1e-6, "tolerance_change": 1e-9}
-        optimizer = torch.optim.LBFGS([scaled], max_iter=1000, line_search_fn="strong_wolfe", **options)
+        optimizer = torch.optim.LBFGS(
+            [scaled], max_iter=1000, line_search_fn="strong_wolfe", **options
+        )
 
         def objective() -> Tensor:
             optimizer.zero_grad()

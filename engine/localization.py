@@ -1,6 +1,7 @@
 """Objects without labels: where CLS looks, LOST and TokenCut on patch similarities, against boxes or masks."""
 
-from typing import Any, Iterable, NamedTuple, Optional, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,9 @@ from torch import Tensor
 from engine.patches import Patches
 
 TAUS = tuple(round(0.05 * k, 2) for k in range(9))  # TokenCut's threshold as DINOv3 sweeps it
-MOST_PATCHES = 8192  # of an image: its graph has half a gigabyte in float64, and its eigenvectors take minutes
+MOST_PATCHES = (
+    8192  # of an image: its graph has half a gigabyte in float64, and its eigenvectors take minutes
+)
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # sides of the centred box
 
 
@@ -24,7 +27,7 @@ class Truth(NamedTuple):
     """What is in an image; at least one object."""
 
     boxes: Tensor  # (n, 4) float x0, y0, x1, y1 in pixels
-    masks: Optional[Tensor]  # (n, H, W) bool, where there are masks
+    masks: Tensor | None  # (n, H, W) bool, where there are masks
     shape: tuple[int, int]  # (height, width) in pixels that the boxes refer to
 
 
@@ -70,7 +73,9 @@ def by_lost(tokens: Tensor, grid: tuple[int, int]) -> Found:
     return Found(component(mask.view(grid).cpu(), peak), peak)
 
 
-def by_tokencut(tokens: Tensor, grid: tuple[int, int], taus: Sequence[float] = (0.2,)) -> list[Found]:
+def by_tokencut(
+    tokens: Tensor, grid: tuple[int, int], taus: Sequence[float] = (0.2,)
+) -> list[Found]:
     """TokenCut (Wang et al., arXiv 2202.11539): a normalised cut of the graph of similar patches, one for each τ.
 
     Edges are 1 above τ, else 1e-5; the second smallest eigenvector of (D − E) y = λ D y is split at its mean, and the
@@ -81,7 +86,9 @@ def by_tokencut(tokens: Tensor, grid: tuple[int, int], taus: Sequence[float] = (
         ValueError: if there are more patches than MOST_PATCHES.
     """
     if len(tokens) > MOST_PATCHES:
-        raise ValueError(f"{len(tokens)} patches are too many for TokenCut, at most {MOST_PATCHES}; lower --size")
+        raise ValueError(
+            f"{len(tokens)} patches are too many for TokenCut, at most {MOST_PATCHES}; lower --size"
+        )
     unit = F.normalize(tokens.double().cpu(), dim=1)
     cosines = unit @ unit.T
     results = []
@@ -147,7 +154,12 @@ def score(found: Found, truth: Truth) -> dict[str, float]:
     (row, column), (h, w) = found.peak, found.mask.shape
     x, y = (column + 0.5) / w * truth.shape[1], (row + 0.5) / h * truth.shape[0]
     if truth.masks is None:
-        inside = (truth.boxes[:, 0] <= x) & (x < truth.boxes[:, 2]) & (truth.boxes[:, 1] <= y) & (y < truth.boxes[:, 3])
+        inside = (
+            (truth.boxes[:, 0] <= x)
+            & (x < truth.boxes[:, 2])
+            & (truth.boxes[:, 1] <= y)
+            & (y < truth.boxes[:, 3])
+        )
         mask_iou = {}
     else:
         inside = truth.masks[:, int(y), int(x)]
@@ -155,7 +167,12 @@ def score(found: Found, truth: Truth) -> dict[str, float]:
         both, either = (said & truth.masks).sum((1, 2)), (said | truth.masks).sum((1, 2))
         mask_iou = {"mask_iou": float((both / either.clamp(min=1)).max())}
     best = float(overlaps.max())
-    return {"corloc": float(best > 0.5), "box_iou": best, **mask_iou, "pointing": float(inside.any())}
+    return {
+        "corloc": float(best > 0.5),
+        "box_iou": best,
+        **mask_iou,
+        "pointing": float(inside.any()),
+    }
 
 
 def centred_scores(truth: Truth) -> dict[float, dict[str, float]]:
@@ -170,7 +187,7 @@ def centred_scores(truth: Truth) -> dict[float, dict[str, float]]:
     return results
 
 
-def read_truth(notes: dict[str, Tensor]) -> Optional[Truth]:
+def read_truth(notes: dict[str, Tensor]) -> Truth | None:
     """Objects from "boxes", "instance" or "mask", whichever there is; None for an image without objects.
 
     Of masks by class, each class is one object, and class 0 is the background.
@@ -184,12 +201,14 @@ def read_truth(notes: dict[str, Tensor]) -> Optional[Truth]:
         boxes = torch.stack([box_of(mask, tuple(mask.shape)) for mask in masks])
     if boxes is None or not len(boxes):
         return None
-    shape = tuple(numbers.shape) if numbers is not None else tuple(int(side) for side in notes["shape"])
+    shape = (
+        tuple(numbers.shape) if numbers is not None else tuple(int(side) for side in notes["shape"])
+    )
     return Truth(boxes.float(), masks, shape)
 
 
 def localize(
-    items: Iterable[tuple[Patches, Optional[Tensor], Optional[Truth]]], taus: Sequence[float] = TAUS
+    items: Iterable[tuple[Patches, Tensor | None, Truth | None]], taus: Sequence[float] = TAUS
 ) -> dict[str, Any]:
     """Means over images of `score` for each way, and for the centred box.
 
@@ -221,7 +240,10 @@ def localize(
             rows.setdefault(name, []).append(one)
     if not count:
         raise ValueError("no image has an object in its annotations")
-    means = {name: {key: sum(one[key] for one in found) / count for key in found[0]} for name, found in rows.items()}
+    means = {
+        name: {key: sum(one[key] for one in found) / count for key in found[0]}
+        for name, found in rows.items()
+    }
     result: dict[str, Any] = {"attention": means.get("attention"), "lost": means["lost"]}
     for group in ("tokencut", "centre"):
         result[group] = {name[1]: value for name, value in means.items() if name[0] == group}

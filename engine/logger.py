@@ -5,8 +5,8 @@ import json
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence
 
 import torch
 from tqdm import tqdm
@@ -27,7 +27,9 @@ class TensorBoardMirror:
         from torch.utils.tensorboard import SummaryWriter
 
         # What was written after the checkpoint that a run goes on from is hidden: it comes again.
-        self.writer = SummaryWriter(run / "tensorboard", purge_step=start_step + 1 if start_step else None)
+        self.writer = SummaryWriter(
+            run / "tensorboard", purge_step=start_step + 1 if start_step else None
+        )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -44,15 +46,27 @@ class WandbMirror:
     def __init__(self, run: Path, start_step: int):
         import wandb
 
-        known = run / "wandb" / "id"  # by which a run that goes on is recognised, wherever it now lies
+        known = (
+            run / "wandb" / "id"
+        )  # by which a run that goes on is recognised, wherever it now lies
         known.parent.mkdir(exist_ok=True)
         if not (start_step and known.is_file()):
             known.write_text(uuid.uuid4().hex[:12])
-        options = {"project": "nanodino", "name": run.name, "dir": run, "id": known.read_text(), "resume": "allow"}
+        options = {
+            "project": "nanodino",
+            "name": run.name,
+            "dir": run,
+            "id": known.read_text(),
+            "resume": "allow",
+        }
         try:
-            self.session = wandb.init(**options, reinit="create_new")  # distill.py has several in a process
+            self.session = wandb.init(
+                **options, reinit="create_new"
+            )  # distill.py has several in a process
         except Exception as error:  # of its own kinds: no account, no network
-            raise ValueError(f"mirrors: [wandb]: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
+            raise ValueError(
+                f"mirrors: [wandb]: {error}; run `wandb login`, or set WANDB_MODE=offline"
+            ) from error
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.session.log(values, step=step)
@@ -73,7 +87,9 @@ def require_mirrors(names: Sequence[str]) -> None:
         try:
             importlib.import_module(MIRRORS[name].package)
         except ImportError:
-            raise ImportError(f"mirrors: [{name}] needs the package {name}: pip install {name}") from None
+            raise ImportError(
+                f"mirrors: [{name}] needs the package {name}: pip install {name}"
+            ) from None
 
 
 class Logger:
@@ -81,7 +97,9 @@ class Logger:
 
     def __init__(self, run: Path, total_steps: int, start_step: int, mirrors: Sequence[str] = ()):
         self.path = run / "metrics.jsonl"
-        self.name = f"{run.name}: " if run.parent.name == "students" else ""  # one of several that speak here
+        self.name = (
+            f"{run.name}: " if run.parent.name == "students" else ""
+        )  # one of several that speak here
         self.total_steps = total_steps
         self.enter(None, 0, 0)
         self.last_step, self.last_time, self.waited = start_step, time.perf_counter(), 0.0
@@ -98,7 +116,7 @@ class Logger:
             truncate_metrics(self.path, start_step)
             self.mirrors = [MIRRORS[name](run, start_step) for name in mirrors]
 
-    def enter(self, stage: Optional[str], batch_size: int, shift: int) -> None:
+    def enter(self, stage: str | None, batch_size: int, shift: int) -> None:
         """From here on, `step` updates have seen step * batch_size + shift images."""
         self.stage, self.batch_size, self.shift = stage, batch_size, shift
 
@@ -114,12 +132,25 @@ class Logger:
         }
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        record = {"step": step, "images_seen": step * self.batch_size + self.shift, "stage": self.stage} | values
+        record = {
+            "step": step,
+            "images_seen": step * self.batch_size + self.shift,
+            "stage": self.stage,
+        } | values
         if distributed.is_main():
             with self.path.open("a") as file:
-                file.write(json.dumps({name: _rounded(value) for name, value in record.items()}) + "\n")
+                file.write(
+                    json.dumps({name: _rounded(value) for name, value in record.items()}) + "\n"
+                )
             for mirror in self.mirrors:
-                mirror.log(step, {name: value for name, value in record.items() if isinstance(value, (int, float))})
+                mirror.log(
+                    step,
+                    {
+                        name: value
+                        for name, value in record.items()
+                        if isinstance(value, (int, float))
+                    },
+                )
             self._show(step, record, time.perf_counter())
 
     def restart_clock(self, step: int) -> None:
@@ -127,7 +158,11 @@ class Logger:
         self.last_step, self.last_time, self.waited = step, time.perf_counter(), 0.0
 
     def _show(self, step: int, record: dict, now: float) -> None:
-        shown = {name: f"{record[name]:.4g}" for name in ("loss", "probe/knn", "images_per_second") if name in record}
+        shown = {
+            name: f"{record[name]:.4g}"
+            for name in ("loss", "probe/knn", "images_per_second")
+            if name in record
+        }
         if not self.bar.disable:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
@@ -137,7 +172,11 @@ class Logger:
             left = (now - self.began) / done * (self.total_steps - step) if done else None
             words = "  ".join(f"{name} {value}" for name, value in shown.items())
             ending = "" if left is None else f"  {left / 60:.1f} min left"
-            print(f"{self.name}step {step}/{self.total_steps}  {words}{ending}", file=sys.stderr, flush=True)
+            print(
+                f"{self.name}step {step}/{self.total_steps}  {words}{ending}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def close(self) -> None:
         self.bar.close()
@@ -145,7 +184,7 @@ class Logger:
             mirror.close()
 
 
-def _rounded(value: Optional[float]) -> Optional[float]:
+def _rounded(value: float | None) -> float | None:
     """Six significant digits; what is not a number becomes null, for JSON has no NaN."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if value - value == 0 else None
@@ -176,19 +215,30 @@ def memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     status = Path("/proc/self/status")
-    if status.is_file():  # rather than getrusage, whose peak is handed down by the process that started this one
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**20
+    if (
+        status.is_file()
+    ):  # rather than getrusage, whose peak is handed down by the process that started this one
+        return (
+            next(
+                int(line.split()[1])
+                for line in status.read_text().splitlines()
+                if line.startswith("VmHWM")
+            )
+            / 2**20
+        )
     try:
         import resource  # not on Windows
     except ImportError:
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**30 if sys.platform == "darwin" else 2**20
+    )
 
 
 class BadImages:
     """What could not be read: counted, listed in RUN/bad_images.txt, and too many of them end the run."""
 
-    def __init__(self, run: Path, images: int, limit: Optional[int]):
+    def __init__(self, run: Path, images: int, limit: int | None):
         self.path = run / "bad_images.txt"
         self.limit = max(10, images // 100) if limit is None else limit
         lines = self.path.read_text().splitlines() if self.path.is_file() else []

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ Picture = np.ndarray  # (H, W, 3) uint8
 
 @torch.inference_mode()
 def patch_tokens(
-    backbone: nn.Module, image: Tensor, device: torch.device, window: Optional[int] = None
+    backbone: nn.Module, image: Tensor, device: torch.device, window: int | None = None
 ) -> tuple[Tensor, tuple[int, int]]:
     """Patch tokens (N, D), float32 on the CPU, and their grid (h, w) of one normalised image (C, H, W).
 
@@ -52,7 +52,9 @@ def patch_tokens(
             if total is None:
                 total = torch.zeros(height // p, width // p, features.patches.shape[-1])
                 count = torch.zeros(height // p, width // p, 1)
-            total[top : top + h, left : left + w] += features.patches[0].float().cpu().view(h, w, -1)
+            total[top : top + h, left : left + w] += (
+                features.patches[0].float().cpu().view(h, w, -1)
+            )
             count[top : top + h, left : left + w] += 1
     return (total / count).flatten(0, 1), (height // p, width // p)
 
@@ -76,7 +78,9 @@ class _Watch(TorchFunctionMode):
         self.layer, self.calls = layer, 0
         self.last: deque = deque(maxlen=max(1, -layer))
 
-    def __torch_function__(self, function: Any, types: Any, args: Sequence = (), kwargs: Optional[dict] = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence = (), kwargs: dict | None = None
+    ) -> Any:
         if function is F.scaled_dot_product_attention:
             if self.layer < 0 or self.calls == self.layer:
                 self.last.append(args[:2])
@@ -87,7 +91,9 @@ class _Watch(TorchFunctionMode):
         if self.calls == 0:
             raise ValueError("this model computes no attention that could be drawn")
         if not -self.calls <= self.layer < self.calls:
-            raise ValueError(f"--layer is {self.layer}; this model has {self.calls} blocks, 0 to {self.calls - 1}")
+            raise ValueError(
+                f"--layer is {self.layer}; this model has {self.calls} blocks, 0 to {self.calls - 1}"
+            )
         return self.last[0]
 
 
@@ -201,12 +207,16 @@ def load_basis(path: Path) -> PCABasis:
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return PCABasis(*(torch.from_numpy(arrays[name]) for name in ("mean", "axes", "low", "high")))
+            return PCABasis(
+                *(torch.from_numpy(arrays[name]) for name in ("mean", "axes", "low", "high"))
+            )
     except (ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no basis that `visualize.py pca --basis` wrote") from error
 
 
-def pca_image(patches: Tensor, grid: tuple[int, int], basis: PCABasis, keep: Optional[Tensor] = None) -> Picture:
+def pca_image(
+    patches: Tensor, grid: tuple[int, int], basis: PCABasis, keep: Tensor | None = None
+) -> Picture:
     """One pixel a patch: the first three components as red, green and blue.
 
     Args:
@@ -229,7 +239,9 @@ def pca_map(features: Tensor) -> tuple[np.ndarray, tuple[str, str]]:
     positions = pca_basis(features, components=2).project(features)
     total = features.double().var(dim=0, unbiased=False).sum().clamp(min=1e-12)
     shares = (positions.var(dim=0, unbiased=False) / total).tolist()
-    return positions.numpy(), tuple(f"component {k}, {share:.0%} of the variance" for k, share in zip((1, 2), shares))
+    return positions.numpy(), tuple(
+        f"component {k}, {share:.0%} of the variance" for k, share in zip((1, 2), shares)
+    )
 
 
 def foreground(patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -266,7 +278,9 @@ def to_picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Pi
     Of 3 channels or more the first three are red, green and blue; fewer are averaged to grey.
     """
     mean, std = (torch.tensor(list(values)[:3]).float().view(-1, 1, 1) for values in (mean, std))
-    pixels = (image.detach()[:3].cpu().float() * std).add_(mean)  # in place from here on: scans are large
+    pixels = (image.detach()[:3].cpu().float() * std).add_(
+        mean
+    )  # in place from here on: scans are large
     if len(pixels) < 3:
         pixels = pixels.mean(dim=0, keepdim=True)
     pixels = pixels.nan_to_num_(0.0).clamp_(0, 1).mul_(255).round_().to(torch.uint8)

@@ -17,8 +17,9 @@ batches a step both. Not counted: the CUDA context (about 0.5 GiB), buffers of N
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +44,9 @@ def memory_table(
         ValueError: for a number of GPUs that does not divide the batch, and for other backbones than a VisionTransformer.
     """
     if cfg.model.arch.startswith("timm:"):
-        raise ValueError(f"the memory of {cfg.model.arch} is not known; give a preset of models/vit.py")
+        raise ValueError(
+            f"the memory of {cfg.model.arch} is not known; give a preset of models/vit.py"
+        )
     terms = set(terms)
     counts = {name: _count(child) for name, child in student.named_children()}
     rows = [_row(cfg, terms, student, number, device) for number in gpus]
@@ -67,14 +70,22 @@ def _row(cfg: Any, terms: set, student: nn.Module, gpus: int, device: str) -> di
         "gram_teacher": 4 * gram / gpus,
         "gathered": 2 * low * unit if gpus > 1 else (low * parameters if low < 4 else 0),
     }
-    kept, recomputed = activation_bytes(cfg, student.backbone, images, low, weights=device == "cpu" and low == 2)
+    kept, recomputed = activation_bytes(
+        cfg, student.backbone, images, low, weights=device == "cpu" and low == 2
+    )
     held = sum(parts.values()) - parts["gradients"]
-    parts |= {"activations": kept, "activations_checkpointed": recomputed, "heads": head_bytes(cfg, terms, student, images, low)}
+    parts |= {
+        "activations": kept,
+        "activations_checkpointed": recomputed,
+        "heads": head_bytes(cfg, terms, student, images, low),
+    }
     several = images * gpus < cfg.batch_size  # micro batches
     for name, activations in (("total", kept), ("total_checkpointed", recomputed)):
         passing = activations + parts["heads"], parts["gradients"]
         parts[name] = held + (sum(passing) if several else max(passing))
-    return {"gpus": gpus, "images": images} | {name: round(value / GIB, 3) for name, value in parts.items()}
+    return {"gpus": gpus, "images": images} | {
+        name: round(value / GIB, 3) for name, value in parts.items()
+    }
 
 
 def block_bytes(backbone: nn.Module, low: int, tokens: int, weights: bool) -> float:
@@ -85,20 +96,36 @@ def block_bytes(backbone: nn.Module, low: int, tokens: int, weights: bool) -> fl
     inputs, gate and product. `weights`: attention weights of `tokens` a head, which a fused kernel does not keep.
     """
     config, dim = backbone.config, backbone.embed_dim
-    hidden = 2 * backbone.blocks[0].mlp.fc1.out_features if config["ffn"] == "mlp" else 4 * backbone.blocks[0].mlp.w3.in_features
+    hidden = (
+        2 * backbone.blocks[0].mlp.fc1.out_features
+        if config["ffn"] == "mlp"
+        else 4 * backbone.blocks[0].mlp.w3.in_features
+    )
     wide = 6 + 2 * (config["layerscale"] is not None)
     return 8 * dim + low * (wide * dim + hidden + weights * tokens * backbone.num_heads)
 
 
-def activation_bytes(cfg: Any, backbone: nn.Module, images: int, low: int, weights: bool) -> tuple[float, float]:
+def activation_bytes(
+    cfg: Any, backbone: nn.Module, images: int, low: int, weights: bool
+) -> tuple[float, float]:
     """(kept, kept with checkpointing of the blocks): of global and local crops, with their pixels and final norm."""
     kept = recomputed = block = 0.0
     for kind in ("global", "local"):
-        count, size = getattr(cfg.crops, f"{kind}_count"), size_pair(getattr(cfg.crops, f"{kind}_size"))
-        tokens = 1 + backbone.num_registers + (size[0] // backbone.patch_size) * (size[1] // backbone.patch_size)
+        count, size = (
+            getattr(cfg.crops, f"{kind}_count"),
+            size_pair(getattr(cfg.crops, f"{kind}_size")),
+        )
+        tokens = (
+            1
+            + backbone.num_registers
+            + (size[0] // backbone.patch_size) * (size[1] // backbone.patch_size)
+        )
         rows = count * images * tokens
         per_token = block_bytes(backbone, low, tokens, weights)
-        ends = count * images * (4 + low) * cfg.data.channels * size[0] * size[1] + rows * 12 * backbone.embed_dim
+        ends = (
+            count * images * (4 + low) * cfg.data.channels * size[0] * size[1]
+            + rows * 12 * backbone.embed_dim
+        )
         kept += ends + rows * backbone.depth * per_token
         recomputed += ends + rows * backbone.depth * 4 * backbone.embed_dim
         block = max(block, rows * per_token)
@@ -110,11 +137,29 @@ def head_bytes(cfg: Any, terms: set, student: nn.Module, images: int, low: int) 
     crops, loss = cfg.crops, cfg.loss
     height, width = size_pair(crops.global_size)
     patches = (height // student.backbone.patch_size) * (width // student.backbone.patch_size)
-    masked = crops.global_count * images * patches * loss.ibot.mask_probability * sum(loss.ibot.mask_ratio) / 2
-    rows = {"dino": ((crops.global_count + crops.local_count) * images, crops.global_count * images, student.dino_head, loss.dino)}
+    masked = (
+        crops.global_count
+        * images
+        * patches
+        * loss.ibot.mask_probability
+        * sum(loss.ibot.mask_ratio)
+        / 2
+    )
+    rows = {
+        "dino": (
+            (crops.global_count + crops.local_count) * images,
+            crops.global_count * images,
+            student.dino_head,
+            loss.dino,
+        )
+    }
     if "ibot" in terms:
         shared = student.ibot_head is None
-        rows["ibot"] = (masked, masked, student.dino_head, loss.dino) if shared else (masked, masked, student.ibot_head, loss.ibot)
+        rows["ibot"] = (
+            (masked, masked, student.dino_head, loss.dino)
+            if shared
+            else (masked, masked, student.ibot_head, loss.ibot)
+        )
     total = 0.0
     for name, (own, teacher, head, settings) in rows.items():
         hidden = 2 * settings.hidden * (settings.layers - 1) + 6 * settings.bottleneck
@@ -126,7 +171,10 @@ def head_bytes(cfg: Any, terms: set, student: nn.Module, images: int, low: int) 
 
 def _units(student: nn.Module) -> list[nn.Module]:
     """What is gathered at a time: blocks, heads."""
-    return [*student.backbone.blocks, *(child for name, child in student.named_children() if name != "backbone")]
+    return [
+        *student.backbone.blocks,
+        *(child for name, child in student.named_children() if name != "backbone"),
+    ]
 
 
 def _count(module: nn.Module) -> int:

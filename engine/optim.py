@@ -1,7 +1,8 @@
 """Schedules as functions of the step, parameter groups, gradient clipping, the optimiser's step."""
 
 import math
-from typing import Any, Callable, Iterable, Optional, Union
+from collections.abc import Callable, Iterable
+from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,10 @@ def make_schedule(
     total_steps: int,
     *,
     peak: float,
-    start: Optional[float] = None,
-    end: Optional[float] = None,
+    start: float | None = None,
+    end: float | None = None,
     warmup: Span = 0,
-    decay: Optional[Span] = None,
+    decay: Span | None = None,
     shape: str = "cosine",
     factor: float = 1.0,
 ) -> Callable[[int], float]:
@@ -44,7 +45,11 @@ def make_schedule(
     peak = factor * peak
     start = peak if start is None else start
     rise = min(span_steps(warmup, total_steps), total_steps)
-    fall = total_steps - rise if decay is None else min(span_steps(decay, total_steps), total_steps - rise)
+    fall = (
+        total_steps - rise
+        if decay is None
+        else min(span_steps(decay, total_steps), total_steps - rise)
+    )
 
     def value(step: int) -> float:
         if step < rise:
@@ -54,7 +59,9 @@ def make_schedule(
         if step >= rise + fall - 1:
             return end
         share = (step - rise) / (fall - 1)
-        return peak + (end - peak) * (share if shape == "linear" else (1 - math.cos(math.pi * share)) / 2)
+        return peak + (end - peak) * (
+            share if shape == "linear" else (1 - math.cos(math.pi * share)) / 2
+        )
 
     return value
 
@@ -94,7 +101,9 @@ def layer_multiplier(name: str, depth: int, decay: float) -> float:
     """
     if name.startswith("blocks."):
         layer = int(name.split(".")[1]) + 1
-    elif any(part in name for part in ("patch_embed", "cls_token", "mask_token", "pos_embed", "register")):
+    elif any(
+        part in name for part in ("patch_embed", "cls_token", "mask_token", "pos_embed", "register")
+    ):
         layer = 0
     else:
         layer = depth + 1
@@ -106,7 +115,9 @@ def is_decayed(name: str) -> bool:
     return not (name.endswith("bias") or "norm" in name or "gamma" in name)
 
 
-def parameter_groups(model: nn.Module, layer_decay: float = 1.0, patch_embed_lr: float = 1.0) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, layer_decay: float = 1.0, patch_embed_lr: float = 1.0
+) -> list[dict]:
     """Trainable parameters of `model` (backbone.*, *_head.*) by learning rate and weight decay.
 
     Each group holds `lr_scale` and `weight_decay_scale`, by which `set_rates` multiplies the schedules' values.
@@ -121,33 +132,47 @@ def parameter_groups(model: nn.Module, layer_decay: float = 1.0, patch_embed_lr:
             scale = layer_multiplier(name.removeprefix("backbone."), depth, layer_decay)
             scale *= patch_embed_lr if "patch_embed" in name else 1.0
         key = (scale, float(is_decayed(name)))
-        group = groups.setdefault(key, {"params": [], "lr_scale": key[0], "weight_decay_scale": key[1]})
+        group = groups.setdefault(
+            key, {"params": [], "lr_scale": key[0], "weight_decay_scale": key[1]}
+        )
         group["params"].append(parameter)
     return list(groups.values())
 
 
 def make_optimizer(
-    groups: list[dict], betas: Iterable[float], before: Optional[torch.optim.Optimizer] = None
+    groups: list[dict], betas: Iterable[float], before: torch.optim.Optimizer | None = None
 ) -> torch.optim.AdamW:
     """AdamW whose state exists from the start, so that a checkpoint of any step holds the same tensors.
 
     Parameters that `before` has moments for keep them.
     """
     kind = groups[0]["params"][0].device.type
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(betas), weight_decay=0.0, fused=kind in ("cpu", "cuda"))
+    optimizer = torch.optim.AdamW(
+        groups, lr=0.0, betas=tuple(betas), weight_decay=0.0, fused=kind in ("cpu", "cuda")
+    )
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = before.state[parameter] if before and parameter in before.state else {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+            optimizer.state[parameter] = (
+                before.state[parameter]
+                if before and parameter in before.state
+                else {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+            )
     return optimizer
 
 
-def optimizer_for(student: nn.Module, settings: Any, before: Optional[torch.optim.Optimizer] = None) -> torch.optim.AdamW:
+def optimizer_for(
+    student: nn.Module, settings: Any, before: torch.optim.Optimizer | None = None
+) -> torch.optim.AdamW:
     """`make_optimizer` for what trains of the student, as the section `optim` of the configuration says."""
-    return make_optimizer(parameter_groups(student, settings.layer_decay, settings.patch_embed_lr), settings.betas, before)
+    return make_optimizer(
+        parameter_groups(student, settings.layer_decay, settings.patch_embed_lr),
+        settings.betas,
+        before,
+    )
 
 
 def forget(optimizer: torch.optim.Optimizer) -> None:
@@ -165,7 +190,7 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
 # ----------------------------------------------------------------- gradients
 
 
-def clip_gradients(model: nn.Module, max_norm: Optional[float], per: str) -> Tensor:
+def clip_gradients(model: nn.Module, max_norm: float | None, per: str) -> Tensor:
     """Scales gradients down in place; returns the L2 norm of all of them before, shards of all ranks taken together.
 
     Args:

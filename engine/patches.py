@@ -1,7 +1,8 @@
 """Patch tokens of a frozen backbone, and two quick measures of them: k-NN segmentation and locality."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,9 @@ def extract_patches(
     """
     # A generator of its own: the loader would take its seed from torch's global random state.
     generator = torch.Generator().manual_seed(0)
-    loader = DataLoader(data, batch_size=batch_size, num_workers=workers, collate_fn=list, generator=generator)
+    loader = DataLoader(
+        data, batch_size=batch_size, num_workers=workers, collate_fn=list, generator=generator
+    )
     for items in progress(loader):
         found = tokens_of(backbone, [image.to(device) for image, _, _ in items])
         for (tokens, grid), (_, target, index) in zip(found, items):
@@ -48,7 +51,9 @@ def extract_patches(
 
 
 @torch.inference_mode()
-def tokens_of(backbone: nn.Module, images: Sequence[Tensor]) -> list[tuple[Tensor, tuple[int, int]]]:
+def tokens_of(
+    backbone: nn.Module, images: Sequence[Tensor]
+) -> list[tuple[Tensor, tuple[int, int]]]:
     """(N, D) float32 and the grid of each image (C, H, W); those of one shape share a forward pass."""
     results: list = [None] * len(images)
     for shape in dict.fromkeys(image.shape for image in images):
@@ -104,11 +109,17 @@ class Sliding(nn.Module):
         count = images.new_zeros(1, 1, *grid)
         for top in self._starts(grid[0] * p):
             for left in self._starts(grid[1] * p):
-                features = self.backbone(images[..., top : top + self.window, left : left + self.window])
+                features = self.backbone(
+                    images[..., top : top + self.window, left : left + self.window]
+                )
                 maps = features.patches.float().mT.unflatten(2, features.grid)
                 if total is None:
                     total = maps.new_zeros(*maps.shape[:2], *grid)
-                place = (..., slice(top // p, top // p + maps.shape[2]), slice(left // p, left // p + maps.shape[3]))
+                place = (
+                    ...,
+                    slice(top // p, top // p + maps.shape[2]),
+                    slice(left // p, left // p + maps.shape[3]),
+                )
                 total[place] += maps
                 count[place] += 1
         return replace(features, patches=(total / count).flatten(2).mT, grid=grid)
@@ -158,12 +169,14 @@ def confusion(prediction: Tensor, mask: Tensor) -> Tensor:
     known = (mask >= 0) & (mask != IGNORE)
     largest = int(mask[known].max()) if known.any() else 0
     if largest >= CLASSES:
-        raise ValueError(f"a mask holds class {largest}; classes go from 0 to 254, and 255 is not counted")
+        raise ValueError(
+            f"a mask holds class {largest}; classes go from 0 to 254, and 255 is not counted"
+        )
     pairs = mask[known] * CLASSES + prediction[known]
     return torch.bincount(pairs, minlength=CLASSES**2).view(CLASSES, CLASSES)
 
 
-def mean_iou(counts: Tensor) -> tuple[float, list[Optional[float]]]:
+def mean_iou(counts: Tensor) -> tuple[float, list[float | None]]:
     """mIoU over all pixels of a data set at once, and the IoU of each class up to the last that occurs.
 
     A class that is neither there nor said is None and does not count.
@@ -198,7 +211,12 @@ def label_patches(items: Iterable[Patches], per_image: int) -> list[PatchBank]:
         order = torch.randperm(len(known), generator=torch.Generator().manual_seed(int(item.index)))
         chosen = known[order[:per_image]].to(item.tokens.device)
         if len(chosen):
-            banks.append(PatchBank(F.normalize(item.tokens[chosen], dim=1), F.normalize(counts[chosen], p=1.0, dim=1)))
+            banks.append(
+                PatchBank(
+                    F.normalize(item.tokens[chosen], dim=1),
+                    F.normalize(counts[chosen], p=1.0, dim=1),
+                )
+            )
     return banks
 
 
@@ -216,7 +234,9 @@ def merge_banks(banks: Sequence[PatchBank]) -> PatchBank:
 
 
 @torch.inference_mode()
-def vote(tokens: Tensor, bank: PatchBank, k: int = 30, temperature: float = 0.07, chunk: int = 1024) -> Tensor:
+def vote(
+    tokens: Tensor, bank: PatchBank, k: int = 30, temperature: float = 0.07, chunk: int = 1024
+) -> Tensor:
     """(N, K) class probabilities: the k most similar patches give their shares, weighted by softmax(cosine / T)."""
     votes = []
     for part in F.normalize(tokens, dim=1).split(chunk):
@@ -259,12 +279,16 @@ def patch_knn_segmentation(
     options = {"batch_size": batch_size, "workers": workers, "progress": progress}
     rank, world = distributed.rank(), distributed.world_size()
     part = Subset(train, range(rank, len(train), world))
-    mine = label_patches(extract_patches(backbone, part, device, **options), max(1, bank // len(train)))
+    mine = label_patches(
+        extract_patches(backbone, part, device, **options), max(1, bank // len(train))
+    )
     mine = [PatchBank(*(tensor.cpu() for tensor in one)) for one in mine]
     whole = merge_banks(sum(distributed.gather_objects(mine), []))
     whole = PatchBank(*(tensor.to(device) for tensor in whole))
     counts, limit = torch.zeros(2, CLASSES, CLASSES, dtype=torch.long, device=device)
-    for item in extract_patches(backbone, Subset(val, range(rank, len(val), world)), device, **options):
+    for item in extract_patches(
+        backbone, Subset(val, range(rank, len(val), world)), device, **options
+    ):
         votes = vote(item.tokens, whole, k, temperature)
         prediction = upsample(votes.T.unflatten(1, item.grid), item.target.shape).argmax(dim=0)
         mask = item.target.to(device)
@@ -302,12 +326,16 @@ def patch_locality(features: Any, anchors: int = 64) -> float:
     tokens = F.normalize(tokens - tokens.mean(dim=1, keepdim=True), dim=-1)
     rows, columns = torch.arange(h * w) // w, torch.arange(h * w) % w
     chosen = torch.linspace(0, h * w - 1, min(anchors, h * w)).round().long()
-    steps = torch.maximum((rows[chosen, None] - rows).abs(), (columns[chosen, None] - columns).abs())
+    steps = torch.maximum(
+        (rows[chosen, None] - rows).abs(), (columns[chosen, None] - columns).abs()
+    )
     near, far = steps == 1, steps >= max(2, max(h, w) // 2)
     total = 0.0
     for image in tokens:
         similarity = (image[chosen.to(image.device)] @ image.T).cpu()
-        total += sum(_wins(row[close], row[apart]) for row, close, apart in zip(similarity, near, far))
+        total += sum(
+            _wins(row[close], row[apart]) for row, close, apart in zip(similarity, near, far)
+        )
     return total / (len(tokens) * len(chosen))
 
 
@@ -317,7 +345,9 @@ def _wins(higher: Tensor, lower: Tensor) -> float:
     return float((difference > 0).float().mean() + 0.5 * (difference == 0).float().mean())
 
 
-def mean_locality(backbone: nn.Module, data: Dataset, device: torch.device, images: int = 64) -> float:
+def mean_locality(
+    backbone: nn.Module, data: Dataset, device: torch.device, images: int = 64
+) -> float:
     """`patch_locality` over the first `images` of the data: items begin with a normalised image, of any size."""
     values = []
     with torch.inference_mode():

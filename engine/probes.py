@@ -1,6 +1,6 @@
 """Frozen features, the k-NN vote and ranking, shared by train.py's probe and the evaluation scripts."""
 
-from typing import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +32,16 @@ def extract_features(
     """
     rank, world = distributed.rank(), distributed.world_size()
     part = Subset(data, range(rank, len(data), world))
-    loader = DataLoader(part, batch_size=batch_size, num_workers=workers, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(
+        part, batch_size=batch_size, num_workers=workers, generator=torch.Generator().manual_seed(0)
+    )
     features, labels, filled = None, torch.empty(len(part), dtype=torch.int64), 0
     for images, label, _ in progress(loader):
         with torch.inference_mode():  # what is returned may be trained on, so no more than this
             values = describe(images.to(device))
-        if features is None:  # filled in place: a list of batches would have to be copied as a whole
+        if (
+            features is None
+        ):  # filled in place: a list of batches would have to be copied as a whole
             features = torch.empty(len(part), *values.shape[1:], dtype=dtype)
         rows = slice(filled, filled := filled + len(values))
         features[rows], labels[rows] = values, label
@@ -106,7 +110,9 @@ def knn_accuracy(
     correct = dict.fromkeys(ks, 0)
     for begin in range(0, len(val_features), chunk):
         similarity, nearest = _nearest(val_features[begin : begin + chunk], train_features, ks[-1])
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # relative to the nearest: never overflows
+        weights = (
+            (similarity - similarity[:, :1]) / temperature
+        ).exp()  # relative to the nearest: never overflows
         votes = weights.new_zeros(len(weights), classes)
         truth, counted = val_labels[begin : begin + chunk], 0
         for k in ks:
@@ -137,7 +143,9 @@ def _largest(scores: Tensor, k: int, group: int = 64) -> tuple[Tensor, Tensor]:
     rows, whole = len(scores), scores.shape[1] // group * group
     if k * group >= whole:
         return scores.topk(k, dim=1)
-    chosen = scores[:, :whole].unflatten(1, (-1, group)).amax(-1).topk(k, dim=1, sorted=False).indices
+    chosen = (
+        scores[:, :whole].unflatten(1, (-1, group)).amax(-1).topk(k, dim=1, sorted=False).indices
+    )
     columns = (chosen[..., None] * group + torch.arange(group, device=scores.device)).flatten(1)
     rest = torch.arange(whole, scores.shape[1], device=scores.device).expand(rows, -1)
     columns = torch.cat([columns, rest], dim=1)
@@ -146,7 +154,9 @@ def _largest(scores: Tensor, k: int, group: int = 64) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def average_precision(similarity: Tensor, relevant: Tensor, ignored: Tensor | None = None) -> Tensor:
+def average_precision(
+    similarity: Tensor, relevant: Tensor, ignored: Tensor | None = None
+) -> Tensor:
     """Area under each query's precision-recall curve by trapezoids, as in the evaluation of Holidays, Copydays and the
     revisited Oxford and Paris.
 
@@ -169,7 +179,10 @@ def average_precision(similarity: Tensor, relevant: Tensor, ignored: Tensor | No
 
 @torch.inference_mode()
 def retrieval_map(
-    queries: Tensor, database: Tensor, judge: Callable[[range], tuple[Tensor, Tensor]], cells: int = 1 << 22
+    queries: Tensor,
+    database: Tensor,
+    judge: Callable[[range], tuple[Tensor, Tensor]],
+    cells: int = 1 << 22,
 ) -> dict[str, float]:
     """Mean average precision of the ranking by cosine, of the queries that have something to find.
 
@@ -201,7 +214,9 @@ def whitening(features: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda rows: F.normalize((rows - mean) @ turn, dim=1)
 
 
-def knn_probe(backbone: nn.Module, train: Dataset, val: Dataset, device: torch.device, k: int = 20) -> float:
+def knn_probe(
+    backbone: nn.Module, train: Dataset, val: Dataset, device: torch.device, k: int = 20
+) -> float:
     """Top-1 accuracy of the weighted vote of the k nearest of `train` on `val`; see `extract_cls` for the items."""
     features = [extract_cls(backbone, data, device) for data in (train, val)]
     return knn_accuracy(*features[0], *features[1], ks=(k,))[k]

@@ -8,10 +8,11 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Optional, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,16 +65,21 @@ class Run:
         stage_ends: list[int],
         cadence: Cadence,
         device: torch.device,
-        hours: Optional[float] = None,
+        hours: float | None = None,
         mirrors: Sequence[str] = (),
     ):
-        self.folder, self.stage_ends, self.total_steps, self.cadence = folder, stage_ends, stage_ends[-1], cadence
+        self.folder, self.stage_ends, self.total_steps, self.cadence = (
+            folder,
+            stage_ends,
+            stage_ends[-1],
+            cadence,
+        )
         self.device, self.mirrors = device, mirrors
         require_mirrors(mirrors)  # before anything is made or removed
         self.start_step = 0
         self.writer = CheckpointWriter(folder, cadence.keep)
         self.deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
-        self.signal: Optional[int] = None
+        self.signal: int | None = None
 
     def open(self, config: str, check: Callable[[Path], None], overwrite: bool) -> bool:
         """Makes or re-opens the folder; False if there is nothing left to do.
@@ -113,11 +119,11 @@ class Run:
         bad_images: BadImages,
         export: Callable[[], Callable[[Path], None]],
         report: Callable[[], Callable[[Path], None]],
-        probe: Optional[Callable[[], dict[str, float]]],
+        probe: Callable[[], dict[str, float]] | None,
         locality: Callable[[nn.Module], float],
         refresh: Callable[[], None],
         watch: CollapseWatch,
-        guard: Optional[Guard] = None,
+        guard: Guard | None = None,
     ) -> None:
         """Loads the checkpoint, if there is one, into `state`.
 
@@ -132,7 +138,13 @@ class Run:
             watch: says when what is logged looks like collapse.
             guard: says when a probe has fallen below step 0, and which one makes weights the best.
         """
-        self.state, self.export, self.report, self.probe, self.locality = state, export, report, probe, locality
+        self.state, self.export, self.report, self.probe, self.locality = (
+            state,
+            export,
+            report,
+            probe,
+            locality,
+        )
         self.refresh, self.watch, self.guard = refresh, watch, guard or Guard()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
@@ -180,12 +192,16 @@ class Run:
         elif self._due(step, self.cadence.snapshot):
             self.refresh()
             if distributed.is_main():
-                self.writer.also(partial(checkpoint.save_folder, self._snapshot(step), self.export()))
+                self.writer.also(
+                    partial(checkpoint.save_folder, self._snapshot(step), self.export())
+                )
         if step == self.total_steps or stopped:
             self.writer.finish()
             self.logger.close()
         if stopped and step < self.total_steps:
-            raise StoppedEarly(f"{self.folder}: stopped at step {step} of {self.total_steps} {stopped}; the same command goes on")
+            raise StoppedEarly(
+                f"{self.folder}: stopped at step {step} of {self.total_steps} {stopped}; the same command goes on"
+            )
 
     def _note_signal(self, number: int, frame: Any) -> None:
         self.signal = number
@@ -236,9 +252,15 @@ class Run:
         self.writer.save(step, self.state)
         if not distributed.is_main():
             return
-        export, report, records = self.export(), self.report(), read_metrics(self.folder / "metrics.jsonl")
+        export, report, records = (
+            self.export(),
+            self.report(),
+            read_metrics(self.folder / "metrics.jsonl"),
+        )
         folders = [self.folder / "teacher"]
-        if self._due(step, self.cadence.snapshot) or (step in self.stage_ends and len(self.stage_ends) > 1):
+        if self._due(step, self.cadence.snapshot) or (
+            step in self.stage_ends and len(self.stage_ends) > 1
+        ):
             folders.append(self._snapshot(step))
 
         def write() -> None:

@@ -12,7 +12,7 @@ import typing
 from functools import reduce
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Union
 
 import yaml
 
@@ -55,7 +55,10 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[dict]:
         raise ConfigError(f"{path} is its own base, by way of {', '.join(map(str, above))}")
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no text, or `2020-99-99` and `!!float x`
+    except (
+        yaml.YAMLError,
+        ValueError,
+    ) as error:  # ValueError: no text, or `2020-99-99` and `!!float x`
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values")
@@ -71,7 +74,9 @@ def parse_override(argument: str) -> dict:
     """ "a.b=1" as {"a": {"b": 1}}."""
     key, equals, text = argument.partition("=")
     if not equals or not key:
-        raise ConfigError(f"cannot read {argument!r}: write key=value, for example optim.clip_grad=1.0")
+        raise ConfigError(
+            f"cannot read {argument!r}: write key=value, for example optim.clip_grad=1.0"
+        )
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
@@ -81,7 +86,11 @@ def parse_override(argument: str) -> dict:
     return value
 
 
-ONE_OF = ("total_steps", "epochs", "images")  # three words for one thing: a layer that gives one, or steps of stages, replaces them
+ONE_OF = (
+    "total_steps",
+    "epochs",
+    "images",
+)  # three words for one thing: a layer that gives one, or steps of stages, replaces them
 
 
 def merge(below: Any, above: Any) -> Any:
@@ -90,9 +99,13 @@ def merge(below: Any, above: Any) -> Any:
         return above
     stages = above.get("stages")
     stages = stages.values() if isinstance(stages, dict) else ()
-    if any(above.get(name) is not None for name in ONE_OF) or any(isinstance(stage, dict) and "steps" in stage for stage in stages):
+    if any(above.get(name) is not None for name in ONE_OF) or any(
+        isinstance(stage, dict) and "steps" in stage for stage in stages
+    ):
         below = {key: value for key, value in below.items() if key not in ONE_OF}
-    return below | {key: merge(below[key], value) if key in below else value for key, value in above.items()}
+    return below | {
+        key: merge(below[key], value) if key in below else value for key, value in above.items()
+    }
 
 
 def write_out(cls: type, values: Any, path: str = "") -> Any:
@@ -107,11 +120,17 @@ def write_out(cls: type, values: Any, path: str = "") -> Any:
     written = {}
     for key, value in values.items():
         is_section = dataclasses.is_dataclass(inner.get(key)) and value is not None
-        written[key] = write_out(inner[key], value, f"{path}.{key}" if path else str(key)) if is_section else value
+        written[key] = (
+            write_out(inner[key], value, f"{path}.{key}" if path else str(key))
+            if is_section
+            else value
+        )
     return written
 
 
-def build(cls: type, values: Any, path: str = "", default: Any = None, root: Optional[type] = None) -> Any:
+def build(
+    cls: type, values: Any, path: str = "", default: Any = None, root: type | None = None
+) -> Any:
     """A dataclass from nested mappings; unknown keys and wrong types are refused with the nearest valid key.
 
     Args:
@@ -137,9 +156,13 @@ def _suggestion(root: type, key: str, path: str) -> str:
     """'; did you mean ...?', over the whole tree so that a key in the wrong section is found too."""
     keys = all_keys(root)
     full = f"{path}.{key}" if path else key
-    near = [name for name in keys if name.split(".")[-1] == key][:1]  # the right key in the wrong section
+    near = [name for name in keys if name.split(".")[-1] == key][
+        :1
+    ]  # the right key in the wrong section
     near = near or difflib.get_close_matches(full, keys, n=1, cutoff=0.6)
-    near = near or difflib.get_close_matches(key, [name.split(".")[-1] for name in keys], n=1, cutoff=0.5)
+    near = near or difflib.get_close_matches(
+        key, [name.split(".")[-1] for name in keys], n=1, cutoff=0.5
+    )
     return (
         f"; did you mean {near[0]}?"
         if near
@@ -161,7 +184,11 @@ def all_keys(cls: type, path: str = "") -> list[str]:
 
 def _without_none(hint: Any) -> Any:
     options = [option for option in typing.get_args(hint) if option is not type(None)]
-    return options[0] if typing.get_origin(hint) in (Union, types.UnionType) and len(options) == 1 else hint
+    return (
+        options[0]
+        if typing.get_origin(hint) in (Union, types.UnionType) and len(options) == 1
+        else hint
+    )
 
 
 def convert(value: Any, hint: Any, name: str) -> Any:
@@ -170,9 +197,15 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(value, options, name)
     if origin is Literal:
-        value = {False: "none", None: "none"}.get(value, value) if isinstance(value, (bool, type(None))) else value
+        value = (
+            {False: "none", None: "none"}.get(value, value)
+            if isinstance(value, (bool, type(None)))
+            else value
+        )
         if value not in options:
-            raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(str, options))}")
+            raise ConfigError(
+                f"{name} is {value!r}; it must be one of {', '.join(map(str, options))}"
+            )
         return value
     if origin is dict:
         if not isinstance(value, dict):
@@ -205,13 +238,23 @@ def _convert_scalar(value: Any, hint: type, name: str) -> Any:
         return str(value)
     if hint is bool and isinstance(value, bool):
         return value
-    if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if (
+        hint in (int, float)
+        and isinstance(value, (int, float, str))
+        and not isinstance(value, bool)
+    ):
         try:
             number = float(value)
         except ValueError:
             number = float("nan")
-        if number - number == 0 and (hint is float or number == int(number)):  # neither nan nor infinite
-            return hint(number) if hint is float or abs(number) > 2**53 or isinstance(value, str) else int(value)
+        if number - number == 0 and (
+            hint is float or number == int(number)
+        ):  # neither nan nor infinite
+            return (
+                hint(number)
+                if hint is float or abs(number) > 2**53 or isinstance(value, str)
+                else int(value)
+            )
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
     raise ConfigError(f"{name} is {value!r}; it must be {words}")
 
@@ -232,7 +275,9 @@ def _plain(value: Any) -> Any:
 
 def to_yaml(cfg: Any, header: str = "") -> str:
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    return comment + yaml.safe_dump(to_dict(cfg), sort_keys=False, default_flow_style=None, width=110)
+    return comment + yaml.safe_dump(
+        to_dict(cfg), sort_keys=False, default_flow_style=None, width=110
+    )
 
 
 def changed_keys(old: Any, new: Any, path: str = "", all_fields: bool = False) -> list[str]:
@@ -250,28 +295,42 @@ def changed_keys(old: Any, new: Any, path: str = "", all_fields: bool = False) -
 
 def refuse_changes(cfg: Any, saved: Path) -> None:
     """Raises ConfigError if `cfg` would change the result of the run whose configuration stands in `saved`."""
-    old = build(type(cfg), reduce(merge, (write_out(type(cfg), layer) for layer in read_yaml(saved)), {}))
+    old = build(
+        type(cfg), reduce(merge, (write_out(type(cfg), layer) for layer in read_yaml(saved)), {})
+    )
     changes = changed_keys(old, cfg) + changed_stages(old.stages, cfg.stages)
     if cfg.stages and old.total_steps != cfg.total_steps:
-        changes.append(f"total_steps ({old.total_steps} -> {cfg.total_steps}; a run with stages grows by its last stage)")
+        changes.append(
+            f"total_steps ({old.total_steps} -> {cfg.total_steps}; a run with stages grows by its last stage)"
+        )
     if changes:
         raise ConfigError(
             f"{saved.parent} was begun with other settings: {', '.join(changes)}; give the old ones, another output_dir, or overwrite=true"
         )
 
 
-def changed_stages(old: Optional[dict], new: Optional[dict]) -> list[str]:
+def changed_stages(old: dict | None, new: dict | None) -> list[str]:
     """What may not change in a run that has begun: anything but a longer last stage, or further ones."""
     if old is None or new is None:
-        return [] if old == new else ["stages (there were none)" if old is None else "stages (left out)"]
-    changes = [f"stages.{name} (left out or moved)" for name, then in zip(old, [*new, *[None] * len(old)]) if name != then]
+        return (
+            []
+            if old == new
+            else ["stages (there were none)" if old is None else "stages (left out)"]
+        )
+    changes = [
+        f"stages.{name} (left out or moved)"
+        for name, then in zip(old, [*new, *[None] * len(old)])
+        if name != then
+    ]
     for number, name in enumerate(old, 1):
         before, after = dict(old[name]), dict(new.get(name, old[name]))
         steps = before.pop("steps", None), after.pop("steps", None)
         if before != after:
             changes.append(f"stages.{name} ({before} -> {after})")
         elif steps[0] != steps[1] and (number < len(old) or steps[1] < steps[0]):
-            changes.append(f"stages.{name}.steps ({steps[0]} -> {steps[1]}; only the last stage may grow)")
+            changes.append(
+                f"stages.{name}.steps ({steps[0]} -> {steps[1]}; only the last stage may grow)"
+            )
     return changes
 
 
@@ -281,7 +340,9 @@ def provenance() -> str:
     versions = "  ".join(f"{name} {metadata.version(name)}" for name in packages)
     folder = Path(__file__).resolve().parent
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True
+        )
         commit = git.stdout.strip() or "unknown"
     except OSError:  # no git on this machine
         commit = "unknown"

@@ -4,8 +4,9 @@ A stage is the run's configuration with some keys overridden, for a number of st
 stage; schedules, spans and `start` of a stage count from its first step. A run without `stages:` is one stage without a name.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Iterator, Optional
+from typing import Any
 
 from engine.optim import span_steps
 from engine.settings import ConfigError, build, changed_keys, merge, to_dict, write_out
@@ -25,7 +26,7 @@ ALLOWED = (
 class Stage:
     """Steps first, ..., stop - 1 of the run, under one configuration."""
 
-    name: Optional[str]
+    name: str | None
     cfg: Any
     first: int
     stop: int
@@ -42,7 +43,7 @@ class Stage:
         return {name: schedule(step - self.first) for name, schedule in self.schedules.items()}
 
 
-def stage_configs(cfg: Any) -> Iterator[tuple[Optional[str], Optional[int], Any]]:
+def stage_configs(cfg: Any) -> Iterator[tuple[str | None, int | None, Any]]:
     """(name, steps, configuration) of each stage; (None, None, cfg) where the run has no `stages`.
 
     Raises:
@@ -58,7 +59,9 @@ def stage_configs(cfg: Any) -> Iterator[tuple[Optional[str], Optional[int], Any]
         keys = dict(keys) if isinstance(keys, dict) else {}
         steps = keys.pop("steps", None)
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ConfigError(f"stages.{name}.steps is {steps!r}; it must be a number of steps, at least 1")
+            raise ConfigError(
+                f"stages.{name}.steps is {steps!r}; it must be a number of steps, at least 1"
+            )
         try:
             keys = write_out(type(cfg), keys)
             stage = build(type(cfg), merge(_without_schedules(base, keys), keys))
@@ -66,9 +69,13 @@ def stage_configs(cfg: Any) -> Iterator[tuple[Optional[str], Optional[int], Any]
             raise ConfigError(f"stages.{name}: {error}") from None
         for change in changed_keys(replace(cfg, stages=None, init=None), stage, all_fields=True):
             if not change.startswith(ALLOWED):
-                raise ConfigError(f"stages.{name} cannot change {change}; a stage may change {', '.join(ALLOWED)}")
+                raise ConfigError(
+                    f"stages.{name} cannot change {change}; a stage may change {', '.join(ALLOWED)}"
+                )
         if stage.init and stage.tune.mode == "lora":
-            raise ConfigError(f"stages.{name} has an init of its own and tune.mode=lora; load it in a stage before, or as the run's init")
+            raise ConfigError(
+                f"stages.{name} has an init of its own and tune.mode=lora; load it in a stage before, or as the run's init"
+            )
         yield name, steps, stage
 
 
@@ -81,7 +88,9 @@ def _without_schedules(base: dict, keys: dict) -> dict:
     return base | {"schedule": base["schedule"] | replaced}
 
 
-def plan_stages(cfg: Any, total_steps: Optional[int], schedules: Callable[[Any, int], Schedules]) -> list[Stage]:
+def plan_stages(
+    cfg: Any, total_steps: int | None, schedules: Callable[[Any, int], Schedules]
+) -> list[Stage]:
     """The stages of a run in order.
 
     Args:
@@ -98,10 +107,14 @@ def plan_stages(cfg: Any, total_steps: Optional[int], schedules: Callable[[Any, 
     stages, first, images = [], 0, 0
     for (name, _, stage), stop in zip(parts, ends):
         if stop <= first:
-            raise ConfigError(f"{total_steps} steps are too few for {len(parts)} stages: stages.{name} would have none")
+            raise ConfigError(
+                f"{total_steps} steps are too few for {len(parts)} stages: stages.{name} would have none"
+            )
         start = span_steps(stage.loss.gram.start, stop - first)
         if start >= stop - first:
-            raise ConfigError(f"loss.gram.start {start} is not before the end, after {stop - first} steps")
+            raise ConfigError(
+                f"loss.gram.start {start} is not before the end, after {stop - first} steps"
+            )
         stages.append(Stage(name, stage, first, stop, images, schedules(stage, stop - first)))
         first, images = stop, images + (stop - first) * stage.batch_size
     return stages

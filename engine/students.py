@@ -6,9 +6,10 @@ import dataclasses
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,20 @@ from engine.cli import StoppedEarly
 from engine.health import CollapseWatch, health
 from engine.logger import notice
 from engine.optim import build_schedules
-from engine.settings import CONFIG_FOLDER, ONE_OF, ConfigError, build, changed_keys, merge, provenance, read_yaml
-from engine.settings import refuse_changes, to_dict, to_yaml, write_out
+from engine.settings import (
+    CONFIG_FOLDER,
+    ONE_OF,
+    ConfigError,
+    build,
+    changed_keys,
+    merge,
+    provenance,
+    read_yaml,
+    refuse_changes,
+    to_dict,
+    to_yaml,
+    write_out,
+)
 from engine.stages import Schedules
 from engine.validation import size_pair
 
@@ -61,7 +74,9 @@ def student_configs(cfg: Any) -> list[Entry]:
 def _entry(alone: Any, name: str, keys: Any) -> Entry:
     where = f"distill.students.{name}"
     if not isinstance(keys, dict):
-        raise ConfigError(f"{where} is {keys!r}; it must hold keys and values, such as {{model: {{arch: vit_small}}}}")
+        raise ConfigError(
+            f"{where} is {keys!r}; it must hold keys and values, such as {{model: {{arch: vit_small}}}}"
+        )
     keys = dict(keys)
     share = keys.pop("share", 1)
     if isinstance(share, bool) or not isinstance(share, (int, float)) or share <= 0:
@@ -69,21 +84,29 @@ def _entry(alone: Any, name: str, keys: Any) -> Entry:
     if not name or Path(name).name != name:
         raise ConfigError(f"{where}: a student's name is that of its folder")
     base = to_dict(alone)
-    lengths = {length: base[length] for length in ONE_OF}  # which a student's part of a stage leaves alone
+    lengths = {
+        length: base[length] for length in ONE_OF
+    }  # which a student's part of a stage leaves alone
     try:
         own = build(type(alone), merge(base, write_out(type(alone), keys)) | lengths)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     for change in changed_keys(alone, own, all_fields=True):
         if not change.startswith(ALLOWED):
-            raise ConfigError(f"{where} cannot change {change}; a student may change {', '.join(ALLOWED)}")
+            raise ConfigError(
+                f"{where} cannot change {change}; a student may change {', '.join(ALLOWED)}"
+            )
     for kind in ("global_size", "local_size"):
         size, cut = getattr(own.crops, kind), getattr(alone.crops, kind)
         if any(side > whole for side, whole in zip(size_pair(size), size_pair(cut))):
             raise ConfigError(
                 f"{where}.crops.{kind} is {size}, but crops are cut at crops.{kind} {cut} for all; raise that"
             )
-    return Entry(name, dataclasses.replace(own, output_dir=str(Path(alone.output_dir) / "students" / name)), share)
+    return Entry(
+        name,
+        dataclasses.replace(own, output_dir=str(Path(alone.output_dir) / "students" / name)),
+        share,
+    )
 
 
 def check_run(cfg: Any, stages: list[Any], ranks: int) -> None:
@@ -94,11 +117,17 @@ def check_run(cfg: Any, stages: list[Any], ranks: int) -> None:
     """
     for stage in stages:
         if stage.cfg.batch_size % ranks:
-            raise ConfigError(f"batch_size {stage.cfg.batch_size} is not a multiple of the {ranks} processes")
+            raise ConfigError(
+                f"batch_size {stage.cfg.batch_size} is not a multiple of the {ranks} processes"
+            )
         if stage.name and stage.cfg.init:
-            raise ConfigError(f"stages.{stage.name}.init: stages of a distillation go on; give init to a student")
+            raise ConfigError(
+                f"stages.{stage.name}.init: stages of a distillation go on; give init to a student"
+            )
         if "gram" in stage.schedules:
-            raise ConfigError("loss.gram has no part in distillation, where the teacher is frozen; leave it out")
+            raise ConfigError(
+                "loss.gram has no part in distillation, where the teacher is frozen; leave it out"
+            )
 
 
 def uses_heads(cfg: Any, teacher: Any) -> bool:
@@ -144,7 +173,9 @@ def command_that_makes(run: str) -> str:
     return ""
 
 
-def patch_grid(backbone: Any, size: tuple[int, int], device: torch.device, whose: str) -> tuple[int, int]:
+def patch_grid(
+    backbone: Any, size: tuple[int, int], device: torch.device, whose: str
+) -> tuple[int, int]:
     """(h, w) of the patches of crops of that size; `backbone` is in eval mode.
 
     Raises:
@@ -155,10 +186,12 @@ def patch_grid(backbone: Any, size: tuple[int, int], device: torch.device, whose
             return tuple(backbone(torch.zeros(1, backbone.in_channels, *size, device=device)).grid)
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{whose} does not take crops of {size[0]} x {size[1]} pixels: {reason}") from None
+        raise ConfigError(
+            f"{whose} does not take crops of {size[0]} x {size[1]} pixels: {reason}"
+        ) from None
 
 
-def divide_ranks(entries: list[Entry], ranks: int) -> Optional[dict[str, range]]:
+def divide_ranks(entries: list[Entry], ranks: int) -> dict[str, range] | None:
     """Consecutive ranks for each student by its share, at least one; None where there are too few: students take turns.
 
     Whoever has the largest share per rank gets the next one, so shares that divide the ranks evenly are met exactly.
@@ -174,7 +207,7 @@ def divide_ranks(entries: list[Entry], ranks: int) -> Optional[dict[str, range]]
     return {entry.name: range(end - count, end) for entry, end, count in zip(entries, ends, counts)}
 
 
-def begin(cfg: Any, entries: list[Entry], layout: Optional[dict[str, range]], images: Any) -> None:
+def begin(cfg: Any, entries: list[Entry], layout: dict[str, range] | None, images: Any) -> None:
     """Writes the run's own config.yaml, once it is sure that a run that has begun may go on with it; says what to know.
 
     Raises:
@@ -191,7 +224,11 @@ def begin(cfg: Any, entries: list[Entry], layout: Optional[dict[str, range]], im
     if not begun and (warning := CollapseWatch(cfg.health.on_collapse).look_at(images)):
         notice(warning)
     if layout:
-        notice(", ".join(f"{name}: ranks {ranks.start} to {ranks.stop - 1}" for name, ranks in layout.items()))
+        notice(
+            ", ".join(
+                f"{name}: ranks {ranks.start} to {ranks.stop - 1}" for name, ranks in layout.items()
+            )
+        )
 
 
 def what_is_cut(stage: Any, heads: bool) -> Any:
@@ -205,11 +242,19 @@ def what_is_cut(stage: Any, heads: bool) -> Any:
 
 def matching_schedules(cfg: Any, total_steps: int) -> Schedules:
     """As `build_schedules`, with the terms of feature matching in place of those of the heads."""
-    kept = {k: v for k, v in build_schedules(cfg, total_steps).items() if k not in ("dino", "dino_local", "ibot")}
+    kept = {
+        k: v
+        for k, v in build_schedules(cfg, total_steps).items()
+        if k not in ("dino", "dino_local", "ibot")
+    }
     weights = {"cls": cfg.distill.cls_weight, "patches": cfg.distill.patch_weight}
     if max(weights.values()) <= 0:
-        raise ConfigError("distill.cls_weight and distill.patch_weight are both 0: nothing to learn from")
-    return kept | {name: (lambda step, weight=weight: weight) for name, weight in weights.items() if weight > 0}
+        raise ConfigError(
+            "distill.cls_weight and distill.patch_weight are both 0: nothing to learn from"
+        )
+    return kept | {
+        name: (lambda step, weight=weight: weight) for name, weight in weights.items() if weight > 0
+    }
 
 
 def student_health(targets: Any, out: Any, images: int) -> dict[str, Tensor]:
@@ -225,7 +270,7 @@ def student_health(targets: Any, out: Any, images: int) -> dict[str, Tensor]:
 class StopRequest:
     """A signal or the time limit, noticed by all ranks of all students after the same step."""
 
-    def __init__(self, hours: Optional[float], total_steps: int, device: torch.device):
+    def __init__(self, hours: float | None, total_steps: int, device: torch.device):
         self.total_steps = total_steps
         self.deadline = float("inf") if hours is None else time.monotonic() + 3600 * hours
         self.device, self.signal = device, 0
@@ -247,7 +292,11 @@ class StopRequest:
 
 
 def all_done(
-    step: int, done: list[tuple[Any, Callable[[], dict]]], bad: list[tuple[str, str]], waited: float, stopping: bool
+    step: int,
+    done: list[tuple[Any, Callable[[], dict]]],
+    bad: list[tuple[str, str]],
+    waited: float,
+    stopping: bool,
 ) -> None:
     """The end of a step for the students of this rank: logs, probes and saves where due.
 
@@ -259,7 +308,11 @@ def all_done(
     Raises:
         StoppedEarly: if `stopping`, once all have saved.
     """
-    stopped = [StoppedEarly("stopped with the other students; the same command goes on")] if stopping else []
+    stopped = (
+        [StoppedEarly("stopped with the other students; the same command goes on")]
+        if stopping
+        else []
+    )
     for run, logged in done:
         run.bad_images.add(bad)
         run.logger.waited += waited

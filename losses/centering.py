@@ -105,7 +105,9 @@ class Centering(nn.Module):
         ValueError: if mode is unknown.
     """
 
-    def __init__(self, prototypes: int, mode: str, momentum: float = 0.9, iterations: int = 3) -> None:
+    def __init__(
+        self, prototypes: int, mode: str, momentum: float = 0.9, iterations: int = 3
+    ) -> None:
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"centering must be one of {', '.join(MODES)}, got {mode!r}")
@@ -117,12 +119,20 @@ class Centering(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, logits: Tensor, temp: float, all_reduce_sum: Reduce = identity, all_reduce_max: Reduce = identity
+        self,
+        logits: Tensor,
+        temp: float,
+        all_reduce_sum: Reduce = identity,
+        all_reduce_max: Reduce = identity,
     ) -> Tensor:
         """(B, K) logits, any float type -> (B, K) float32 targets, no gradient; rows sum to 1."""
         if self.mode == "sinkhorn":
             return sinkhorn_knopp(
-                logits, temp, self.iterations, all_reduce_sum=all_reduce_sum, all_reduce_max=all_reduce_max
+                logits,
+                temp,
+                self.iterations,
+                all_reduce_sum=all_reduce_sum,
+                all_reduce_max=all_reduce_max,
             )
         scores = torch.empty_like(logits, dtype=torch.float32)
         for rows in row_chunks(logits):
@@ -148,7 +158,9 @@ class Centering(nn.Module):
         sums = all_reduce_sum(torch.cat([row_sum, count]))
         total = sums[-1]
         mean = sums[:-1] / total.clamp(min=1)
-        mean = torch.where(mean.isfinite().all(), mean, self.center)  # a step that is skipped leaves no trace
+        mean = torch.where(
+            mean.isfinite().all(), mean, self.center
+        )  # a step that is skipped leaves no trace
         self.center.lerp_(mean, (1 - self.momentum) * (total > 0))
 
 
@@ -156,5 +168,7 @@ def build_centering(loss: Any, terms: Iterable[str]) -> nn.ModuleDict:
     """The centre or the balancing of each head's targets, as `loss.dino` and `loss.ibot` say, for the terms in use."""
     modules = {"dino": Centering(loss.dino.prototypes, loss.dino.centering)}
     if "ibot" in terms:
-        modules["ibot"] = Centering(loss.ibot.prototypes or loss.dino.prototypes, loss.ibot.centering)
+        modules["ibot"] = Centering(
+            loss.ibot.prototypes or loss.dino.prototypes, loss.ibot.centering
+        )
     return nn.ModuleDict(modules)

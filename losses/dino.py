@@ -1,7 +1,5 @@
 """The DINO term: crops of one image agree on how they spread over the prototypes."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,11 @@ from losses.cross_entropy import soft_cross_entropy
 
 
 def dino_loss(
-    student_logits: Tensor, teacher_probs: Tensor, student_temp: float, *, ignore_diagonal: bool = True
+    student_logits: Tensor,
+    teacher_probs: Tensor,
+    student_temp: float,
+    *,
+    ignore_diagonal: bool = True,
 ) -> Tensor:
     """Cross-entropy between different crops of an image (DINO, arXiv 2104.14294, Eq. 3).
 
@@ -53,7 +55,7 @@ def dino_loss(
 
 def multicrop_dino_loss(
     global_logits: Tensor,
-    local_logits: Optional[Tensor],
+    local_logits: Tensor | None,
     teacher_probs: Tensor,
     student_temp: float,
     local_weight: float = 1.0,

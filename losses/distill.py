@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ class MatchingTargets:
 
     cls: Tensor  # (G·B, D')
     patches: Tensor  # (G·B, N, D'), on the student's grid
-    gram: Optional[Tensor] = None
+    gram: Tensor | None = None
 
 
 def matching_targets(
@@ -81,4 +81,7 @@ def matching_losses(out: Any, targets: Any, weights: Mapping[str, float]) -> dic
         out: with `matched_cls` and `matched_patches`, shaped as in `targets`.
     """
     names = [name for name in ("cls", "patches") if name in weights]
-    return {name: matching_loss(getattr(out, f"matched_{name}"), getattr(targets, name)) for name in names}
+    return {
+        name: matching_loss(getattr(out, f"matched_{name}"), getattr(targets, name))
+        for name in names
+    }

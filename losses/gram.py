@@ -55,7 +55,9 @@ def cosine_gram(patches: Tensor, per_image: bool) -> Tensor:
     return torch.bmm(unit, unit.mT)
 
 
-def downsample_patches(patches: Tensor, grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:
+def downsample_patches(
+    patches: Tensor, grid: tuple[int, int], target_grid: tuple[int, int]
+) -> Tensor:
     """Bicubic resize of a patch grid, for a Gram teacher that saw the crop at higher resolution.
 
     Done before the Gram matrix normalises; no antialiasing, as in the authors' code.
@@ -74,5 +76,7 @@ def downsample_patches(patches: Tensor, grid: tuple[int, int], target_grid: tupl
     if patches.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"{patches.shape[1]} patches do not fill a grid of {grid[0]} x {grid[1]}")
     maps = patches.float().mT.unflatten(-1, grid)  # (B, D, h, w)
-    maps = F.interpolate(maps, size=target_grid, mode="bicubic", align_corners=False, antialias=False)
+    maps = F.interpolate(
+        maps, size=target_grid, mode="bicubic", align_corners=False, antialias=False
+    )
     return maps.flatten(2).mT

@@ -6,7 +6,9 @@ from torch import Tensor
 from losses.cross_entropy import soft_cross_entropy
 
 
-def ibot_loss(student_logits: Tensor, teacher_probs: Tensor, masks: Tensor, student_temp: float) -> Tensor:
+def ibot_loss(
+    student_logits: Tensor, teacher_probs: Tensor, masks: Tensor, student_temp: float
+) -> Tensor:
     """Cross-entropy on masked patches (iBOT, arXiv 2111.07832; weights as in the DINOv2 code).
 
     The mean over a crop's masked patches, then over ALL crops, where a crop without a mask counts

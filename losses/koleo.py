@@ -1,7 +1,6 @@
 """The KoLeo term: features of different images spread out."""
 
 from collections.abc import Callable
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,9 @@ DUPLICATE = 1e-6  # closer than this, two unit vectors differ by float32 roundin
 
 
 def koleo_loss(
-    features: Tensor, group: Optional[int] = None, gather: Callable[[Tensor], Tensor] = lambda rows: rows
+    features: Tensor,
+    group: int | None = None,
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> Tensor:
     """Kozachenko-Leonenko entropy estimator: minus the log distance to the nearest neighbour.
 

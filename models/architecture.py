@@ -1,7 +1,8 @@
 """The architecture behind released weights: from their shapes, or from the config.json beside them."""
 
 import re
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import timm
 import torch
@@ -22,13 +23,40 @@ TIMM_DINOV3 = {
 }
 # Of these, arguments that shapes (or `from_timm`) tell; a model with others stays timm's.
 TIMM_ARGUMENTS = {
-    *("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "reg_tokens", "no_embed_class"),
-    *("in_chans", "img_size", "dynamic_img_size", "qkv_bias", "num_reg_tokens", "rope_temperature", "global_pool"),
-    *("swiglu_mlp", "swiglu_align_to", "attn_type", "num_classes", "drop_path_rate", "proj_bias", "class_token"),
+    *(
+        "patch_size",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "init_values",
+        "reg_tokens",
+        "no_embed_class",
+    ),
+    *(
+        "in_chans",
+        "img_size",
+        "dynamic_img_size",
+        "qkv_bias",
+        "num_reg_tokens",
+        "rope_temperature",
+        "global_pool",
+    ),
+    *(
+        "swiglu_mlp",
+        "swiglu_align_to",
+        "attn_type",
+        "num_classes",
+        "drop_path_rate",
+        "proj_bias",
+        "class_token",
+    ),
 }
 
 
-def from_shapes(tensors: Mapping[str, Tensor], dialect: Dialect, given: Mapping[str, Any]) -> dict[str, Any]:
+def from_shapes(
+    tensors: Mapping[str, Tensor], dialect: Dialect, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """Arguments of `VisionTransformer` that give these shapes, and those `given`.
 
     What shapes do not tell is as released unless it is given: head dimension 64 (128 at width 4096) if no rotary periods tell
@@ -55,10 +83,16 @@ def from_shapes(tensors: Mapping[str, Tensor], dialect: Dialect, given: Mapping[
     options |= ffn_options(dim, hidden, gated)
     options["registers"] = shape("register_tokens")[1] if holds("register_tokens") else 0
     options["layerscale"] = 1e-5 if holds("blocks.#.ls1.gamma") else None
-    for option, stem in (("qkv_bias", "attn.qkv"), ("proj_bias", "attn.proj"), ("ffn_bias", "mlp.w3" if gated else "mlp.fc2")):
+    for option, stem in (
+        ("qkv_bias", "attn.qkv"),
+        ("proj_bias", "attn.proj"),
+        ("ffn_bias", "mlp.w3" if gated else "mlp.fc2"),
+    ):
         options[option] = holds(f"blocks.#.{stem}.bias")
     # timm leaves the bias of the keys out, which is what the mask does.
-    options["mask_k_bias"] = options["qkv_bias"] and (holds("blocks.#.attn.qkv.bias_mask") or _lacks_key_bias(dialect))
+    options["mask_k_bias"] = options["qkv_bias"] and (
+        holds("blocks.#.attn.qkv.bias_mask") or _lacks_key_bias(dialect)
+    )
     options["untie_cls_norm"] = holds("cls_norm.weight")
     options["untie_local_cls_norm"] = holds("local_cls_norm.weight")
     head_dim = 128 if dim == 4096 else 64
@@ -70,9 +104,15 @@ def from_shapes(tensors: Mapping[str, Tensor], dialect: Dialect, given: Mapping[
         if holds("rope.periods"):
             head_dim = 4 * shape("rope.periods")[0]
     if dim % head_dim and "num_heads" not in given:
-        raise ValueError(f"the weights are {dim} wide, which is no number of heads of {head_dim}; say how many with ?num_heads=")
+        raise ValueError(
+            f"the weights are {dim} wide, which is no number of heads of {head_dim}; say how many with ?num_heads="
+        )
     norm_eps = META_ROTARY.norm_eps if options["positions"] == "rope" else dialect.norm_eps
-    options |= {"num_heads": dim // head_dim, "interpolation": dialect.interpolation, "norm_eps": norm_eps}
+    options |= {
+        "num_heads": dim // head_dim,
+        "interpolation": dialect.interpolation,
+        "norm_eps": norm_eps,
+    }
     return options | dict(given)
 
 
@@ -85,7 +125,9 @@ def count_blocks(tensors: Mapping[str, Tensor], dialect: Dialect) -> int:
     """By the highest number, so that a missing block shows as missing."""
     probe = dialect.names("blocks.0.norm1.weight")[0]
     before = probe.partition(".0.")[0] + "."
-    numbers = [name.removeprefix(before).split(".")[0] for name in tensors if name.startswith(before)]
+    numbers = [
+        name.removeprefix(before).split(".")[0] for name in tensors if name.startswith(before)
+    ]
     return 1 + max((int(number) for number in numbers if number.isdigit()), default=0)
 
 
@@ -95,9 +137,15 @@ def ffn_options(dim: int, hidden: int, gated: bool) -> dict[str, Any]:
     Raises:
         ValueError: if there is none.
     """
-    sizes = [size for size in PRESETS.values() if size["embed_dim"] == dim]  # whose ratios are as published
+    sizes = [
+        size for size in PRESETS.values() if size["embed_dim"] == dim
+    ]  # whose ratios are as published
     known = [(size.get("ffn", "mlp"), size.get("ffn_ratio", 4.0)) for size in sizes]
-    found = [("swiglu", 1.5 * hidden / dim)] if gated else [("mlp", hidden / dim), ("mlp", (hidden + 0.5) / dim)]
+    found = (
+        [("swiglu", 1.5 * hidden / dim)]
+        if gated
+        else [("mlp", hidden / dim), ("mlp", (hidden + 0.5) / dim)]
+    )
     for ffn, ratio in known + found:  # a ratio may round down to one unit less
         with torch.device("meta"):
             if (ffn != "mlp") == gated and hidden_width(make_ffn(ffn, dim, ratio)) == hidden:
@@ -137,14 +185,20 @@ def from_hugging_face(config: Mapping[str, Any], dialect: Dialect) -> dict[str, 
             "registers": config.get("num_register_tokens", 0),
             "interpolation": dialect.interpolation,
         }
-        hidden = config["intermediate_size"] if "intermediate_size" in config else _dinov2_width(config, gated)
+        hidden = (
+            config["intermediate_size"]
+            if "intermediate_size" in config
+            else _dinov2_width(config, gated)
+        )
     except KeyError as error:
         raise ValueError(f"config.json of a {kind} model has no {error}") from error
     options |= ffn_options(dim, hidden, gated)
     if kind != "dinov3_vit":
         return options | {"positions": "learned", "qkv_bias": config.get("qkv_bias", True)}
     if config.get("query_bias", True) != config.get("value_bias", True):
-        raise ValueError("config.json gives only one of queries and values a bias, which no model of ours has")
+        raise ValueError(
+            "config.json gives only one of queries and values a bias, which no model of ours has"
+        )
     bias = config.get("query_bias", True)
     return options | {
         "positions": "rope",
@@ -173,9 +227,18 @@ def _side(size: Any) -> int:
 
 def like_ours(name: str, arguments: Mapping[str, Any]) -> bool:
     """Whether timm builds what our `VisionTransformer` is with some arguments."""
-    odd = {key for key, value in arguments.items() if key not in TIMM_ARGUMENTS and TIMM_DINOV3.get(key) != value}
-    known = re.fullmatch(TIMM_VIT, name) or name == TIMM_ROPE_1E6 and TIMM_DINOV3.items() <= arguments.items()
+    odd = {
+        key
+        for key, value in arguments.items()
+        if key not in TIMM_ARGUMENTS and TIMM_DINOV3.get(key) != value
+    }
+    known = (
+        re.fullmatch(TIMM_VIT, name)
+        or name == TIMM_ROPE_1E6
+        and TIMM_DINOV3.items() <= arguments.items()
+    )
     return bool(known) and not odd
+
 
 def from_timm(name: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Dialect]:
     """Arguments of `VisionTransformer` for one of timm's models as timm itself builds it, and the dialect of its names.
@@ -192,7 +255,10 @@ def from_timm(name: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], 
     dialect = find_dialect(tensors, from_timm=True)
     if "reg_token" in tensors and "pos_embed" in tensors:  # no position for the CLS token
         tensors["pos_embed"] = torch.empty(1, 1 + tensors["pos_embed"].shape[1], 1, device="meta")
-    given = {"image_size": list(model.patch_embed.img_size), "num_heads": model.blocks[0].attn.num_heads}
+    given = {
+        "image_size": list(model.patch_embed.img_size),
+        "num_heads": model.blocks[0].attn.num_heads,
+    }
     given["norm_eps"] = model.norm.eps
     if getattr(model, "rope", None) is not None:
         given["rope_base"] = float(model.rope.temperature)

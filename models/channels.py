@@ -32,19 +32,32 @@ def adapt_channels(backbone: nn.Module, channels: int) -> nn.Module:
     weight, bias = conv.weight, conv.bias
     if preprocessing is not None:
         weight, bias, mean, std = _with_equal_statistics(weight, bias, preprocessing)
-        backbone.preprocessing = dataclasses.replace(preprocessing, mean=(mean,) * channels, std=(std,) * channels)
+        backbone.preprocessing = dataclasses.replace(
+            preprocessing, mean=(mean,) * channels, std=(std,) * channels
+        )
     total = weight.double().sum(1, keepdim=True) / channels
-    conv.weight = nn.Parameter(total.expand(-1, channels, -1, -1).to(conv.weight.dtype).contiguous(), conv.weight.requires_grad)
+    conv.weight = nn.Parameter(
+        total.expand(-1, channels, -1, -1).to(conv.weight.dtype).contiguous(),
+        conv.weight.requires_grad,
+    )
     conv.bias = nn.Parameter(bias.to(conv.bias.dtype), conv.bias.requires_grad)
     conv.in_channels = backbone.in_channels = channels
     backbone.config["in_channels"] = channels
     return backbone
 
 
-def _with_equal_statistics(weight: Tensor, bias: Tensor, preprocessing: Preprocessing) -> tuple[Tensor, Tensor, float, float]:
+def _with_equal_statistics(
+    weight: Tensor, bias: Tensor, preprocessing: Preprocessing
+) -> tuple[Tensor, Tensor, float, float]:
     """Filters and bias, in float64, that do to (x - mean) / std of one mean and std what these do to each channel's own."""
-    means, stds = (torch.tensor(values, dtype=torch.float64) for values in (preprocessing.mean, preprocessing.std))
-    mean, std = (values.mean().item() if len(values.unique()) > 1 else values[0].item() for values in (means, stds))
+    means, stds = (
+        torch.tensor(values, dtype=torch.float64)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    mean, std = (
+        values.mean().item() if len(values.unique()) > 1 else values[0].item()
+        for values in (means, stds)
+    )
     per_channel = weight.double() * (std / stds).to(weight.device)[:, None, None]
     shift = per_channel.sum((2, 3)) @ ((means - mean) / std).to(weight.device)
     return per_channel, bias.double() - shift, mean, std
@@ -55,7 +68,12 @@ def _first_convolution(backbone: Any) -> nn.Conv2d:
     if conv is None and hasattr(backbone, "model"):
         name = getattr(backbone.model, "pretrained_cfg", {}).get("first_conv")
         conv = backbone.model.get_submodule(name) if isinstance(name, str) else None
-    if not isinstance(conv, nn.Conv2d) or conv.bias is None or conv.padding not in ((0, 0), "valid") or conv.groups != 1:
+    if (
+        not isinstance(conv, nn.Conv2d)
+        or conv.bias is None
+        or conv.padding not in ((0, 0), "valid")
+        or conv.groups != 1
+    ):
         raise ValueError(
             f"the channels of a {type(backbone).__name__} without a first convolution that has a bias and no padding cannot be "
             "adapted; of timm's models, take timm:NAME?in_channels="

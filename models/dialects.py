@@ -7,8 +7,9 @@ held by the dialect. Both directions, reading and writing, go by the same table.
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -73,7 +74,9 @@ def _same(*names: str) -> dict[str, str]:
 
 # ----------------------------------------------------------------- Meta and timm
 
-_BLOCK = [f"blocks.#.{part}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")]
+_BLOCK = [
+    f"blocks.#.{part}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+]
 _SHARED = _same("cls_token", "norm", *_BLOCK) | {"patch_embed": "patch_embed.proj"}
 _SCALES = _same("blocks.#.ls1", "blocks.#.ls2")
 _NO_MASK = {"blocks.#.attn.qkv.bias_mask": ()}
@@ -87,7 +90,9 @@ META_LEARNED = Dialect(
         **_same("pos_embed", "mask_token", "register_tokens", "cls_norm", "local_cls_norm"),
     },
 )
-META_REGISTERS = Dialect("Meta DINOv2 with registers", META_LEARNED.table, interpolation="antialias")
+META_REGISTERS = Dialect(
+    "Meta DINOv2 with registers", META_LEARNED.table, interpolation="antialias"
+)
 META_IBOT = Dialect("Meta iBOT", {**META_LEARNED.table, "mask_token": "masked_embed"})
 META_ROTARY = Dialect(
     "Meta DINOv3",
@@ -114,8 +119,13 @@ _EVA_KEY_BIAS = _TIMM | {
     "blocks.#.ls1.gamma": "blocks.#.gamma_1",
     "blocks.#.ls2.gamma": "blocks.#.gamma_2",
 }
-_EVA = _EVA_KEY_BIAS | {"blocks.#.attn.qkv.bias": ("blocks.#.attn.q_bias", "", "blocks.#.attn.v_bias")}
-_EVA_GATE = {"blocks.#.mlp.w12": ("blocks.#.mlp.fc1_g", "blocks.#.mlp.fc1_x"), "blocks.#.mlp.w3": "blocks.#.mlp.fc2"}
+_EVA = _EVA_KEY_BIAS | {
+    "blocks.#.attn.qkv.bias": ("blocks.#.attn.q_bias", "", "blocks.#.attn.v_bias")
+}
+_EVA_GATE = {
+    "blocks.#.mlp.w12": ("blocks.#.mlp.fc1_g", "blocks.#.mlp.fc1_x"),
+    "blocks.#.mlp.w3": "blocks.#.mlp.fc2",
+}
 
 
 def timm_rotary(gated: bool, key_bias: bool) -> Dialect:
@@ -123,7 +133,9 @@ def timm_rotary(gated: bool, key_bias: bool) -> Dialect:
     table = _EVA_KEY_BIAS if key_bias else _EVA
     if gated:
         table = {name: theirs for name, theirs in table.items() if ".mlp." not in name} | _EVA_GATE
-    return Dialect("timm eva" + ", gated" * gated + " with key bias" * key_bias, table, norm_eps=1e-5)
+    return Dialect(
+        "timm eva" + ", gated" * gated + " with key bias" * key_bias, table, norm_eps=1e-5
+    )
 
 
 # ----------------------------------------------------------------- Hugging Face
@@ -157,10 +169,15 @@ _HF_DINOV2 = _HF | {
     "blocks.#.mlp.w3": "encoder.layer.#.mlp.weights_out",
     "blocks.#.ls1.gamma": "encoder.layer.#.layer_scale1.lambda1",
     "blocks.#.ls2.gamma": "encoder.layer.#.layer_scale2.lambda1",
-    **{f"blocks.#.{part}": f"encoder.layer.#.{part}" for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")},
+    **{
+        f"blocks.#.{part}": f"encoder.layer.#.{part}"
+        for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
+    },
 }
 HF_DINOV2 = Dialect("Hugging Face Dinov2Model", _HF_DINOV2, interpolation="size")
-HF_REGISTERS = Dialect("Hugging Face Dinov2WithRegistersModel", _HF_DINOV2, interpolation="antialias")
+HF_REGISTERS = Dialect(
+    "Hugging Face Dinov2WithRegistersModel", _HF_DINOV2, interpolation="antialias"
+)
 _HF_DINOV3 = {
     "cls_token": "embeddings.cls_token",
     "mask_token": "embeddings.mask_token",
@@ -182,7 +199,14 @@ _HF_DINOV3 = {
 HF_DINOV3_KEY_BIAS = Dialect("Hugging Face DINOv3ViTModel with key bias", _HF_DINOV3, norm_eps=1e-5)
 HF_DINOV3 = Dialect(
     "Hugging Face DINOv3ViTModel",
-    _HF_DINOV3 | {"blocks.#.attn.qkv.bias": ("layer.#.attention.q_proj.bias", "", "layer.#.attention.v_proj.bias")},
+    _HF_DINOV3
+    | {
+        "blocks.#.attn.qkv.bias": (
+            "layer.#.attention.q_proj.bias",
+            "",
+            "layer.#.attention.v_proj.bias",
+        )
+    },
     norm_eps=1e-5,
 )
 
@@ -191,7 +215,9 @@ HF_DINOV3 = Dialect(
 _STAGE = "model.stages.#.blocks.#"
 _TIMM_CONVNEXT = ["model.stem.#", "model.stages.#.downsample.#", "model.head.norm"]
 _TIMM_CONVNEXT += [f"{_STAGE}{part}" for part in ("", ".conv_dw", ".norm", ".mlp.fc1", ".mlp.fc2")]
-TIMM_CONVNEXT = Dialect("timm convnext", {name: name.removeprefix("model.") for name in _TIMM_CONVNEXT})
+TIMM_CONVNEXT = Dialect(
+    "timm convnext", {name: name.removeprefix("model.") for name in _TIMM_CONVNEXT}
+)
 META_CONVNEXT = Dialect(
     "Meta DINOv3 ConvNeXt",
     {
@@ -244,8 +270,12 @@ def strip(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     hits = (re.match(rf"((?:\w+\.)*?)(?:{_ROOTS})", name) for name in tensors)
     prefixes = Counter(hit[1] for hit in hits if hit)
     prefix = prefixes.most_common(1)[0][0] if prefixes else ""
-    inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    inside = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): t for name, t in inside.items()}
+    inside = {
+        name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)
+    }
+    inside = {
+        re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): t for name, t in inside.items()
+    }
     return inside, [name for name in tensors if not name.startswith(prefix)]
 
 

@@ -1,8 +1,8 @@
 """The two sides of distillation: a frozen teacher with the heads it brings, and a student that matches features."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Mapping, Optional
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ class Teacher(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        dino_head: Optional[ProjectionHead] = None,
-        ibot_head: Optional[ProjectionHead] = None,
+        dino_head: ProjectionHead | None = None,
+        ibot_head: ProjectionHead | None = None,
     ):
         super().__init__()
         self.backbone, self.dino_head, self.ibot_head = backbone, dino_head, ibot_head
@@ -48,7 +48,9 @@ class Teacher(nn.Module):
         seen: Features = self.backbone(images)
         if not heads:
             return Seen(seen.cls, seen.patches, seen.grid)
-        return Seen(self.dino_head.bottleneck(seen.cls), self.patch_head.bottleneck(seen.patches), seen.grid)
+        return Seen(
+            self.dino_head.bottleneck(seen.cls), self.patch_head.bottleneck(seen.patches), seen.grid
+        )
 
 
 def load_teacher(spec: str | Path, channels: int) -> Teacher:
@@ -65,16 +67,24 @@ def load_teacher(spec: str | Path, channels: int) -> Teacher:
     for head in heads:
         if head is not None and head.mlp[0].in_features != backbone.embed_dim:
             width = head.mlp[0].in_features
-            raise ValueError(f"the heads beside {spec} take vectors of {width}; its backbone has {backbone.embed_dim}")
+            raise ValueError(
+                f"the heads beside {spec} take vectors of {width}; its backbone has {backbone.embed_dim}"
+            )
     return Teacher(backbone, *heads)
 
 
-def head_from(tensors: Mapping[str, Tensor], name: str) -> Optional[ProjectionHead]:
+def head_from(tensors: Mapping[str, Tensor], name: str) -> ProjectionHead | None:
     """The head of that name in a run's heads.safetensors, by its shapes; None where there is none."""
-    own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+    own = {
+        key.removeprefix(f"{name}."): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(f"{name}.")
+    }
     if not own:
         return None
-    places = sorted(int(key.split(".")[1]) for key in own if key.startswith("mlp.") and key.endswith("weight"))
+    places = sorted(
+        int(key.split(".")[1]) for key in own if key.startswith("mlp.") and key.endswith("weight")
+    )
     kinds = {"last_layer.weight": "plain", "last_layer.weight_g": "weight_norm"}
     kind = next((kinds[key] for key in kinds if key in own), "unit_norm")
     prototypes = own["last_layer.weight" if kind == "plain" else "last_layer.weight_v"]
@@ -111,8 +121,8 @@ class MatchingStudent(nn.Module):
     def forward(
         self,
         global_crops: Tensor,
-        local_crops: Optional[Tensor] = None,
-        masks: Optional[Tensor] = None,
+        local_crops: Tensor | None = None,
+        masks: Tensor | None = None,
         hide: bool = False,
     ) -> MatchingOutput:
         """(G·B, C, H, W) normalised -> `MatchingOutput`; the other arguments are SSLModel's, without effect."""

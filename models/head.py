@@ -39,9 +39,13 @@ class _NormalizedRows(torch.autograd.Function):
         grad_v, along = torch.empty_like(v), torch.empty_like(inverse)
         for chosen in _row_chunks(v):
             unit, slope = v[chosen] * inverse[chosen], grad[chosen].to(v.dtype, copy=True)
-            along[chosen] = torch.linalg.vecdot(slope, unit)[:, None]  # a change along the row changes no direction
+            along[chosen] = torch.linalg.vecdot(slope, unit)[
+                :, None
+            ]  # a change along the row changes no direction
             slope.addcmul_(unit, along[chosen], value=-1)
-            grad_v[chosen] = slope.mul_(inverse[chosen] if g is None else inverse[chosen] * g[chosen])
+            grad_v[chosen] = slope.mul_(
+                inverse[chosen] if g is None else inverse[chosen] * g[chosen]
+            )
         return grad_v, None if g is None else along, None
 
 

@@ -1,6 +1,7 @@
 """The parts of a transformer block: attention, feed-forward nets, LayerScale, DropPath."""
 
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from models.features import check_choice
 from models.rope import RotaryPositions, Rotation, rotate
 
-Shapes = Sequence[tuple[int, int]]  # (B, T) of the groups of images that a packed (ΣB·T, D) holds one after the other
+Shapes = Sequence[
+    tuple[int, int]
+]  # (B, T) of the groups of images that a packed (ΣB·T, D) holds one after the other
 
 # The hidden width of a gated net is rounded up to a multiple of this.
 GATED_ALIGN = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
@@ -72,7 +75,9 @@ class Attention(nn.Module):
             return self.proj(self._attended(self.qkv(x), rotation))
         groups = self.qkv(x).split([samples * tokens for samples, tokens in shapes])
         groups = (group.unflatten(0, shape) for group, shape in zip(groups, shapes))
-        return self.proj(torch.cat([self._attended(*pair).flatten(0, 1) for pair in zip(groups, rotation)]))
+        return self.proj(
+            torch.cat([self._attended(*pair).flatten(0, 1) for pair in zip(groups, rotation)])
+        )
 
     def _attended(self, qkv: Tensor, rotation: Rotation | None) -> Tensor:
         """(B, T, D), before the last projection."""
@@ -160,7 +165,9 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor, branch: Callable[..., Tensor], shapes: Shapes | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, branch: Callable[..., Tensor], shapes: Shapes | None = None
+    ) -> Tensor:
         """x + branch(x, shapes); of a packed x with `shapes`, a random part of each group."""
         if not self.training or self.rate == 0.0:
             return x + branch(x, shapes)
@@ -174,7 +181,9 @@ class DropPath(nn.Module):
         rows, scales, kept, first = [], [], [], 0
         for samples, tokens in shapes:
             subset, scale = self._drawn(samples, x.device)
-            rows.append((first + tokens * subset[:, None] + torch.arange(tokens, device=x.device)).flatten())
+            rows.append(
+                (first + tokens * subset[:, None] + torch.arange(tokens, device=x.device)).flatten()
+            )
             scales.append(scale), kept.append((len(subset), tokens))
             first += samples * tokens
         residual = branch(x.index_select(0, torch.cat(rows)), kept).to(x.dtype)

@@ -6,8 +6,8 @@ train. B starts at 0, so nothing changes at first. The layers stay in place unde
 """
 
 import copy
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,9 @@ class Adapter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.a, a=5**0.5)  # ±1/√in, as the authors' code; the paper says Gaussian
+        nn.init.kaiming_uniform_(
+            self.a, a=5**0.5
+        )  # ±1/√in, as the authors' code; the paper says Gaussian
         nn.init.zeros_(self.b)
 
     def product(self) -> Tensor:
@@ -65,7 +67,9 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once: each adapter would keep a cast of its own
+            x = x.to(
+                torch.get_autocast_dtype(x.device.type)
+            )  # once: each adapter would keep a cast of its own
         y = frozen_linear(x, self.weight, self.acting_bias)
         adapters = [getattr(self, part, None) for part in self.parts]
         if not any(adapters):
@@ -149,7 +153,9 @@ def freeze_for(
         for name in _named(targets, {name: [name] for name in parameters}, "parameter"):
             parameters[name].requires_grad_(True)
     for module in backbone.modules():
-        trains = mode == "full" or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        trains = mode == "full" or any(
+            parameter.requires_grad for parameter in module.parameters(recurse=False)
+        )
         if isinstance(module, BATCH_NORMS):
             module.train(backbone.training and trains)
         if type(module) in FROZEN and not trains:
@@ -157,7 +163,9 @@ def freeze_for(
     return backbone
 
 
-def apply_lora(backbone: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float = 0.0) -> nn.Module:
+def apply_lora(
+    backbone: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float = 0.0
+) -> nn.Module:
     """Freezes `backbone` and gives the linear layers that `targets` name adapters, in place; returns it.
 
     The fused layers take one adapter for each part: "q", "k", "v" of `qkv` and "w1", "w2" of `w12` (the gate and the
@@ -183,11 +191,17 @@ def apply_lora(backbone: nn.Module, targets: Sequence[str], rank: int, alpha: fl
         parent, _, own = path.rpartition(".")
         if type(layer) in FROZEN:  # still plain: this is the first of its parts
             layer.__class__ = FROZEN[type(layer)]
-            layer.parts = tuple(f"lora_{name}" for name in FUSED[own]) if own in FUSED else ("lora",)
+            layer.parts = (
+                tuple(f"lora_{name}" for name in FUSED[own]) if own in FUSED else ("lora",)
+            )
         rows = layer.out_features // len(layer.parts)
-        layer.add_module(f"lora_{part}" if part else "lora", Adapter(layer.weight, rows, rank, alpha, dropout))
+        layer.add_module(
+            f"lora_{part}" if part else "lora", Adapter(layer.weight, rows, rank, alpha, dropout)
+        )
         attention = backbone.get_submodule(parent)
-        if hasattr(attention, "qkv_bias_separate"):  # of timm's EVA, BEiT and Swin v2, which read qkv.weight otherwise
+        if hasattr(
+            attention, "qkv_bias_separate"
+        ):  # of timm's EVA, BEiT and Swin v2, which read qkv.weight otherwise
             attention.qkv_bias_separate = True
     return backbone
 
@@ -196,7 +210,9 @@ def _adaptable(backbone: nn.Module) -> dict[tuple[str, str], list[str]]:
     """(path of the layer, part or "") -> the names by which it can be targeted."""
     found = {}
     for path, layer in backbone.named_modules():
-        if type(layer) not in FROZEN:  # not of a subclass, whose weight others may read: nn.MultiheadAttention does
+        if (
+            type(layer) not in FROZEN
+        ):  # not of a subclass, whose weight others may read: nn.MultiheadAttention does
             continue
         parent, dot, own = path.rpartition(".")
         for part in FUSED.get(own, [""]):
@@ -208,10 +224,22 @@ def _named(targets: Sequence[str], names: dict, kind: str) -> Iterator:
     """The keys of `names` that a target names, in their order."""
     for target in targets:
         if not any(_matches(target, name) for own in names.values() for name in own):
-            parts = [part for own in names.values() for name in own for part in name.split(".") if not part.isdigit()]
+            parts = [
+                part
+                for own in names.values()
+                for name in own
+                for part in name.split(".")
+                if not part.isdigit()
+            ]
             known = ", ".join(dict.fromkeys(parts)) or "none"
-            raise ValueError(f"no {kind} of the backbone is named {target!r}; parts of their names are {known}")
-    return (key for key, own in names.items() if any(_matches(target, name) for target in targets for name in own))
+            raise ValueError(
+                f"no {kind} of the backbone is named {target!r}; parts of their names are {known}"
+            )
+    return (
+        key
+        for key, own in names.items()
+        if any(_matches(target, name) for target in targets for name in own)
+    )
 
 
 def _matches(target: str, name: str) -> bool:
@@ -233,7 +261,9 @@ def copy_sharing_frozen(student: nn.Module) -> nn.Module:
 
     Nothing frozen is held twice, not even for a moment. After another `freeze_for` of the student, see `share_frozen`.
     """
-    return copy_sharing(student, (parameter for parameter in student.parameters() if not parameter.requires_grad))
+    return copy_sharing(
+        student, (parameter for parameter in student.parameters() if not parameter.requires_grad)
+    )
 
 
 def share_frozen(teacher: nn.Module, student: nn.Module) -> nn.Module:
@@ -242,9 +272,14 @@ def share_frozen(teacher: nn.Module, student: nn.Module) -> nn.Module:
     Where the student trains, the values are the teacher's own (of new adapters the student's); where it is frozen, they
     are the student's.
     """
-    own, trains = merge(teacher).state_dict(), {name for name, p in student.named_parameters() if p.requires_grad}
+    own, trains = (
+        merge(teacher).state_dict(),
+        {name for name, p in student.named_parameters() if p.requires_grad},
+    )
     renewed = copy_sharing_frozen(student)
-    renewed.load_state_dict({name: tensor for name, tensor in own.items() if name in trains}, strict=False)
+    renewed.load_state_dict(
+        {name: tensor for name, tensor in own.items() if name in trains}, strict=False
+    )
     return renewed.requires_grad_(False).eval()
 
 
@@ -258,8 +293,13 @@ def merge(backbone: nn.Module) -> nn.Module:
         adapters = [getattr(layer, part, None) for part in layer.parts]
         if any(adapters):
             rows = layer.weight.double().chunk(len(adapters))
-            rows = [own if adapter is None else own + adapter.product() for own, adapter in zip(rows, adapters)]
-            layer.weight = nn.Parameter(torch.cat(rows).to(layer.weight.dtype), layer.weight.requires_grad)
+            rows = [
+                own if adapter is None else own + adapter.product()
+                for own, adapter in zip(rows, adapters)
+            ]
+            layer.weight = nn.Parameter(
+                torch.cat(rows).to(layer.weight.dtype), layer.weight.requires_grad
+            )
         for part, adapter in zip(layer.parts, adapters):
             if adapter is not None:
                 delattr(layer, part)

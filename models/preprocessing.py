@@ -1,7 +1,8 @@
 """How images must be prepared, as each dialect writes it beside the weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 from models.features import Preprocessing
 
@@ -23,7 +24,11 @@ def from_hugging_face(values: Mapping[str, Any], source: str) -> Preprocessing:
     values = values.get("image_processor", values)
     try:
         size = _height_width(values.get("size", 224))
-        crop = _height_width(values["crop_size"]) if values.get("do_center_crop") and "crop_size" in values else size
+        crop = (
+            _height_width(values["crop_size"])
+            if values.get("do_center_crop") and "crop_size" in values
+            else size
+        )
         names = {number: name for name, number in RESAMPLE.items()}
         return Preprocessing(
             size=crop,
@@ -62,14 +67,22 @@ def from_timm(values: Mapping[str, Any], source: str) -> Preprocessing:
     """
     try:
         height, width = values.get("input_size", (3, 224, 224))[-2:]
-        resize = int(max(height, width) / values.get("crop_pct", 0.875) + 1e-6)  # rounded down, as timm does
+        resize = int(
+            max(height, width) / values.get("crop_pct", 0.875) + 1e-6
+        )  # rounded down, as timm does
         mean, std = values.get("mean", IMAGENET_MEAN), values.get("std", IMAGENET_STD)
         interpolation = values.get("interpolation", "bicubic")
         if interpolation not in RESAMPLE:
-            raise ValueError(f"{source} asks for interpolation {interpolation!r}; allowed are {', '.join(RESAMPLE)}")
-        return Preprocessing((height, width), resize, _per_channel(mean), _per_channel(std), interpolation)
+            raise ValueError(
+                f"{source} asks for interpolation {interpolation!r}; allowed are {', '.join(RESAMPLE)}"
+            )
+        return Preprocessing(
+            (height, width), resize, _per_channel(mean), _per_channel(std), interpolation
+        )
     except (TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{source} has a pretrained_cfg that we do not understand: {error}") from error
+        raise ValueError(
+            f"{source} has a pretrained_cfg that we do not understand: {error}"
+        ) from error
 
 
 def to_timm(preprocessing: Preprocessing) -> dict[str, Any]:

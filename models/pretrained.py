@@ -54,11 +54,17 @@ def load_backbone(spec: str | Path) -> nn.Module:
         backbone = build_backbone(name, **{"pretrained": True, **options})
         backbone.preprocessing = backbone.native_preprocessing
         count = len(backbone.state_dict())
-        print(f"{name}: matched {count} / {count} tensors", file=sys.stderr)  # timm loads all or none
+        print(
+            f"{name}: matched {count} / {count} tensors", file=sys.stderr
+        )  # timm loads all or none
     else:
         path = find_weights(name)
         own = path.is_dir() and _is_own(path) or path.name in WEIGHT_FILES and _is_own(path.parent)
-        backbone = _read_own(path if path.is_dir() else path.parent, options) if own else read_backbone(path, options)
+        backbone = (
+            _read_own(path if path.is_dir() else path.parent, options)
+            if own
+            else read_backbone(path, options)
+        )
     if channels is not None:
         adapt_channels(backbone, channels)
     return backbone.eval()
@@ -95,8 +101,16 @@ def find_weights(spec: str) -> Path:
     if (path / "teacher").is_dir():
         path = path / "teacher"
     suffixes = {file.suffix for file in path.glob("*")} if path.is_dir() else set()
-    if not path.is_file() and not (path / "config.json").is_file() and not suffixes & {".safetensors", ".pth", ".pt"}:
-        found = "has neither config.json nor teacher/ nor weights" if path.is_dir() else "does not exist"
+    if (
+        not path.is_file()
+        and not (path / "config.json").is_file()
+        and not suffixes & {".safetensors", ".pth", ".pt"}
+    ):
+        found = (
+            "has neither config.json nor teacher/ nor weights"
+            if path.is_dir()
+            else "does not exist"
+        )
         raise FileNotFoundError(f"model {spec!r}: {path} {found}; allowed are {ALLOWED}")
     return path
 
@@ -114,7 +128,10 @@ def save_backbone(backbone: nn.Module, folder: str | Path, preprocessing: Prepro
     kind = "vit" if isinstance(backbone, VisionTransformer) else "timm"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {"model_type": MODEL_TYPE, "architecture": {"type": kind, **backbone.config}})
+    write_json(
+        folder / "config.json",
+        {"model_type": MODEL_TYPE, "architecture": {"type": kind, **backbone.config}},
+    )
     write_json(folder / "preprocessor_config.json", to_hugging_face(preprocessing))
     write_tensors(folder / "model.safetensors", backbone.state_dict())
 
@@ -152,13 +169,19 @@ def _build_empty(type: str, **options) -> nn.Module:
 def _fetch(name: str) -> Path:
     """A snapshot of a Hugging Face repository, from the cache where it is there."""
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
+        )
         if not any(folder.glob("*.safetensors")):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.bin", "*.pth"]))
+            folder = Path(
+                huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.bin", "*.pth"])
+            )
         return folder
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).partition("\n")[0]
-        raise FileNotFoundError(f"hf:{name} could not be fetched ({reason}); offline, name a folder with its files") from error
+        raise FileNotFoundError(
+            f"hf:{name} could not be fetched ({reason}); offline, name a folder with its files"
+        ) from error
 
 
 def _random_backbone(arch: str, options: dict[str, Any]) -> nn.Module:

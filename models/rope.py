@@ -1,6 +1,7 @@
 """Rotary positions over the patch grid (DINOv3): angles by patch centre, so any grid will do."""
 
 import math
+
 import torch
 from torch import Tensor, nn
 

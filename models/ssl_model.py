@@ -1,9 +1,10 @@
 """Backbone and projection heads behind ONE forward (DDP and FSDP need one), and the teacher's update."""
 
 import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Optional
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,8 +26,8 @@ class SSLOutput:
     patches: Tensor  # (G·B, N, D)
     grid: tuple[int, int]  # (h, w) of the patches, h·w = N
     global_logits: Tensor  # (G·B, K)
-    local_logits: Optional[Tensor] = None  # (L·B, K)
-    patch_logits: Optional[Tensor] = None  # (M, K')
+    local_logits: Tensor | None = None  # (L·B, K)
+    patch_logits: Tensor | None = None  # (M, K')
 
 
 class SSLModel(nn.Module):
@@ -35,7 +36,12 @@ class SSLModel(nn.Module):
     Without `ibot_head`, masked patches go through the DINO head (shared, as in iBOT and DINOv2's short recipe).
     """
 
-    def __init__(self, backbone: nn.Module, dino_head: ProjectionHead, ibot_head: Optional[ProjectionHead] = None):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        dino_head: ProjectionHead,
+        ibot_head: ProjectionHead | None = None,
+    ):
         super().__init__()
         self.backbone = backbone
         self.dino_head = dino_head
@@ -48,8 +54,8 @@ class SSLModel(nn.Module):
     def forward(
         self,
         global_crops: Tensor,
-        local_crops: Optional[Tensor] = None,
-        masks: Optional[Tensor] = None,
+        local_crops: Tensor | None = None,
+        masks: Tensor | None = None,
         hide: bool = True,
     ) -> SSLOutput:
         """
@@ -65,7 +71,10 @@ class SSLModel(nn.Module):
         elif isinstance(self.backbone, VisionTransformer):
             seen, *others = self.backbone(global_crops, hidden, local_crops=local_crops)
         else:
-            seen, *others = self.backbone(global_crops, hidden), self.backbone(local_crops, local=True)
+            seen, *others = (
+                self.backbone(global_crops, hidden),
+                self.backbone(local_crops, local=True),
+            )
         cls = [seen.cls, *(other.cls for other in others)]
         rows = [len(part) for part in cls]
         inputs = torch.cat(cls) if len(cls) > 1 else cls[0]
@@ -86,13 +95,20 @@ class SSLModel(nn.Module):
 
 @torch.no_grad()
 def update_ema(
-    teacher: nn.Module, student: nn.Module, momentum: float, local: Callable[[Iterable[Tensor]], list[Tensor]] = list
+    teacher: nn.Module,
+    student: nn.Module,
+    momentum: float,
+    local: Callable[[Iterable[Tensor]], list[Tensor]] = list,
 ) -> None:
     """teacher <- momentum · teacher + (1 - momentum) · student, over what trains, paired by order.
 
     `local` gives this rank's shards of sharded parameters. Buffers (the running statistics of batch norms in convolutional backbones) are taken from the student as they are.
     """
-    pairs = [(own, new) for own, new in zip(teacher.parameters(), student.parameters()) if new.requires_grad]
+    pairs = [
+        (own, new)
+        for own, new in zip(teacher.parameters(), student.parameters())
+        if new.requires_grad
+    ]
     torch._foreach_lerp_(*(local(part) for part in zip(*pairs)), 1.0 - momentum)
     for own, new in zip(teacher.buffers(), student.buffers()):
         own.copy_(new)
@@ -140,5 +156,9 @@ def host_copy(module: nn.Module) -> nn.Module:
 def save_heads(model: SSLModel, folder: Path) -> None:
     """heads.safetensors: everything but the backbone, by its name in the model."""
     state = model.state_dict()
-    heads = {name: state[name].detach().cpu().contiguous() for name in state if not name.startswith("backbone.")}
+    heads = {
+        name: state[name].detach().cpu().contiguous()
+        for name in state
+        if not name.startswith("backbone.")
+    }
     save_file(heads, folder / "heads.safetensors")

@@ -74,7 +74,9 @@ class TimmBackbone(nn.Module):
             if "actual input size" not in str(error):
                 raise
             size = f"{images.shape[-2]} x {images.shape[-1]}"
-            raise ValueError(f"images of {size} pixels are too small for timm:{self.config['name']}, its last map has none") from None
+            raise ValueError(
+                f"images of {size} pixels are too small for timm:{self.config['name']}, its last map has none"
+            ) from None
         return self._from_tokens(output, grid) if output.ndim == 3 else self._from_map(output)
 
     def _from_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Features:

@@ -4,7 +4,8 @@ Read top-down: sizes, block, model. What differs between the four is an argument
 """
 
 import inspect
-from typing import Any, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,9 @@ class Block(nn.Module):
         Images of several sizes go packed: with `shapes` x is (ΣB·T, D), and `rotation` one for each. All but attention then
         runs once over all tokens.
         """
-        x = self.drop_path(x, lambda kept, sizes: self.ls1(self.attn(self.norm1(kept), rotation, sizes)), shapes)
+        x = self.drop_path(
+            x, lambda kept, sizes: self.ls1(self.attn(self.norm1(kept), rotation, sizes)), shapes
+        )
         return self.drop_path(x, lambda kept, _: self.ls2(self.mlp(self.norm2(kept))), shapes)
 
 
@@ -211,7 +214,9 @@ class VisionTransformer(nn.Module):
             packed = block(packed, rotations, shapes)
         groups = packed.split([samples * tokens for samples, tokens in shapes])
         groups = (group.unflatten(0, shape) for group, shape in zip(groups, shapes))
-        return [self._normed(x, grid, number > 0) for number, (x, grid) in enumerate(zip(groups, grids))]
+        return [
+            self._normed(x, grid, number > 0) for number, (x, grid) in enumerate(zip(groups, grids))
+        ]
 
     def intermediate(self, images: Tensor, layers: int | Sequence[int]) -> list[Features]:
         """Features of the last `layers` blocks or of those with these indices, each normed.
@@ -269,7 +274,9 @@ class VisionTransformer(nn.Module):
             positions = self._positions(grid)
             cls, patches = cls + positions[:, :1], patches + positions[:, 1:]
         prefix = [cls] if self.register_tokens is None else [cls, self.register_tokens]
-        prefix = [token.expand(patches.shape[0], -1, -1) for token in prefix]  # len() fixes it on export
+        prefix = [
+            token.expand(patches.shape[0], -1, -1) for token in prefix
+        ]  # len() fixes it on export
         return torch.cat([*prefix, patches], dim=1), grid
 
     def _hide(self, patches: Tensor, masks: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Backbones of ours into the formats of others: Hugging Face, timm, Meta."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,9 @@ FORMATS = ("own", "hf", "timm", "meta")
 META_FILE = "backbone.pth"
 
 
-def write_backbone(backbone: nn.Module, preprocessing: Preprocessing, folder: str | Path, format: str) -> list[str]:
+def write_backbone(
+    backbone: nn.Module, preprocessing: Preprocessing, folder: str | Path, format: str
+) -> list[str]:
     """Writes `backbone` into `folder` so that the software of that format opens it; returns what the format cannot hold.
 
     "hf": config.json, model.safetensors, preprocessor_config.json for transformers' AutoModel and AutoImageProcessor (ViTModel,
@@ -72,7 +75,9 @@ def save_teacher(backbone: nn.Module, folder: str | Path, preprocessing: Preproc
     extra = {}
     for name, tensor in backbone.state_dict().items():
         default = default_tensor(backbone, name, tensor)
-        if not {*(names(name) or (name,))} <= {*tensors, ""} and (default is None or not torch.equal(default, tensor.cpu())):
+        if not {*(names(name) or (name,))} <= {*tensors, ""} and (
+            default is None or not torch.equal(default, tensor.cpu())
+        ):
             extra[name] = tensor.detach()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", {**config, RECORD: backbone.config})
@@ -99,7 +104,9 @@ def _converter(backbone: nn.Module, format: str) -> Callable[[nn.Module, Preproc
             return _timm_to_timm
         if backbone.config["name"].partition(".")[0] in SIZES:
             return {"hf": _convnext_to_hf, "meta": _convnext_to_meta}[format]
-        raise ValueError(f"timm:{backbone.config['name']} has no counterpart in the format {format}; allowed are own and timm")
+        raise ValueError(
+            f"timm:{backbone.config['name']} has no counterpart in the format {format}; allowed are own and timm"
+        )
     raise ValueError(f"a {type(backbone).__name__} has no counterpart in the format {format}")
 
 
@@ -119,7 +126,9 @@ def rename(state: dict[str, Tensor], dialect: Dialect) -> tuple[dict[str, Tensor
             if part:
                 renamed[part] = rows
             elif rows.any():
-                raise ValueError(f"{name} has rows other than zeros, which {dialect.name} does not hold")
+                raise ValueError(
+                    f"{name} has rows other than zeros, which {dialect.name} does not hold"
+                )
     return renamed, dropped
 
 
@@ -133,7 +142,9 @@ def _completed(backbone: VisionTransformer, **options: Any) -> tuple[dict[str, T
     state = {name: tensor.detach() for name, tensor in backbone.state_dict().items()}
     added = [(name, tensor) for name, tensor in larger.state_dict().items() if name not in state]
     for name, tensor in added:
-        state[name] = torch.ones(tensor.shape) if name.endswith(".gamma") else torch.zeros(tensor.shape)
+        state[name] = (
+            torch.ones(tensor.shape) if name.endswith(".gamma") else torch.zeros(tensor.shape)
+        )
     for name in [name for name in state if name.endswith(".bias_mask")]:
         state[name.removesuffix("_mask")] = state[name.removesuffix("_mask")] * state[name]
     kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name, _ in added)
@@ -145,24 +156,38 @@ def _require(options: dict[str, Any], format: str, **allowed: Any) -> None:
         values = values if isinstance(values, tuple) else (values,)
         if options[name] not in values:
             wanted = " or ".join(map(str, values))
-            raise ValueError(f"{name}={options[name]} has no counterpart in {format}, which needs {wanted}")
+            raise ValueError(
+                f"{name}={options[name]} has no counterpart in {format}, which needs {wanted}"
+            )
 
 
-def _losses(backbone: VisionTransformer, dropped: list[str], interpolation: str | None) -> list[str]:
+def _losses(
+    backbone: VisionTransformer, dropped: list[str], interpolation: str | None
+) -> list[str]:
     """What the written files do not tell, in words."""
     options, notes = backbone.config, []
-    kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in dropped if not name.endswith(".bias_mask"))
+    kinds = dict.fromkeys(
+        re.sub(r"\.\d+\.", ".*.", name) for name in dropped if not name.endswith(".bias_mask")
+    )
     if "rope.periods" in kinds:
         quarter = len(backbone.rope.periods)
         exact = backbone.rope.base ** (torch.arange(quarter) / quarter)
         kinds.pop("rope.periods")  # computed anew
         if not torch.allclose(backbone.rope.periods.cpu().float(), exact, rtol=1e-5, atol=0):
-            notes.append("its rotary periods are rounded, there they are computed exactly, so features differ slightly")
+            notes.append(
+                "its rotary periods are rounded, there they are computed exactly, so features differ slightly"
+            )
     if kinds:
         notes.append(f"not held: {', '.join(kinds)}")
-    if options["positions"] == "learned" and interpolation and options["interpolation"] != interpolation:
+    if (
+        options["positions"] == "learned"
+        and interpolation
+        and options["interpolation"] != interpolation
+    ):
         here = options["interpolation"]
-        notes.append(f"at other sizes than the native one, positions are resized by {interpolation!r} there, here by {here!r}")
+        notes.append(
+            f"at other sizes than the native one, positions are resized by {interpolation!r} there, here by {here!r}"
+        )
     if options["fit"] != "crop":
         notes.append("sides that the patch size does not divide are cropped there, here padded")
     return notes
@@ -178,7 +203,9 @@ def _vit_to_hf(backbone: VisionTransformer, preprocessing: Preprocessing) -> Con
         return _dinov3_to_hf(backbone)
     height, width = backbone.native_grid
     if height != width:
-        raise ValueError(f"positions of a {height} x {width} grid have no counterpart in Hugging Face, which needs a square")
+        raise ValueError(
+            f"positions of a {height} x {width} grid have no counterpart in Hugging Face, which needs a square"
+        )
     common = {
         "hidden_size": options["embed_dim"],
         "num_hidden_layers": options["depth"],
@@ -197,20 +224,41 @@ def _vit_to_hf(backbone: VisionTransformer, preprocessing: Preprocessing) -> Con
         dialect = dialects.HF_VIT
         state.pop("mask_token", None)
         notes += ["not held: mask_token"] if backbone.mask_token is not None else []
-        config = {"architectures": ["ViTModel"], "model_type": "vit", **common, "intermediate_size": hidden}
+        config = {
+            "architectures": ["ViTModel"],
+            "model_type": "vit",
+            **common,
+            "intermediate_size": hidden,
+        }
     else:
-        fill = {"proj_bias": True, "ffn_bias": True, "layerscale": 1.0 if options["layerscale"] is None else options["layerscale"]}
+        fill = {
+            "proj_bias": True,
+            "ffn_bias": True,
+            "layerscale": 1.0 if options["layerscale"] is None else options["layerscale"],
+        }
         registers = {"mask_token": True} if options["registers"] else {}
         state, notes = _completed(backbone, **fill, **registers)
         dialect = dialects.HF_REGISTERS if options["registers"] else dialects.HF_DINOV2
         kind = "Dinov2WithRegisters" if options["registers"] else "Dinov2"
         model_type = "dinov2_with_registers" if options["registers"] else "dinov2"
         config = {"architectures": [f"{kind}Model"], "model_type": model_type}
-        config |= {**common, "mlp_ratio": _dinov2_ratio(options["embed_dim"], hidden, gated), "use_swiglu_ffn": gated}
+        config |= {
+            **common,
+            "mlp_ratio": _dinov2_ratio(options["embed_dim"], hidden, gated),
+            "use_swiglu_ffn": gated,
+        }
         config |= {"layerscale_value": fill["layerscale"], "drop_path_rate": options["drop_path"]}
-        config |= {"num_register_tokens": options["registers"]} if options["registers"] else {"use_mask_token": "mask_token" in state}
+        config |= (
+            {"num_register_tokens": options["registers"]}
+            if options["registers"]
+            else {"use_mask_token": "mask_token" in state}
+        )
     tensors, dropped = rename(state, dialect)
-    return tensors, {**config, "torch_dtype": "float32"}, notes + _losses(backbone, dropped, dialect.interpolation)
+    return (
+        tensors,
+        {**config, "torch_dtype": "float32"},
+        notes + _losses(backbone, dropped, dialect.interpolation),
+    )
 
 
 def _dinov2_ratio(dim: int, hidden: int, gated: bool) -> int:
@@ -219,16 +267,23 @@ def _dinov2_ratio(dim: int, hidden: int, gated: bool) -> int:
         width = (int(dim * ratio * 2 / 3) + 7) // 8 * 8 if gated else dim * ratio
         if width == hidden:
             return ratio
-    raise ValueError(f"feed-forward nets {hidden} wide have no counterpart in Dinov2Model, whose mlp_ratio is a whole number")
+    raise ValueError(
+        f"feed-forward nets {hidden} wide have no counterpart in Dinov2Model, whose mlp_ratio is a whole number"
+    )
 
 
 def _dinov3_to_hf(backbone: VisionTransformer) -> Converted:
     options = backbone.config
     _require(options, "Hugging Face", rope_normalize="separate")
-    fill = {"layerscale": 1.0 if options["layerscale"] is None else options["layerscale"], "mask_token": True}
+    fill = {
+        "layerscale": 1.0 if options["layerscale"] is None else options["layerscale"],
+        "mask_token": True,
+    }
     state, notes = _completed(backbone, **fill)
     key_bias = options["qkv_bias"] and not options["mask_k_bias"]
-    tensors, dropped = rename(state, dialects.HF_DINOV3_KEY_BIAS if key_bias else dialects.HF_DINOV3)
+    tensors, dropped = rename(
+        state, dialects.HF_DINOV3_KEY_BIAS if key_bias else dialects.HF_DINOV3
+    )
     tensors["embeddings.mask_token"] = tensors["embeddings.mask_token"][None]
     tensors.setdefault("embeddings.register_tokens", torch.empty(1, 0, options["embed_dim"]))
     gated = options["ffn"] != "mlp"
@@ -269,7 +324,9 @@ def _vit_to_timm(backbone: VisionTransformer, preprocessing: Preprocessing) -> C
     options = backbone.config
     rotary, gated = options["positions"] == "rope", options["ffn"] != "mlp"
     _require(options, "timm", untie_cls_norm=False, norm_eps=(1e-5, 1e-6) if rotary else 1e-6)
-    scaled = rotary or gated or options["layerscale"] is not None  # timm's rotary and gated models always are
+    scaled = (
+        rotary or gated or options["layerscale"] is not None
+    )  # timm's rotary and gated models always are
     fill = {"layerscale": options["layerscale"] or 1.0} if scaled else {}
     state, notes = _completed(backbone, proj_bias=True, ffn_bias=True, **fill)
     dim, hidden = options["embed_dim"], hidden_width(backbone.blocks[0].mlp)
@@ -293,9 +350,17 @@ def _vit_to_timm(backbone: VisionTransformer, preprocessing: Preprocessing) -> C
         name = f"vit_{size}_patch16_dinov3" + ("_qkvb" if options["qkv_bias"] else "")
         if options["norm_eps"] == 1e-6:
             name, arguments = TIMM_ROPE_1E6, arguments | TIMM_DINOV3
-        arguments |= {"rope_temperature": options["rope_base"], "num_reg_tokens": options["registers"], "global_pool": "token"}
+        arguments |= {
+            "rope_temperature": options["rope_base"],
+            "num_reg_tokens": options["registers"],
+            "global_pool": "token",
+        }
         # timm packs the gate into one matrix if it is aligned to 0.
-        arguments |= {"swiglu_mlp": gated, "swiglu_align_to": 8, "attn_type": "rope" if key_bias else "eva"}
+        arguments |= {
+            "swiglu_mlp": gated,
+            "swiglu_align_to": 8,
+            "attn_type": "rope" if key_bias else "eva",
+        }
     else:
         dialect = dialects.TIMM_GATED if gated else dialects.TIMM_LEARNED
         registers = options["registers"]
@@ -304,10 +369,20 @@ def _vit_to_timm(backbone: VisionTransformer, preprocessing: Preprocessing) -> C
             state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
             state["pos_embed"] = state["pos_embed"][:, 1:]
             notes.append("the position of the CLS token is added to that token")
-        family = "patch16_224" if not scaled else "patch14_reg4_dinov2" if registers else "patch14_dinov2"
+        family = (
+            "patch16_224"
+            if not scaled
+            else "patch14_reg4_dinov2"
+            if registers
+            else "patch14_dinov2"
+        )
         name = f"vit_{'giant' if gated else size}_{family}"
     tensors, dropped = rename(state, dialect)
-    return tensors, _timm_config(name, arguments, dim, preprocessing), notes + _losses(backbone, dropped, dialect.interpolation)
+    return (
+        tensors,
+        _timm_config(name, arguments, dim, preprocessing),
+        notes + _losses(backbone, dropped, dialect.interpolation),
+    )
 
 
 def _ratio(dim: int, hidden: int) -> float:
@@ -315,9 +390,16 @@ def _ratio(dim: int, hidden: int) -> float:
     return hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim
 
 
-def _timm_config(name: str, arguments: dict[str, Any], features: int, preprocessing: Preprocessing) -> dict[str, Any]:
+def _timm_config(
+    name: str, arguments: dict[str, Any], features: int, preprocessing: Preprocessing
+) -> dict[str, Any]:
     first_conv = "stem.0" if name in SIZES else "patch_embed.proj"
-    pretrained = {**to_timm(preprocessing), "num_classes": 0, "pool_size": None, "fixed_input_size": name not in SIZES}
+    pretrained = {
+        **to_timm(preprocessing),
+        "num_classes": 0,
+        "pool_size": None,
+        "fixed_input_size": name not in SIZES,
+    }
     pretrained |= {"first_conv": first_conv, "classifier": "head.fc" if name in SIZES else "head"}
     return {
         "architecture": name,
@@ -329,7 +411,9 @@ def _timm_config(name: str, arguments: dict[str, Any], features: int, preprocess
 
 
 def _timm_to_timm(backbone: TimmBackbone, preprocessing: Preprocessing) -> Converted:
-    arguments = {key: value for key, value in backbone.config.items() if key not in ("name", "in_channels")}
+    arguments = {
+        key: value for key, value in backbone.config.items() if key not in ("name", "in_channels")
+    }
     arguments["in_chans"] = backbone.in_channels
     name = backbone.config["name"].partition(".")[0]
     config = _timm_config(name, arguments, backbone.embed_dim, preprocessing)
@@ -337,7 +421,11 @@ def _timm_to_timm(backbone: TimmBackbone, preprocessing: Preprocessing) -> Conve
     for key in ("first_conv", "classifier", "pool_size", "fixed_input_size"):
         if key in known:
             config["pretrained_cfg"][key] = known[key]
-    return {name.removeprefix("model."): tensor for name, tensor in backbone.state_dict().items()}, config, []
+    return (
+        {name.removeprefix("model."): tensor for name, tensor in backbone.state_dict().items()},
+        config,
+        [],
+    )
 
 
 # ----------------------------------------------------------------- Meta
@@ -372,9 +460,15 @@ def _unsaid(options: dict[str, Any], dialect: Dialect) -> list[str]:
     height, width = options["image_size"]
     if options["positions"] == "rope":
         published = {"rope_normalize": "separate", "norm_eps": dialect.norm_eps}
-        return [f"{name}={options[name]}" for name, value in published.items() if options[name] != value]
+        return [
+            f"{name}={options[name]}" for name, value in published.items() if options[name] != value
+        ]
     head_dim = 128 if options["embed_dim"] == 4096 else 64
-    heads = [] if options["embed_dim"] == head_dim * options["num_heads"] else [f"num_heads={options['num_heads']}"]
+    heads = (
+        []
+        if options["embed_dim"] == head_dim * options["num_heads"]
+        else [f"num_heads={options['num_heads']}"]
+    )
     return heads + ([] if height == width else [f"image_size={height}x{width}"])
 
 
@@ -412,7 +506,9 @@ def _convnext_size(backbone: TimmBackbone) -> tuple[list[int], list[int]]:
         ValueError: if the model differs from DINOv3's ConvNeXts in more than these.
     """
     name, options = backbone.config["name"].partition(".")[0], backbone.config
-    odd = ", ".join(sorted(set(options) - {"name", "in_channels", "depths", "dims", "drop_path_rate"}))
+    odd = ", ".join(
+        sorted(set(options) - {"name", "in_channels", "depths", "dims", "drop_path_rate"})
+    )
     if odd:
         raise ValueError(f"a ConvNeXt with {odd} has no counterpart outside timm")
     depths, dims = SIZES[name]

@@ -6,8 +6,8 @@ import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import train  # noqa: E402
-from engine.cli import run_script  # noqa: E402
+import train
+from engine.cli import run_script
 
 kind, _, at = os.environ["FAULT"].partition("@")
 first, last = (int(number) for number in (at.split("-") * 2)[:2])
@@ -23,7 +23,9 @@ def broken(*arguments):
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "hang":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # or torchrun waits half a minute before it kills
+            signal.signal(
+                signal.SIGTERM, signal.SIG_DFL
+            )  # or torchrun waits half a minute before it kills
             time.sleep(1000)
         losses["koleo"] = losses["koleo"] * float("nan")
     return losses

@@ -11,7 +11,12 @@ def noise(*shape: int, seed: int = 0, dtype=np.uint8) -> np.ndarray:
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def png16(array: np.ndarray, orientation: int | None = None) -> bytes:
@@ -21,6 +26,10 @@ def png16(array: np.ndarray, orientation: int | None = None) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)  # 0: no filter
     chunks = [png_chunk(b"IHDR", header)]
     if orientation is not None:  # big-endian TIFF header, one tag of one SHORT
-        chunks.append(png_chunk(b"eXIf", b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)))
+        chunks.append(
+            png_chunk(
+                b"eXIf", b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+            )
+        )
     chunks += [png_chunk(b"IDAT", zlib.compress(rows)), png_chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)

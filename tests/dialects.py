@@ -11,7 +11,9 @@ from models.features import Features
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test of ours may reach for the network
 
 SIZES = {
-    "nano": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=2),  # heads of 64, as Meta's files imply
+    "nano": dict(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=2
+    ),  # heads of 64, as Meta's files imply
     "S": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6),
     "B": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
     "L": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
@@ -24,7 +26,13 @@ CONVNEXT = {
     "L": dict(depths=[3, 3, 27, 3], hidden_sizes=[192, 384, 768, 1536]),
 }
 SEVEN_BILLION = dict(query_bias=False, value_bias=False, use_gated_mlp=True, hidden_act="silu")
-HF_CLASSES = ["ViTModel", "Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel", "DINOv3ConvNextModel"]
+HF_CLASSES = [
+    "ViTModel",
+    "Dinov2Model",
+    "Dinov2WithRegistersModel",
+    "DINOv3ViTModel",
+    "DINOv3ConvNextModel",
+]
 
 
 @torch.no_grad()
@@ -33,7 +41,11 @@ def draw(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in sorted(model.named_parameters()):
         noise = torch.randn(tensor.shape, generator=generator)
-        scale = any(part in name for part in ("gamma", "lambda1", ".ls")) or tensor.ndim == 1 and "weight" in name
+        scale = (
+            any(part in name for part in ("gamma", "lambda1", ".ls"))
+            or tensor.ndim == 1
+            and "weight" in name
+        )
         if scale:
             tensor.copy_(1 + 0.1 * noise)
         elif "token" in name or "pos" in name:
@@ -136,13 +148,20 @@ def meta_file(model: nn.Module, disk: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' file of a transformers model with the tensors `disk` on disk. Written apart from the tables under test."""
     name, found, thirds = type(model).__name__, {}, {}
     for key, tensor in disk.items():
-        third = re.match(r"(?:encoder\.)?layer\.(\d+)\.attention\.(?:attention\.)?([qkv])\w*\.(weight|bias)$", key)
+        third = re.match(
+            r"(?:encoder\.)?layer\.(\d+)\.attention\.(?:attention\.)?([qkv])\w*\.(weight|bias)$",
+            key,
+        )
         if third:
             thirds.setdefault((third[1], third[3]), {})[third[2]] = tensor
             continue
         gate = re.match(r"layer\.(\d+)\.mlp\.(gate|up|down)_proj\.(weight|bias)$", key)
         if gate and name == "DINOv3ViTModel":
-            names = {"gate": "w1", "up": "w2", "down": "w3"} if model.config.use_gated_mlp else {"up": "fc1", "down": "fc2"}
+            names = (
+                {"gate": "w1", "up": "w2", "down": "w3"}
+                if model.config.use_gated_mlp
+                else {"up": "fc1", "down": "fc2"}
+            )
             found[f"blocks.{gate[1]}.mlp.{names[gate[2]]}.{gate[3]}"] = tensor
             continue
         for pattern, theirs in _META_NAMES[name]:
@@ -153,7 +172,9 @@ def meta_file(model: nn.Module, disk: dict[str, Tensor]) -> dict[str, Tensor]:
             assert key.startswith("pooler."), key
     for (block, leaf), parts in thirds.items():
         zeros = torch.zeros_like(parts["v"])
-        found[f"blocks.{block}.attn.qkv.{leaf}"] = torch.cat([parts["q"], parts.get("k", zeros), parts["v"]])
+        found[f"blocks.{block}.attn.qkv.{leaf}"] = torch.cat(
+            [parts["q"], parts.get("k", zeros), parts["v"]]
+        )
         if name == "DINOv3ViTModel" and leaf == "bias":
             found[f"blocks.{block}.attn.qkv.bias_mask"] = torch.cat([zeros + 1, zeros, zeros + 1])
     if name == "DINOv3ViTModel":

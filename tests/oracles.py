@@ -1,6 +1,6 @@
 """Backbones that know the truth, or nothing: the bounds between which every dense probe must lie."""
 
-from typing import Callable, Optional
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -45,7 +45,9 @@ def paint(values: np.ndarray) -> Tensor:
 
 def painted(kind: str, split: str, size: int = 30, target=None) -> Annotated:
     """Pictures of `kind` with their annotation, read once."""
-    return Listed(Annotated(Painted(kind, split, size), target or kind, 64, PATCH, (0.0,) * 3, (1.0,) * 3))
+    return Listed(
+        Annotated(Painted(kind, split, size), target or kind, 64, PATCH, (0.0,) * 3, (1.0,) * 3)
+    )
 
 
 class Listed(list):
@@ -61,14 +63,16 @@ class Oracle(nn.Module):
     in_channels, patch_size, embed_dim = 3, PATCH, 16
     preprocessing = Preprocessing((64, 64), 64, (0.0,) * 3, (1.0,) * 3)
 
-    def __init__(self, maps: Optional[Callable[[Tensor], Tensor]]):
+    def __init__(self, maps: Callable[[Tensor], Tensor] | None):
         super().__init__()
         self.maps, self.generator = maps, torch.Generator().manual_seed(0)
 
     def forward(self, images: Tensor) -> Features:
         grid = images.shape[-2] // PATCH, images.shape[-1] // PATCH
         if self.maps is None:
-            patches = torch.randn(len(images), grid[0] * grid[1], self.embed_dim, generator=self.generator)
+            patches = torch.randn(
+                len(images), grid[0] * grid[1], self.embed_dim, generator=self.generator
+            )
         else:
             maps = torch.stack([self.maps(image[0]) for image in images])
             patches = F.adaptive_avg_pool2d(maps, grid).flatten(2).mT

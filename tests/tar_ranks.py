@@ -9,11 +9,11 @@ import tarfile
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import torch  # noqa: E402
+import torch
 
-from data.datasets import open_data  # noqa: E402
-from engine import distributed  # noqa: E402
-from engine.cli import run_script  # noqa: E402
+from data.datasets import open_data
+from engine import distributed
+from engine.cli import run_script
 
 scanned = []
 open_shard = tarfile.open
@@ -36,7 +36,9 @@ def main(argv: list[str]) -> None:
             "labels": data.labels.tolist(),
             "classes": data.classes,
             "sums": [int(data.image(index).sum()) for index in range(len(data))],
-            "open": [os.readlink(link) for link in Path("/proc/self/fd").glob("*") if link.is_symlink()],
+            "open": [
+                os.readlink(link) for link in Path("/proc/self/fd").glob("*") if link.is_symlink()
+            ],
         }
         (Path(os.environ["OUTPUT"]) / f"{distributed.rank()}.json").write_text(json.dumps(found))
 

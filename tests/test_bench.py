@@ -40,8 +40,21 @@ def measured(tiny, tmp_path, capsys):
 
 
 def test_one_line_of_json_with_every_key_and_the_same_in_a_file(measured, tmp_path):
-    keys = {"images_per_second", "step_ms", "phases_ms", "mfu", "memory_gib", "data_wait_fraction", "gflop_per_step", "peak_tflops"}
-    assert keys <= measured.keys() and measured["task"] == "bench" and measured["precision"] == "float32"
+    keys = {
+        "images_per_second",
+        "step_ms",
+        "phases_ms",
+        "mfu",
+        "memory_gib",
+        "data_wait_fraction",
+        "gflop_per_step",
+        "peak_tflops",
+    }
+    assert (
+        keys <= measured.keys()
+        and measured["task"] == "bench"
+        and measured["precision"] == "float32"
+    )
     assert json.loads((tmp_path / "bench.json").read_text()) == measured
     assert measured["phases_ms"].keys() == set(bench.PHASES)
     assert 0 < measured["mfu"] < 1 and 0 < measured["data_wait_fraction"] < 1
@@ -58,10 +71,15 @@ def test_it_leaves_no_run_behind(tiny, tmp_path, capsys):
 
 
 def test_variants_are_compared_with_the_configuration_as_it_is(tiny, capsys):
-    bench.main([*tiny, *FEW, "--compare", "crops.local_count=8,crops.blur=[0,0,0]", "data.workers=1"])
+    bench.main(
+        [*tiny, *FEW, "--compare", "crops.local_count=8,crops.blur=[0,0,0]", "data.workers=1"]
+    )
     base, more, workers = result_of(capsys)["variants"]
     assert base["change"] == "" and base["speedup"] == 1.0
-    assert more["gflop"]["forward"] > 1.4 * base["gflop"]["forward"] and more["gflop"]["teacher"] == base["gflop"]["teacher"]
+    assert (
+        more["gflop"]["forward"] > 1.4 * base["gflop"]["forward"]
+        and more["gflop"]["teacher"] == base["gflop"]["teacher"]
+    )
     assert "augmentation" not in workers["phases_ms"], "loader workers do it beside the step"
     assert workers["gflop_per_step"] == base["gflop_per_step"]
 
@@ -80,7 +98,16 @@ def test_the_trace_opens_as_json(tiny, tmp_path, capsys):
 
 
 def test_every_stage_can_be_measured(capsys):
-    few = ["data.train=scenes?size=40", "device=cpu", "batch_size=16", "data.workers=0", "--steps", "1", "--warmup", "1"]
+    few = [
+        "data.train=scenes?size=40",
+        "device=cpu",
+        "batch_size=16",
+        "data.workers=0",
+        "--steps",
+        "1",
+        "--warmup",
+        "1",
+    ]
     bench.main(["--config", "dinov3_quickstart.yaml", *few, "--stage", "gram"])
     assert result_of(capsys)["gflop"]["teacher"] > 0
 
@@ -141,22 +168,35 @@ def test_weights_and_moments_are_shared_and_activations_follow_the_images():
     _, (one, eight) = table("dinov2_vitl14.yaml", ["batch_size=64", "precision=fp32"], [1, 8])
     for part in ("parameters", "gradients", "optimizer", "teacher", "activations"):
         assert one[part] == pytest.approx(8 * eight[part], rel=0.02), part
-    assert eight["total_checkpointed"] < eight["total"] and one["optimizer"] == pytest.approx(2 * one["parameters"], rel=0.01)
+    assert eight["total_checkpointed"] < eight["total"] and one["optimizer"] == pytest.approx(
+        2 * one["parameters"], rel=0.01
+    )
 
 
 def test_the_published_seven_billion_are_counted_without_allocating():
     counts, rows = table("dinov3_vit7b16.yaml", ["micro_batch_size=16"], [8, 256])
-    assert counts["backbone"] == pytest.approx(6.716e9, rel=1e-3) and rows[1]["total"] < rows[0]["total"]
+    assert (
+        counts["backbone"] == pytest.approx(6.716e9, rel=1e-3)
+        and rows[1]["total"] < rows[0]["total"]
+    )
 
 
 def measured_and_computed(*overrides: str) -> tuple[float, float]:
-    few = ["device=cpu", "data.workers=0", "data.train=scenes?size=40", "loss.koleo.weight=0", *overrides]
+    few = [
+        "device=cpu",
+        "data.workers=0",
+        "data.train=scenes?size=40",
+        "loss.koleo.weight=0",
+        *overrides,
+    ]
     command = [sys.executable, "bench.py", "--config", "dinov2_vits14.yaml", *few]
     outs = []
     for flags in (["--steps", "1", "--warmup", "1"], ["--memory"]):
         # What is freed goes back to the system, so that the peak is of what is held and not of what lies about.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [*command, *flags], cwd=ROOT, capture_output=True, text=True, env=environment
+        )
         assert done.returncode == 0, done.stderr
         outs.append(json.loads(done.stdout))
     row = outs[1]["rows"][0]
@@ -164,7 +204,14 @@ def measured_and_computed(*overrides: str) -> tuple[float, float]:
     return outs[0]["memory_gib"] - outs[0]["memory_before_gib"], total
 
 
-SMALL = ("crops.global_size=98", "crops.local_size=42", "crops.local_count=4", "batch_size=8", "precision=fp32", "model.depth=6")
+SMALL = (
+    "crops.global_size=98",
+    "crops.local_size=42",
+    "crops.local_count=4",
+    "batch_size=8",
+    "precision=fp32",
+    "model.depth=6",
+)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak resident memory as Linux counts it")
@@ -208,11 +255,24 @@ def test_students_are_measured_together_and_each_alone(tiny, tmp_path, capsys):
     distill = {"distill": {"teacher": str(tmp_path / "run"), "students": students}}
     (tmp_path / "distill.yaml").write_text(yaml.safe_dump(distill))
     capsys.readouterr()
-    bench.main(["--config", str(tmp_path / "distill.yaml"), *tiny[:-1], f"output_dir={tmp_path / 'none'}", *FEW])
+    bench.main(
+        [
+            "--config",
+            str(tmp_path / "distill.yaml"),
+            *tiny[:-1],
+            f"output_dir={tmp_path / 'none'}",
+            *FEW,
+        ]
+    )
     result = result_of(capsys)
-    assert result["own_ms"].keys() == students.keys() and min(result["own_ms"].values()) > 0 < result["shared_ms"]
+    assert (
+        result["own_ms"].keys() == students.keys()
+        and min(result["own_ms"].values()) > 0 < result["shared_ms"]
+    )
     parts = result["shared_ms"] + sum(result["own_ms"].values())
     assert result["cost"] == pytest.approx(result["step_ms"] / parts, rel=0.01)
     assert not (tmp_path / "none").exists()
     with pytest.raises(ValueError, match="leave --compare"):
-        bench.main(["--config", str(tmp_path / "distill.yaml"), *tiny, "--compare", "precision=bf16"])
+        bench.main(
+            ["--config", str(tmp_path / "distill.yaml"), *tiny, "--compare", "precision=bf16"]
+        )

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from data import augment
 from data.augment import POLICIES, CropSpec, MultiCrop, draw
 from data.datasets import UnreadableImage, match_classes, open_data
-from data.loader import Views, EvalDataset, make_loader
+from data.loader import EvalDataset, Views, make_loader
 from data.masking import MaskSpec
 from data.pictures import read_image
 from data.published import TorchvisionImages
@@ -121,7 +121,9 @@ def write_fashion_mnist(root, split, images, labels):
     raw = root / "FashionMNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     sizes = [np.array(images.shape, ">u4"), np.array(labels.shape, ">u4")]
-    (raw / f"{split}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + sizes[0].tobytes() + images.numpy().tobytes())
+    (raw / f"{split}-images-idx3-ubyte").write_bytes(
+        b"\0\0\x08\x03" + sizes[0].tobytes() + images.numpy().tobytes()
+    )
     (raw / f"{split}-labels-idx1-ubyte").write_bytes(
         b"\0\0\x08\x01" + sizes[1].tobytes() + labels.numpy().astype(np.uint8).tobytes()
     )
@@ -402,7 +404,9 @@ def test_a_batch_splits_into_micro_batches(folder):
 
 def test_masks_and_local_crops_are_optional(folder):
     globals_only = multi_crop(local_count=0)
-    loader = make_loader(open_data(str(folder)), [Views(globals_only)], batch_size=4, seed=0, stop_step=1)
+    loader = make_loader(
+        open_data(str(folder)), [Views(globals_only)], batch_size=4, seed=0, stop_step=1
+    )
     batch = next(iter(loader))
     assert batch.local_crops is None and batch.masks is None
     assert [part.global_crops.shape[0] for part in batch.split(3)] == [6, 2]

@@ -15,8 +15,20 @@ from data.annotated import Annotated, target_size
 from data.datasets import open_data
 from data.images import ImageData
 from engine.dense import (
-    DEPTH, SEGMENTATION, DepthHead, FrozenPatches, Recipe, at_pixels, depth_errors, largest_class, linear_depth,
-    linear_segmentation, pooled_depth, predict, schedule, sig_loss,
+    DEPTH,
+    SEGMENTATION,
+    DepthHead,
+    FrozenPatches,
+    Recipe,
+    at_pixels,
+    depth_errors,
+    largest_class,
+    linear_depth,
+    linear_segmentation,
+    pooled_depth,
+    predict,
+    schedule,
+    sig_loss,
 )  # fmt: skip
 from engine.patches import LastLayers, Patches, Sliding, upsample
 from models.pretrained import load_backbone
@@ -42,7 +54,9 @@ def test_depth_with_perfect_features_reaches_the_limit_and_chance_features_do_no
     recipe = replace(DEPTH, lrs=(3e-2, 1e-1), points=256)
     perfect = linear_depth(Oracle(depth_maps), train, [val], CPU, recipe=recipe, **SHORT)
     assert perfect["delta1"] >= 0.99 * perfect["limit"]["delta1"] > 0.7
-    assert perfect["rmse"] < 1.15 * perfect["limit"]["rmse"]  # the published loss weighs ratios, RMSE metres
+    assert (
+        perfect["rmse"] < 1.15 * perfect["limit"]["rmse"]
+    )  # the published loss weighs ratios, RMSE metres
     chance = linear_depth(Oracle(None), train, [val], CPU, recipe=recipe, **SHORT)
     assert chance["rmse"] > 0.95 * chance["constant"] and chance["delta1"] < 0.3
 
@@ -56,19 +70,26 @@ def test_depth_errors_and_pooling_equal_loops_over_pixels_and_leave_unknown_dept
     rmse = math.sqrt(sum((a - b) ** 2 for a, b in pairs) / len(pairs))
     delta = sum(max(a / b, b / a) < 1.25 for a, b in pairs) / len(pairs)
     assert depth_errors(said, depth) == pytest.approx((rmse, delta), rel=1e-5)
-    corner = [math.log(float(depth[y, x])) for y in range(2) for x in range(3) if float(depth[y, x]) > 0]
+    corner = [
+        math.log(float(depth[y, x])) for y in range(2) for x in range(3) if float(depth[y, x]) > 0
+    ]
     pooled = pooled_depth(depth, (3, 3))
     assert float(pooled[0, 0]) == pytest.approx(math.exp(sum(corner) / len(corner)), rel=1e-5)
 
 
 def test_the_depth_loss_equals_its_formula_and_starts_without_variance():
     generator = torch.Generator().manual_seed(1)
-    values, depth = torch.rand(50, 1, generator=generator) + 0.5, torch.rand(50, generator=generator) + 0.5
+    values, depth = (
+        torch.rand(50, 1, generator=generator) + 0.5,
+        torch.rand(50, generator=generator) + 0.5,
+    )
     g = np.log(values[:, 0].numpy() + 1e-3) - np.log(depth.numpy() + 1e-3)
     assert float(sig_loss(values, depth, 0.5)) == pytest.approx(
         math.sqrt(g.var(ddof=1) + 0.15 * g.mean() ** 2), rel=1e-4
     )
-    assert float(sig_loss(values, depth, 0.0, begin=0.1)) == pytest.approx(math.sqrt(0.15) * abs(g.mean()), rel=1e-3)
+    assert float(sig_loss(values, depth, 0.0, begin=0.1)) == pytest.approx(
+        math.sqrt(0.15) * abs(g.mean()), rel=1e-3
+    )
 
 
 def test_depth_is_the_weighted_mean_of_its_bins():
@@ -95,9 +116,15 @@ def test_scores_at_pixels_equal_the_enlarged_map_there():
 
 
 def test_the_schedule_warms_up_then_falls_and_small_data_gets_few_steps():
-    recipe = Recipe((1.0,), 0, (0.9, 0.999), warmup=0.25, start=0.1, end=0.01, epochs=10, longest=1000)
-    assert schedule(0, recipe) == pytest.approx(0.1) and schedule(0.25, recipe) == pytest.approx(1.0)
-    assert schedule(0.625, recipe) == pytest.approx(0.505) and schedule(1.0, recipe) == pytest.approx(0.01)
+    recipe = Recipe(
+        (1.0,), 0, (0.9, 0.999), warmup=0.25, start=0.1, end=0.01, epochs=10, longest=1000
+    )
+    assert schedule(0, recipe) == pytest.approx(0.1) and schedule(0.25, recipe) == pytest.approx(
+        1.0
+    )
+    assert schedule(0.625, recipe) == pytest.approx(0.505) and schedule(
+        1.0, recipe
+    ) == pytest.approx(0.01)
     assert [recipe.steps(n) for n in (4, 1000, 10**6)] == [300, 625, 1000]
 
 
@@ -123,11 +150,15 @@ def test_a_sliding_window_averages_what_its_windows_see():
         total, count = torch.zeros(2, 5, 7, 128), torch.zeros(5, 7, 1)
         for top in (0, 1):
             for left in (0, 3):  # a stride of 24 pixels, two thirds of 32 in whole patches
-                part = backbone(images[..., 8 * top : 8 * top + 32, 8 * left : 8 * left + 32]).patches
+                part = backbone(
+                    images[..., 8 * top : 8 * top + 32, 8 * left : 8 * left + 32]
+                ).patches
                 total[:, top : top + 4, left : left + 4] += part.unflatten(1, (4, 4))
                 count[top : top + 4, left : left + 4] += 1
         assert found.grid == (5, 7)
-        torch.testing.assert_close(found.patches, (total / count).flatten(1, 2), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            found.patches, (total / count).flatten(1, 2), atol=1e-5, rtol=1e-4
+        )
         whole = Sliding(backbone, 64)(images)
         torch.testing.assert_close(whole.patches, backbone(images).patches)
 
@@ -149,7 +180,9 @@ def test_a_mirrored_variant_of_a_symmetric_image_changes_nothing_and_others_are_
     one, two = (Patches(item, (2, 3), torch.zeros(8, 12), 0) for item in (tokens, mirrored))
     single = predict(torch.nn.Identity(), [one], [False], torch.clone)
     assert torch.equal(single, upsample(tokens.T.unflatten(1, (2, 3)), (8, 12)))
-    torch.testing.assert_close(predict(torch.nn.Identity(), [one, two], [False, True], torch.clone), single)
+    torch.testing.assert_close(
+        predict(torch.nn.Identity(), [one, two], [False, True], torch.clone), single
+    )
 
 
 def test_whole_images_keep_their_aspect_in_whole_patches():
@@ -163,7 +196,9 @@ def test_an_ignored_class_becomes_255_in_masks_only():
     options = ("mask", 32, 8, (0.5,) * 3, (0.5,) * 3)
     plain = Annotated(open_data("scenes?size=3"), *options)[1][1]
     ignored = Annotated(open_data("scenes?size=3"), *options, ignore=0)[1][1]
-    assert torch.equal(ignored == 255, plain == 0) and torch.equal(ignored[plain > 0], plain[plain > 0])
+    assert torch.equal(ignored == 255, plain == 0) and torch.equal(
+        ignored[plain > 0], plain[plain > 0]
+    )
 
 
 class Wide(ImageData):
@@ -191,7 +226,9 @@ def test_several_sizes_aspects_and_channels_are_segmented_and_measured():
     backbone = load_backbone("random:vit_nano?patch_size=8&image_size=32&depth=1&in_channels=6")
     make = partial(Annotated, Wide(), size=32, multiple=8, mean=(0.5,) * 6, std=(0.25,) * 6)
     data = make("mask")
-    result = linear_segmentation(backbone, data, [data, make("mask", flip=True)], CPU, recipe=FAST, steps=60)
+    result = linear_segmentation(
+        backbone, data, [data, make("mask", flip=True)], CPU, recipe=FAST, steps=60
+    )
     assert result["miou"] > 0.8 and len(result["iou"]) == 2
     data = make("depth")
     assert linear_depth(backbone, data, [data], CPU, steps=60)["delta1"] > 0.6
@@ -213,20 +250,34 @@ def test_every_task_ends_with_one_line_of_json_in_colour_and_grey(task, model, t
     eval_dense.main([task, "--model", model, *DATA, *EVERY[task], "--output", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
-    assert len(lines) == 1 and result["task"] == task and result["model"] == model and result["n_val"] in (2, 4)
+    assert (
+        len(lines) == 1
+        and result["task"] == task
+        and result["model"] == model
+        and result["n_val"] in (2, 4)
+    )
     assert json.loads((tmp_path / f"{task}.json").read_text()) == result
     measure = {"segmentation": "miou", "depth": "delta1", "tracking": "jf"}.get(task)
     assert measure is None or 0 <= result[measure] <= 1
 
 
 @pytest.mark.parametrize(
-    "options", [["--multi-scale"], ["--window", "24"], ["--layers", "2"], ["--size", "32", "48"], ["--head", "knn"]]
+    "options",
+    [
+        ["--multi-scale"],
+        ["--window", "24"],
+        ["--layers", "2"],
+        ["--size", "32", "48"],
+        ["--head", "knn"],
+    ],
 )
 def test_options_of_segmentation_run_and_a_seed_repeats_the_result(options, capsys):
     steps = [] if "knn" in options else ["--steps", "3"]
     for _ in range(2):
         eval_dense.main(["segmentation", "--model", NANO, *DATA, *options, *steps])
-    first, second = ({**json.loads(line), "seconds": 0} for line in capsys.readouterr().out.splitlines())
+    first, second = (
+        {**json.loads(line), "seconds": 0} for line in capsys.readouterr().out.splitlines()
+    )
     assert first == second
 
 

@@ -38,16 +38,22 @@ def tables_of(count: int, crops: int, seed: int = 0) -> list[Tensor]:
     return [draw(generator, crops) for _ in range(count)]
 
 
-def on_device(crops: MultiCrop, images: list[Tensor], tables: list[Tensor], to: torch.device = CPU) -> tuple:
+def on_device(
+    crops: MultiCrop, images: list[Tensor], tables: list[Tensor], to: torch.device = CPU
+) -> tuple:
     pixels, cuts = pack(crops, images, tables)
-    return crops.finish([cut_out(pixels.to(to), cut.to(to, False)) for cut in cuts], torch.stack(tables, 1))
+    return crops.finish(
+        [cut_out(pixels.to(to), cut.to(to, False)) for cut in cuts], torch.stack(tables, 1)
+    )
 
 
 def plain_crops(channels: int, turn: float = 0.0, gram: bool = True) -> MultiCrop:
     """Geometry only, values from 0 to 1; sizes that are no squares."""
     policy = replace(POLICIES["crops_only"], turn=turn)
     specs = CropSpec((40, 32), (0.3, 1.0), 2), CropSpec((16, 24), (0.05, 0.3), 3)
-    return MultiCrop(*specs, policy, (0.0,) * channels, (1.0,) * channels, (60, 48) if gram else None)
+    return MultiCrop(
+        *specs, policy, (0.0,) * channels, (1.0,) * channels, (60, 48) if gram else None
+    )
 
 
 def odd_images(channels: int) -> list[Tensor]:
@@ -72,9 +78,13 @@ def textured(count: int, height: int = 400, width: int = 520, channels: int = 3)
 # ----------------------------------------------------------------- pixel by pixel
 
 
-@pytest.mark.parametrize("large, small", [(50, 20), (20, 50), (33, 33), (64, 7), (1, 9), (9, 1), (200, 12)])
+@pytest.mark.parametrize(
+    "large, small", [(50, 20), (20, 50), (33, 33), (64, 7), (1, 9), (9, 1), (200, 12)]
+)
 def test_weights_are_those_of_antialiased_bicubic_interpolation(large, small):
-    expected = F.interpolate(torch.eye(large)[None, None], (small, large), mode="bicubic", antialias=True)[0, 0]
+    expected = F.interpolate(
+        torch.eye(large)[None, None], (small, large), mode="bicubic", antialias=True
+    )[0, 0]
     offset, step = torch.zeros(1, 1), torch.full((1, 1), large / small)
     ours = resampling(offset, step, torch.tensor([large]), small, large + 5)[0]
     assert (ours[:, :large] - expected).abs().max() < 1e-5 and not ours[:, large:].any()
@@ -130,7 +140,9 @@ def test_finished_views_are_those_of_the_workers(policy):
     for ours, theirs in zip(on_device(crops, images, tables), crops(images, tables), strict=True):
         difference = (ours - theirs).abs().flatten(1)
         # A pixel at the edge of solarisation, or a hue without chroma, may fall on either side.
-        assert (difference < 2e-3).float().mean() > 0.9995 and (difference.median(1).values < 1e-4).all()
+        assert (difference < 2e-3).float().mean() > 0.9995 and (
+            difference.median(1).values < 1e-4
+        ).all()
 
 
 def test_crops_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
@@ -158,7 +170,9 @@ def test_only_what_is_far_larger_than_any_crop_is_shrunk():
         assert shrunk(image, crops) is image
     assert shrunk(noise(3, 400, 600), crops).shape == (3, 88, 131)
     assert shrunk(noise(3, 200, 4000), crops).shape[1] >= 40  # long ones keep the height of a crop
-    assert shrunk(noise(3, 2000, 3000), plain_crops(3)).shape == (3, 89, 134), "those of a Gram teacher are larger"
+    assert shrunk(noise(3, 2000, 3000), plain_crops(3)).shape == (3, 89, 134), (
+        "those of a Gram teacher are larger"
+    )
 
 
 def corners(crops: Tensor) -> Tensor:
@@ -196,7 +210,11 @@ def moments(crops: Tensor) -> Tensor:
 def test_colours_and_blur_of_shrunk_images_are_distributed_as_those_of_the_workers():
     def views(policy, seed, make=None):
         crops = MultiCrop(
-            CropSpec((32, 32), (0.32, 1.0), 2), CropSpec((16, 16), (0.05, 0.32), 4), policy, (0.5,) * 3, (0.25,) * 3
+            CropSpec((32, 32), (0.32, 1.0), 2),
+            CropSpec((16, 16), (0.05, 0.32), 4),
+            policy,
+            (0.5,) * 3,
+            (0.25,) * 3,
         )
         assert shrunk(images[0], crops).shape[1] < 80
         tables = tables_of(len(images), 6, seed)
@@ -207,11 +225,15 @@ def test_colours_and_blur_of_shrunk_images_are_distributed_as_those_of_the_worke
     for ours, theirs, others, unblurred in zip(
         views(natural, 0, on_device), views(natural, 0), views(natural, 1), sharp
     ):
-        change, missing = ((spectrum(made) / spectrum(theirs)).log().abs() for made in (ours, unblurred))
+        change, missing = (
+            (spectrum(made) / spectrum(theirs)).log().abs() for made in (ours, unblurred)
+        )
         assert (change < torch.tensor([0.01, 0.02, 0.08])).all(), change
         assert (missing > 2 * change).all() and missing.max() > 0.15, "a missing blur would show"
         assert (moments(ours) - moments(theirs)).abs().max() < 0.003
-        assert (moments(others) - moments(theirs)).abs().max() > 0.01, "another draw is further away"
+        assert (moments(others) - moments(theirs)).abs().max() > 0.01, (
+            "another draw is further away"
+        )
 
 
 # ----------------------------------------------------------------- the stream
@@ -233,9 +255,13 @@ def natural_views(**gram) -> list[Views]:
     return views_from(crops, [0.0], [1.0], 8, ibot, GramConfig(**gram) if gram else None)
 
 
-def batches(data, *, raw: bool = True, steps: int = 4, batch_size: int = 6, views=None, **options) -> list[Batch]:
+def batches(
+    data, *, raw: bool = True, steps: int = 4, batch_size: int = 6, views=None, **options
+) -> list[Batch]:
     options = {"seed": 3, "stop_step": steps} | options
-    loader = make_loader(data, views or natural_views(), batch_size=batch_size, on_device=raw, **options)
+    loader = make_loader(
+        data, views or natural_views(), batch_size=batch_size, on_device=raw, **options
+    )
     loaded = list(loader)
     assert all(isinstance(batch, RawBatch if raw else Batch) for batch in loaded)
     return [batch.to("cpu", non_blocking=True) for batch in loaded]
@@ -265,14 +291,21 @@ def test_ranks_share_the_batch_and_a_batch_splits_into_micro_batches(images):
         for parts in (halves, whole.split(3)):
             assert whole.images == parts[0].images + parts[1].images
             for name in ("global_crops", "local_crops", "masks"):
-                together = torch.cat([getattr(part, name).unflatten(0, (-1, 3)) for part in parts], 1).flatten(0, 1)
+                together = torch.cat(
+                    [getattr(part, name).unflatten(0, (-1, 3)) for part in parts], 1
+                ).flatten(0, 1)
                 assert (together.float() - getattr(whole, name).float()).abs().max() < 2.5 * LEVEL
 
 
 def test_crops_of_a_gram_teacher_and_mixed_sizes_are_those_of_the_workers(images):
     data = open_data(str(images))
-    for gram in ({"teacher_scale": 2.0, "distortions": False}, {"teacher_scale": 1.5, "distortions": True}):
-        pair = [batches(data, raw=raw, views=natural_views(**gram), steps=1)[0] for raw in (True, False)]
+    for gram in (
+        {"teacher_scale": 2.0, "distortions": False},
+        {"teacher_scale": 1.5, "distortions": True},
+    ):
+        pair = [
+            batches(data, raw=raw, views=natural_views(**gram), steps=1)[0] for raw in (True, False)
+        ]
         assert_same(*pair, 2.5 * LEVEL)
         assert pair[0].gram_crops.shape[-1] == 32 * gram["teacher_scale"]
     mix = [SizeConfig(1, 32, 16), SizeConfig(1, 48, 24)]
@@ -298,9 +331,18 @@ def test_guided_crops_show_the_mark_of_their_image(times):
             return super().image(index).repeat_interleave(times, 1).repeat_interleave(times, 2)
 
         def annotations(self, index: int) -> dict:
-            return {"boxes": np.array([[SPOT[1], SPOT[0], SPOT[1] + 1, SPOT[0] + 1]], np.float32) * times}
+            return {
+                "boxes": np.array([[SPOT[1], SPOT[0], SPOT[1] + 1, SPOT[0] + 1]], np.float32)
+                * times
+            }
 
-    keys = {"global_size": 32, "local_size": 16, "local_count": 4, "local_scale": [0.1, 0.3], "policy": "crops_only"}
+    keys = {
+        "global_size": 32,
+        "local_size": 16,
+        "local_count": 4,
+        "local_scale": [0.1, 0.3],
+        "policy": "crops_only",
+    }
     for guided in (0.0, 1.0):
         views = views_from(CropsConfig(**keys, guided=guided), [0.0], [1.0], 8)
         raw = StepDataset(Large(), views, batch_size=64, seed=0, on_device=True)[0]
@@ -311,7 +353,9 @@ def test_guided_crops_show_the_mark_of_their_image(times):
 
 
 def test_crops_are_made_in_full_precision_within_autocast(images):
-    raw = StepDataset(open_data(str(images)), natural_views(), batch_size=6, seed=0, on_device=True)[0]
+    raw = StepDataset(
+        open_data(str(images)), natural_views(), batch_size=6, seed=0, on_device=True
+    )[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same(raw.to("cpu"), raw.to("cpu"))
         low = raw.to("cpu")
@@ -336,7 +380,8 @@ def test_training_goes_on_exactly_and_close_to_what_the_workers_crops_give(tiny,
         return [record["loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl")]
 
     constant = [
-        f"schedule.{name}={value}" for name, value in (("lr", 1e-3), ("weight_decay", 0.04), ("ema_momentum", 0.99))
+        f"schedule.{name}={value}"
+        for name, value in (("lr", 1e-3), ("weight_decay", 0.04), ("ema_momentum", 0.99))
     ]
     constant += ["schedule.teacher_temp=0.05", "micro_batch_size=4"]
     workers, whole = losses("workers"), losses("whole", "data.augment_on=device")
@@ -350,7 +395,10 @@ def test_bench_measures_the_crops_made_on_the_device(tiny, capsys):
     bench.main([*tiny, "data.augment_on=device", *few])
     device_, workers = json.loads(capsys.readouterr().out)["variants"]
     for result in (device_, workers):
-        assert result["phases_ms"]["augmentation"] > 0 and sum(result["phases_ms"].values()) <= 1.3 * result["step_ms"]
+        assert (
+            result["phases_ms"]["augmentation"] > 0
+            and sum(result["phases_ms"].values()) <= 1.3 * result["step_ms"]
+        )
 
 
 # ----------------------------------------------------------------- on a GPU
@@ -369,15 +417,22 @@ def test_a_gpu_makes_the_crops_of_the_workers_without_being_waited_for():
     ]
     for raw, theirs in zip(*loaders, strict=True):
         assert raw.pixels.is_pinned() and all(cut.windows.is_pinned() for cut in raw.cuts)
-        raw.to("cuda", non_blocking=True)  # the first call loads kernels and fills the pool of pinned memory
+        raw.to(
+            "cuda", non_blocking=True
+        )  # the first call loads kernels and fills the pool of pinned memory
         torch.cuda.set_sync_debug_mode("error")
         try:
             ours = raw.to("cuda", non_blocking=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        for a, b in ((ours.global_crops, theirs.global_crops), (ours.local_crops, theirs.local_crops)):
+        for a, b in (
+            (ours.global_crops, theirs.global_crops),
+            (ours.local_crops, theirs.local_crops),
+        ):
             difference = (a.cpu() - b).abs()
-            assert difference.max() < 3.5 * LEVEL and (difference > 1.5 * LEVEL).float().mean() < 1e-3
+            assert (
+                difference.max() < 3.5 * LEVEL and (difference > 1.5 * LEVEL).float().mean() < 1e-3
+            )
             assert (a.cpu() - b).mean().abs() < 0.02 * LEVEL
 
 
@@ -385,9 +440,15 @@ def test_a_gpu_makes_the_crops_of_the_workers_without_being_waited_for():
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_on_a_gpu_is_that_of_the_workers(policy):
     crops = MultiCrop(
-        CropSpec((32, 32), (0.3, 1.0), 2), CropSpec((16, 16), (0.05, 0.3), 4), POLICIES[policy], (0.5,) * 3, (0.25,) * 3
+        CropSpec((32, 32), (0.3, 1.0), 2),
+        CropSpec((16, 16), (0.05, 0.3), 4),
+        POLICIES[policy],
+        (0.5,) * 3,
+        (0.25,) * 3,
     )
     images = [image / 255 for image in textured(6, 60, 70)]
     tables = tables_of(6, 6)
-    for ours, theirs in zip(on_device(crops, images, tables, torch.device("cuda"))[:2], crops(images, tables)[:2]):
+    for ours, theirs in zip(
+        on_device(crops, images, tables, torch.device("cuda"))[:2], crops(images, tables)[:2]
+    ):
         assert ((ours.cpu() - theirs).abs() < 5e-3).float().mean() > 0.999

@@ -40,7 +40,9 @@ COARSE = [
     "distill.students.coarse.crops={global_size: 24, local_size: 12}",
     "distill.students.coarse.data={mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}",
 ]
-CONVOLUTIONAL = ["distill.students.conv={model: {arch: 'timm:test_resnet'}, loss: {ibot: {weight: 0.5}}}"]
+CONVOLUTIONAL = [
+    "distill.students.conv={model: {arch: 'timm:test_resnet'}, loss: {ibot: {weight: 0.5}}}"
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,13 @@ def teacher(tmp_path_factory) -> str:
     """A run of train.py with two heads."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
     train.main(
-        [*TINY, "loss.ibot.prototypes=24", "loss.dino.last_layer=plain", "total_steps=2", f"output_dir={folder}"]
+        [
+            *TINY,
+            "loss.ibot.prototypes=24",
+            "loss.dino.last_layer=plain",
+            "total_steps=2",
+            f"output_dir={folder}",
+        ]
     )
     return str(folder)
 
@@ -66,7 +74,10 @@ def folder_of(overrides: list[str]) -> Path:
 
 
 def metrics(student: Path) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in TIMING} for record in read_metrics(student / "metrics.jsonl")]
+    return [
+        {k: v for k, v in record.items() if k not in TIMING}
+        for record in read_metrics(student / "metrics.jsonl")
+    ]
 
 
 def weights(student: Path) -> dict[str, torch.Tensor]:
@@ -85,7 +96,9 @@ def torchrun(ranks: int, *overrides: str) -> subprocess.CompletedProcess:
         "distill.py",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [*command, *overrides], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
 
 
 # ----------------------------------------------------------------- students do not know of each other
@@ -98,7 +111,9 @@ def torchrun(ranks: int, *overrides: str) -> subprocess.CompletedProcess:
         pytest.param("features", {"conv": CONVOLUTIONAL}, marks=pytest.mark.slow),
     ],
 )
-def test_students_of_one_run_get_exactly_the_weights_of_runs_of_their_own(shared, tmp_path, match, students):
+def test_students_of_one_run_get_exactly_the_weights_of_runs_of_their_own(
+    shared, tmp_path, match, students
+):
     common = [*shared, f"distill.match={match}", "schedule.ema_momentum=0.5", "total_steps=3"]
     distill.main([*common, *NARROW, *COARSE, *CONVOLUTIONAL, f"output_dir={tmp_path / 'all'}"])
     for name, overrides in students.items():
@@ -110,7 +125,14 @@ def test_students_of_one_run_get_exactly_the_weights_of_runs_of_their_own(shared
 
 
 def test_two_ranks_with_a_student_each_give_the_losses_of_one_process(shared, tmp_path):
-    common = [*shared, *NARROW, *COARSE, "total_steps=10", "loss.dino.centering=sinkhorn", "loss.ibot.centering=ema"]
+    common = [
+        *shared,
+        *NARROW,
+        *COARSE,
+        "total_steps=10",
+        "loss.dino.centering=sinkhorn",
+        "loss.ibot.centering=ema",
+    ]
     common += ["schedule.lr.start=1e-3"]
     distill.main([*common, f"output_dir={tmp_path / 'one'}"])
     done = torchrun(2, *common, f"output_dir={tmp_path / 'two'}")
@@ -118,7 +140,8 @@ def test_two_ranks_with_a_student_each_give_the_losses_of_one_process(shared, tm
     assert "ranks 0 to 0" in done.stderr
     for name in ("narrow", "coarse"):
         one, two = (
-            [record["loss"] for record in metrics(tmp_path / run / "students" / name)] for run in ("one", "two")
+            [record["loss"] for record in metrics(tmp_path / run / "students" / name)]
+            for run in ("one", "two")
         )
         assert len(one) == 10 and two == pytest.approx(one, abs=1e-5)
 
@@ -126,16 +149,32 @@ def test_two_ranks_with_a_student_each_give_the_losses_of_one_process(shared, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("match", ["heads", "features"])
 def test_shares_of_three_ranks_give_the_losses_of_one_process(shared, tmp_path, match):
-    common = [*shared, *NARROW, *COARSE, "distill.students.coarse.share=2", "batch_size=12", f"distill.match={match}"]
-    common += ["loss.koleo.group=2", "schedule.lr=1e-3", "schedule.weight_decay=0.04", "schedule.ema_momentum=0.9"]
-    common += ["schedule.teacher_temp=0.05", "distill.students.coarse.model.drop_path=0"]  # drawn on each rank
+    common = [
+        *shared,
+        *NARROW,
+        *COARSE,
+        "distill.students.coarse.share=2",
+        "batch_size=12",
+        f"distill.match={match}",
+    ]
+    common += [
+        "loss.koleo.group=2",
+        "schedule.lr=1e-3",
+        "schedule.weight_decay=0.04",
+        "schedule.ema_momentum=0.9",
+    ]
+    common += [
+        "schedule.teacher_temp=0.05",
+        "distill.students.coarse.model.drop_path=0",
+    ]  # drawn on each rank
     distill.main([*common, f"output_dir={tmp_path / 'one'}"])
     for steps in ("total_steps=2", "total_steps=4"):  # and goes on
         done = torchrun(3, *common, steps, f"output_dir={tmp_path / 'three'}")
         assert done.returncode == 0, done.stderr
     for name in ("narrow", "coarse"):
         one, three = (
-            [record["loss"] for record in metrics(tmp_path / run / "students" / name)] for run in ("one", "three")
+            [record["loss"] for record in metrics(tmp_path / run / "students" / name)]
+            for run in ("one", "three")
         )
         assert len(one) == 4 and three == pytest.approx(one, abs=1e-5)
 
@@ -172,7 +211,13 @@ def test_a_student_leaves_what_a_run_leaves(shared):
     assert not [name for name in names.split() if not (student / name).exists()]
     records = metrics(student)
     assert [record["step"] for record in records if "probe/knn" in record] == [0, 2, 4]
-    assert {"loss/dino", "loss/ibot", "loss/koleo", "grad_norm", "health/teacher_entropy"} <= records[-1].keys()
+    assert {
+        "loss/dino",
+        "loss/ibot",
+        "loss/koleo",
+        "grad_norm",
+        "health/teacher_entropy",
+    } <= records[-1].keys()
     backbone = load_backbone(str(student))
     assert (
         backbone.patch_size == 12
@@ -180,9 +225,9 @@ def test_a_student_leaves_what_a_run_leaves(shared):
         and backbone.preprocessing.size == (24, 24)
     )
     assert load_config(str(student / "config.yaml"), [], DistillTrainConfig).crops.global_size == 24
-    assert load_config(str(folder_of(shared) / "config.yaml"), [], DistillTrainConfig).distill.students.keys() == {
-        "coarse"
-    }
+    assert load_config(
+        str(folder_of(shared) / "config.yaml"), [], DistillTrainConfig
+    ).distill.students.keys() == {"coarse"}
 
 
 def test_a_student_that_is_ahead_after_a_kill_waits_for_the_others(shared, capsys):
@@ -190,7 +235,9 @@ def test_a_student_that_is_ahead_after_a_kill_waits_for_the_others(shared, capsy
     students = [folder_of(shared) / "students" / name for name in ("narrow", "coarse")]
     distill.main([*common, f"output_dir={folder_of(shared)}"])
     undisturbed = [(metrics(student), weights(student)) for student in students]
-    (students[0] / "checkpoints" / "latest").write_text("1")  # as if it had died between two savings
+    (students[0] / "checkpoints" / "latest").write_text(
+        "1"
+    )  # as if it had died between two savings
     distill.main([*common, f"output_dir={folder_of(shared)}"])
     assert "going on from step 1" in capsys.readouterr().err
     for student, (records, tensors) in zip(students, undisturbed):
@@ -214,19 +261,26 @@ def test_at_the_time_limit_all_students_save_at_the_same_step_and_go_on(shared):
 def test_changed_keys_are_refused_and_a_further_student_is_not(shared):
     distill.main([*shared, *NARROW, f"output_dir={folder_of(shared)}"])
     with pytest.raises(ValueError, match=r"crops.global_scale"):
-        distill.main([*shared, *NARROW, "crops.global_scale=[0.5, 1.0]", f"output_dir={folder_of(shared)}"])
+        distill.main(
+            [*shared, *NARROW, "crops.global_scale=[0.5, 1.0]", f"output_dir={folder_of(shared)}"]
+        )
     with pytest.raises(
-        ValueError, match=r"students/narrow was begun with other settings: model.embed_dim \(16 -> 48\)"
+        ValueError,
+        match=r"students/narrow was begun with other settings: model.embed_dim \(16 -> 48\)",
     ):
-        distill.main([*shared, "distill.students.narrow.model.embed_dim=48", f"output_dir={folder_of(shared)}"])
+        distill.main(
+            [
+                *shared,
+                "distill.students.narrow.model.embed_dim=48",
+                f"output_dir={folder_of(shared)}",
+            ]
+        )
     distill.main([*shared, *NARROW, "distill.students.late={}", f"output_dir={folder_of(shared)}"])
     assert len(metrics(folder_of(shared) / "students" / "late")) == 4
 
 
 def test_a_last_stage_at_high_resolution_keeps_the_proportions_of_the_students(shared):
-    stages = (
-        "stages={main: {steps: 1}, high: {steps: 1, crops: {global_size: 48, local_size: 24}, schedule: {lr: 1e-4}}}"
-    )
+    stages = "stages={main: {steps: 1}, high: {steps: 1, crops: {global_size: 48, local_size: 24}, schedule: {lr: 1e-4}}}"
     own = "distill.students.coarse.stages.high.schedule.lr=5e-4"
     overrides = [argument for argument in shared if not argument.startswith("total_steps")]
     sizes = []
@@ -248,12 +302,23 @@ def test_a_last_stage_at_high_resolution_keeps_the_proportions_of_the_students(s
 def test_students_start_from_weights_of_their_own(shared, teacher, tmp_path):
     still = ["schedule.lr=0", "schedule.weight_decay=0", "total_steps=1"]
     other = tmp_path / "other"
-    train.main([*TINY, "total_steps=1", "data.mean=[0.1, 0.2, 0.3]", "data.std=[0.5, 0.6, 0.7]", f"output_dir={other}"])
+    train.main(
+        [
+            *TINY,
+            "total_steps=1",
+            "data.mean=[0.1, 0.2, 0.3]",
+            "data.std=[0.5, 0.6, 0.7]",
+            f"output_dir={other}",
+        ]
+    )
     students = [f"distill.students.warm.init={other}", "distill.students.cold={}"]
     distill.main([*shared, *still, *students, f"output_dir={folder_of(shared)}"])
     warm, cold = (folder_of(shared) / "students" / name for name in ("warm", "cold"))
     initial = load_backbone(str(other)).state_dict()
-    assert all(torch.equal(tensor, initial[name]) for name, tensor in load_backbone(str(warm)).state_dict().items())
+    assert all(
+        torch.equal(tensor, initial[name])
+        for name, tensor in load_backbone(str(warm)).state_dict().items()
+    )
     assert load_backbone(str(warm)).preprocessing.mean == pytest.approx((0.1, 0.2, 0.3))
     assert load_backbone(str(cold)).preprocessing.mean == pytest.approx((0.485, 0.456, 0.406))
 
@@ -268,7 +333,15 @@ def test_every_key_of_the_section_is_read(shared, monkeypatch):
         return object.__getattribute__(self, name)
 
     monkeypatch.setattr(DistillConfig, "__getattribute__", spy)
-    distill.main([*shared, *NARROW, "total_steps=1", "distill.match=features", f"output_dir={folder_of(shared)}"])
+    distill.main(
+        [
+            *shared,
+            *NARROW,
+            "total_steps=1",
+            "distill.match=features",
+            f"output_dir={folder_of(shared)}",
+        ]
+    )
     assert set(DistillConfig.__dataclass_fields__) <= read
 
 
@@ -288,14 +361,18 @@ def headless(kind: str, folder: Path) -> str:
         )
         processor.save_pretrained(folder)
     else:
-        backbone = load_backbone("random:vit_nano?patch_size=10&image_size=40&embed_dim=64&depth=1&num_heads=1")
+        backbone = load_backbone(
+            "random:vit_nano?patch_size=10&image_size=40&embed_dim=64&depth=1&num_heads=1"
+        )
         preprocessing = replace(backbone.preprocessing, mean=(0.5,) * 3, std=(0.2,) * 3)
         write_backbone(backbone, preprocessing, folder, "timm")
     return str(folder)
 
 
 @pytest.mark.parametrize("kind, size", [("timm", 40), ("transformers", 28)])
-def test_a_teacher_without_heads_of_another_patch_size_and_normalisation_is_matched(shared, tmp_path, kind, size):
+def test_a_teacher_without_heads_of_another_patch_size_and_normalisation_is_matched(
+    shared, tmp_path, kind, size
+):
     spec = headless(kind, tmp_path / kind)
     longer = ["total_steps=20", "crops.global_size=40", "schedule.lr=2e-3", "loss.koleo.weight=0"]
     longer += ["data.train=scenes?size=8", "schedule.weight_decay=0"]
@@ -318,7 +395,9 @@ def test_a_sight_resizes_and_normalises_as_its_own_network_wants():
 
     sight = Sight([(32, 48), (16, 16)], [(16, 24), (8, 8)], given, wanted)
     small = F.interpolate(images, (16, 24), mode="bicubic", antialias=True)
-    torch.testing.assert_close(sight(normalised(images, given)), normalised(small, wanted), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        sight(normalised(images, given)), normalised(small, wanted), atol=1e-5, rtol=1e-5
+    )
     assert sight.size((64, 96)) == (32, 48) and sight(None, local=True) is None
     same = Sight([(32, 48), (16, 16)], [(32, 48), (16, 16)], given, given)
     assert same(images) is images
@@ -328,7 +407,9 @@ def test_masks_of_a_student_are_those_that_the_loader_draws(tiny):
     cfg = load_config(None, tiny)
     (stage,) = plan_stages(cfg, 4, build_schedules)
     loaded = next(iter(stage_loader(stage, 2, 8, torch.device("cpu"))))
-    drawn = with_masks(replace(loaded, masks=None), (4, 4), cfg.loss.ibot, (cfg.seed, 2), rank_share(8), 8)
+    drawn = with_masks(
+        replace(loaded, masks=None), (4, 4), cfg.loss.ibot, (cfg.seed, 2), rank_share(8), 8
+    )
     assert torch.equal(drawn.masks, loaded.masks) and drawn.masks.any()
 
 
@@ -336,15 +417,23 @@ def test_masks_of_a_student_are_those_that_the_loader_draws(tiny):
 
 
 def test_standardised_rows_equal_a_naive_loop_however_they_are_divided():
-    rows = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10.0, 0.1, 3.0, 0.0]) + 4
+    rows = (
+        torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1.0, 10.0, 0.1, 3.0, 0.0])
+        + 4
+    )
     expected = torch.empty_like(rows)
-    variances = [sum((float(x) - float(rows[:, d].mean())) ** 2 for x in rows[:, d]) / 12 for d in range(5)]
+    variances = [
+        sum((float(x) - float(rows[:, d].mean())) ** 2 for x in rows[:, d]) / 12 for d in range(5)
+    ]
     for d in range(5):
         scale = (variances[d] + 0.01 * sum(variances) / 5) ** 0.5
         expected[:, d] = (rows[:, d] - rows[:, d].mean()) / scale
     torch.testing.assert_close(standardize([rows])[0], expected, atol=1e-5, rtol=1e-5)
     parts = standardize([rows[:4].view(2, 2, 5), rows[4:].view(8, 1, 5)])
-    torch.testing.assert_close(torch.cat([part.flatten(0, -2) for part in parts]), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([part.flatten(0, -2) for part in parts]), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_the_matching_loss_is_one_minus_the_cosine_and_gives_the_teacher_no_gradient():
@@ -364,10 +453,18 @@ def test_the_matching_loss_is_one_minus_the_cosine_and_gives_the_teacher_no_grad
 @pytest.mark.parametrize("layers", [1, 3])
 def test_heads_are_rebuilt_from_what_a_run_saves(tmp_path, kind, layers):
     loss = load_config(
-        None, [*TINY, f"loss.dino.last_layer={kind}", f"loss.dino.layers={layers}", "loss.ibot.prototypes=9"]
+        None,
+        [
+            *TINY,
+            f"loss.dino.last_layer={kind}",
+            f"loss.dino.layers={layers}",
+            "loss.ibot.prototypes=9",
+        ],
     ).loss
     model = build_ssl_model(
-        build_backbone("vit_nano", embed_dim=32, depth=1, num_heads=2, patch_size=8, image_size=32), loss, True
+        build_backbone("vit_nano", embed_dim=32, depth=1, num_heads=2, patch_size=8, image_size=32),
+        loss,
+        True,
     )
     save_heads(model, tmp_path)
     tensors = load_file(tmp_path / "heads.safetensors")
@@ -380,11 +477,16 @@ def test_heads_are_rebuilt_from_what_a_run_saves(tmp_path, kind, layers):
 
 def test_a_teacher_takes_no_gradient_and_its_exchanged_vectors_give_its_logits(teacher):
     model = load_teacher(teacher, 3)
-    assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad] and not model.training
+    assert (
+        not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        and not model.training
+    )
     images = torch.randn(2, 3, 32, 32)
     seen, features = model(images, heads=True), model(images, heads=False)
     torch.testing.assert_close(model.dino_head.prototypes(seen.cls), model.dino_head(features.cls))
-    torch.testing.assert_close(model.patch_head.prototypes(seen.patches), model.ibot_head(features.patches))
+    torch.testing.assert_close(
+        model.patch_head.prototypes(seen.patches), model.ibot_head(features.patches)
+    )
 
 
 # ----------------------------------------------------------------- who learns where, and mistakes
@@ -408,7 +510,10 @@ def test_ranks_are_divided_by_share():
     [
         ([], "distill.students is empty"),
         (["distill.students.a.batch_size=4"], "distill.students.a cannot change batch_size"),
-        (["distill.students.a.modl.arch=vit_nano"], "distill.students.a: unknown key modl; did you mean model"),
+        (
+            ["distill.students.a.modl.arch=vit_nano"],
+            "distill.students.a: unknown key modl; did you mean model",
+        ),
         (["distill.students.a.share=0"], "distill.students.a.share is 0"),
         (["distill.students.a=vit_small"], "must hold keys and values"),
         (["distill.students.a.crops.global_size=64"], "crops are cut at crops.global_size 32"),
@@ -423,15 +528,30 @@ def test_a_mistake_among_the_students_is_one_sentence(shared, overrides, words):
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (["loss.dino.prototypes=64"], "loss.dino.prototypes is 64, .* are 32; set loss.dino.prototypes=32"),
+        (
+            ["loss.dino.prototypes=64"],
+            "loss.dino.prototypes is 64, .* are 32; set loss.dino.prototypes=32",
+        ),
         (["loss.ibot.prototypes=null"], "loss.ibot.prototypes is null, .* are 24"),
         (["distill.teacher=random:vit_nano?patch_size=8", "distill.match=heads"], "brings none"),
         (["distill.teacher=timm:vit_smal_patch16_224"], "vit_small_patch16_224"),
-        (["distill.teacher=runs/quickstart"], "python train.py --config configs/quickstart.yaml makes it"),
+        (
+            ["distill.teacher=runs/quickstart"],
+            "python train.py --config configs/quickstart.yaml makes it",
+        ),
         (["distill.teacher=null"], "give distill.teacher"),
-        (["distill.teacher=random:timm:mixer_s32_224"], "the teacher .* does not take crops of 32 x 32"),
-        (["distill.students.a.model.arch=timm:mixer_s32_224"], "distill.students.a does not take crops"),
-        (["distill.students.a.model.arch=timm:test_convnext"], "distill.students.a does not take crops of 16 x 16"),
+        (
+            ["distill.teacher=random:timm:mixer_s32_224"],
+            "the teacher .* does not take crops of 32 x 32",
+        ),
+        (
+            ["distill.students.a.model.arch=timm:mixer_s32_224"],
+            "distill.students.a does not take crops",
+        ),
+        (
+            ["distill.students.a.model.arch=timm:test_convnext"],
+            "distill.students.a does not take crops of 16 x 16",
+        ),
         (["loss.gram.weight=1"], "loss.gram has no part"),
         (["distill.teacher_size=4"], "4 x 4"),
     ],
@@ -440,8 +560,18 @@ def test_a_wrong_pairing_is_one_sentence(shared, overrides, words):
     if "distill.teacher=runs/quickstart" in overrides and Path("runs/quickstart").exists():
         pytest.skip("there is a quickstart here")
     with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
-        distill.main([*shared, "distill.students.a.model.depth=1", *overrides, f"output_dir={folder_of(shared)}"])
-    assert len(str(caught.value)) < 600 and not (folder_of(shared) / "students" / "a" / "metrics.jsonl").exists()
+        distill.main(
+            [
+                *shared,
+                "distill.students.a.model.depth=1",
+                *overrides,
+                f"output_dir={folder_of(shared)}",
+            ]
+        )
+    assert (
+        len(str(caught.value)) < 600
+        and not (folder_of(shared) / "students" / "a" / "metrics.jsonl").exists()
+    )
 
 
 @pytest.mark.parametrize("name", ["distill_quickstart.yaml", "distill_dinov3_family.yaml"])

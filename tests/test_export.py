@@ -31,15 +31,27 @@ TINY = dict(embed_dim=128, depth=2, num_heads=2, patch_size=8, image_size=32)
 ROPE = dict(positions="rope", norm_eps=1e-5, mask_k_bias=True, layerscale=0.1, registers=4)
 MODELS = {
     "DINO": dict(interpolation="size"),
-    "DINO without biases": dict(interpolation="size", qkv_bias=False, proj_bias=False, ffn_bias=False),
+    "DINO without biases": dict(
+        interpolation="size", qkv_bias=False, proj_bias=False, ffn_bias=False
+    ),
     "DINOv2": dict(layerscale=0.1, interpolation="size"),
     "DINOv2 with masked key bias": dict(layerscale=0.1, interpolation="size", mask_k_bias=True),
     "DINOv2, gated": dict(layerscale=0.1, interpolation="size", ffn="swiglu"),
     "DINOv2 with registers": dict(layerscale=0.1, interpolation="antialias", registers=4),
     "registers, gated, no LayerScale": dict(interpolation="antialias", registers=2, ffn="swiglu"),
     "DINOv3": ROPE,
-    "DINOv3, gated, of 13 channels": {**ROPE, "ffn": "swiglu64", "ffn_ratio": 3.0, "in_channels": 13},
-    "DINOv3 without qkv bias, local norm": {**ROPE, "qkv_bias": False, "mask_k_bias": False, "untie_local_cls_norm": True},
+    "DINOv3, gated, of 13 channels": {
+        **ROPE,
+        "ffn": "swiglu64",
+        "ffn_ratio": 3.0,
+        "in_channels": 13,
+    },
+    "DINOv3 without qkv bias, local norm": {
+        **ROPE,
+        "qkv_bias": False,
+        "mask_k_bias": False,
+        "untie_local_cls_norm": True,
+    },
     "rope as in the quickstart": dict(positions="rope", norm_eps=1e-6),
     "rope without registers": {**ROPE, "registers": 0, "mask_token": False, "rope_base": 50.0},
 }
@@ -50,7 +62,9 @@ def build(options: dict) -> VisionTransformer:
 
 
 def image(height: int, width: int, channels: int = 3) -> torch.Tensor:
-    return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(height + width))
+    return torch.randn(
+        2, channels, height, width, generator=torch.Generator().manual_seed(height + width)
+    )
 
 
 def statistics(channels: int) -> Preprocessing:
@@ -85,10 +99,14 @@ def test_the_teacher_of_a_run_opens_in_transformers_and_comes_back_whole(name, t
     backbone = build({**MODELS[name], "fit": "pad", "drop_path": 0.1, "image_size": [32, 32]})
     save_teacher(backbone, tmp_path, statistics(backbone.in_channels))
     again = load_backbone(tmp_path)
-    assert again.config == backbone.config and again.preprocessing == statistics(backbone.in_channels)
+    assert again.config == backbone.config and again.preprocessing == statistics(
+        backbone.in_channels
+    )
     state, loaded = backbone.state_dict(), again.state_dict()
     assert state.keys() == loaded.keys()
-    acting = {key: state.get(f"{key}_mask", torch.ones(())) for key in state}  # a masked key bias has no effect
+    acting = {
+        key: state.get(f"{key}_mask", torch.ones(())) for key in state
+    }  # a masked key bias has no effect
     assert all(torch.equal(loaded[key] * acting[key], state[key] * acting[key]) for key in state)
     assert load_backbone(f"{tmp_path}?fit=crop").config["fit"] == "crop"
     capsys.readouterr()
@@ -99,16 +117,24 @@ def test_the_teacher_of_a_run_opens_in_transformers_and_comes_back_whole(name, t
 
 
 def test_a_teacher_without_counterpart_in_transformers_stays_ours(tmp_path):
-    for number, backbone in enumerate((build(dict(untie_cls_norm=True)), TimmBackbone("test_resnet"))):
+    for number, backbone in enumerate(
+        (build(dict(untie_cls_norm=True)), TimmBackbone("test_resnet"))
+    ):
         save_teacher(backbone, tmp_path / str(number), statistics(3))
-        assert json.loads((tmp_path / str(number) / "config.json").read_text())["model_type"] == "nanodino"
+        assert (
+            json.loads((tmp_path / str(number) / "config.json").read_text())["model_type"]
+            == "nanodino"
+        )
         again = load_backbone(tmp_path / str(number)).state_dict()
         assert all(torch.equal(again[key], tensor) for key, tensor in backbone.state_dict().items())
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_timm_opens_our_export_and_computes_our_tokens(name, tmp_path):
-    options = {**MODELS[name], **({"interpolation": "antialias"} if "interpolation" in MODELS[name] else {})}
+    options = {
+        **MODELS[name],
+        **({"interpolation": "antialias"} if "interpolation" in MODELS[name] else {}),
+    }
     backbone = build(options)
     write_backbone(backbone, statistics(backbone.in_channels), tmp_path, "timm")
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
@@ -123,22 +149,35 @@ def test_timm_opens_our_export_and_computes_our_tokens(name, tmp_path):
 
 
 def _cls_only(features):
-    features.registers = features.patches = features.cls[:, :0, None].expand(-1, 0, features.cls.shape[1])
+    features.registers = features.patches = features.cls[:, :0, None].expand(
+        -1, 0, features.cls.shape[1]
+    )
     return features
 
 
-@pytest.mark.parametrize("arch, name", [("vit_small", "vit_small_patch14_dinov2"), ("vit_base", "vit_base_patch14_dinov2")])
+@pytest.mark.parametrize(
+    "arch, name",
+    [("vit_small", "vit_small_patch14_dinov2"), ("vit_base", "vit_base_patch14_dinov2")],
+)
 def test_official_sizes_open_as_weights_of_timms_own_models(arch, name, tmp_path):
-    backbone = draw(build_backbone(arch, patch_size=14, image_size=518, layerscale=1.0, interpolation="antialias", depth=12))
+    backbone = draw(
+        build_backbone(
+            arch, patch_size=14, image_size=518, layerscale=1.0, interpolation="antialias", depth=12
+        )
+    )
     write_backbone(backbone, statistics(3), tmp_path, "timm")
     overlay = {"file": str(tmp_path / "model.safetensors")}
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, dynamic_img_size=True).eval()
+    model = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, dynamic_img_size=True
+    ).eval()
     images = image(56, 84)[:1]
     with torch.no_grad():
         assert_same_tokens(model.forward_features(images), backbone, images)
 
 
-@pytest.mark.parametrize("options", [{}, dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), in_channels=5)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), in_channels=5)]
+)
 def test_convnexts_open_in_transformers_and_timm(options, tmp_path):
     transformers = pytest.importorskip("transformers")
     backbone = draw(TimmBackbone("convnext_tiny", **options))
@@ -148,7 +187,9 @@ def test_convnexts_open_in_transformers_and_timm(options, tmp_path):
     model = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
     assert type(model).__name__ == "DINOv3ConvNextModel"
     assert_same_tokens(hf_tokens(model, images), backbone, images)
-    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0).eval()
+    model = timm.create_model(
+        f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0
+    ).eval()
     with torch.no_grad():
         assert_same_tokens(model(images)[:, None], lambda x: _cls_only(backbone(x)), images)
 
@@ -168,14 +209,18 @@ def test_the_image_processor_prepares_images_as_we_do(tmp_path):
     transformers = pytest.importorskip("transformers")
     write_backbone(build(MODELS["DINO"]), PREPROCESSING, tmp_path / "hf", "hf")
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (10, 14, 3), dtype=np.uint8)).resize((140, 100), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(rng.integers(0, 256, (10, 14, 3), dtype=np.uint8)).resize(
+        (140, 100), Image.Resampling.BICUBIC
+    )
     (tmp_path / "images").mkdir()
     picture.save(tmp_path / "images" / "a.png")
     ours, _, _ = EvalDataset(open_data(f"folder:{tmp_path / 'images'}"), **vars(PREPROCESSING))[0]
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     theirs = processor(picture, return_tensors="pt")["pixel_values"][0]
     assert theirs.shape == ours.shape
-    assert (theirs - ours).abs().max() < 2 / 255 / min(PREPROCESSING.std)  # rounding to 8 bits on the way
+    assert (theirs - ours).abs().max() < 2 / 255 / min(
+        PREPROCESSING.std
+    )  # rounding to 8 bits on the way
 
 
 # ----------------------------------------------------------------- cycles
@@ -193,19 +238,29 @@ def test_hf_own_meta_own_timm_own_hf_loses_no_bit(name, tmp_path, capsys):
         states.append(backbone.state_dict())
         folder = tmp_path / str(step)
         lost |= {note for note in write_backbone(backbone, backbone.preprocessing, folder, format)}
-    first, last = load_file(tmp_path / "0" / "model.safetensors"), load_file(folder / "model.safetensors")
+    first, last = (
+        load_file(tmp_path / "0" / "model.safetensors"),
+        load_file(folder / "model.safetensors"),
+    )
     apart = {"embeddings.mask_token"} if any("mask_token" in note for note in lost) else set()
     if any("position of the CLS token" in note for note in lost):
         folded = "embeddings.cls_token", "embeddings.position_embeddings"
         apart |= set(folded)
         assert torch.equal(last[folded[0]], first[folded[0]] + first[folded[1]][:, :1])
-        assert torch.equal(last[folded[1]][:, 1:], first[folded[1]][:, 1:]) and not last[folded[1]][:, 0].any()
+        assert (
+            torch.equal(last[folded[1]][:, 1:], first[folded[1]][:, 1:])
+            and not last[folded[1]][:, 0].any()
+        )
     first = {key: tensor for key, tensor in first.items() if not key.startswith("pooler.")}
     assert first.keys() == last.keys()
     for key in first.keys() - apart:
         assert torch.equal(first[key], last[key]), key
-    for before, after in zip(states[:3], states[1:4]):  # up to the first file of timm nothing at all is lost
-        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    for before, after in zip(
+        states[:3], states[1:4]
+    ):  # up to the first file of timm nothing at all is lost
+        assert before.keys() == after.keys() and all(
+            torch.equal(before[key], after[key]) for key in before
+        )
 
 
 @pytest.mark.parametrize("name", HF_CLASSES)
@@ -219,7 +274,9 @@ def test_our_meta_files_have_the_authors_tensors(name, tmp_path):
     theirs = meta_file(model, load_file(tmp_path / "hf" / "model.safetensors"))
     assert ours.keys() == theirs.keys()
     for key in theirs:
-        assert ours[key].shape == theirs[key].shape and torch.allclose(ours[key], theirs[key], rtol=1e-6, atol=0), key
+        assert ours[key].shape == theirs[key].shape and torch.allclose(
+            ours[key], theirs[key], rtol=1e-6, atol=0
+        ), key
 
 
 @pytest.mark.parametrize("format", ["hf", "timm", "meta", "own"])
@@ -229,7 +286,11 @@ def test_every_export_is_a_model_of_ours_again(name, format, tmp_path, capsys):
     preprocessing = statistics(backbone.in_channels)
     notes = write_backbone(backbone, preprocessing, tmp_path, format)
     query = [note.partition("?")[2] for note in notes if "?" in note]
-    query += [f"interpolation={MODELS[name]['interpolation']}"] if "interpolation" in MODELS[name] else []
+    query += (
+        [f"interpolation={MODELS[name]['interpolation']}"]
+        if "interpolation" in MODELS[name]
+        else []
+    )
     again = load_backbone(f"{tmp_path}?{'&'.join(query)}" if query else tmp_path)
     images = image(24, 40, backbone.in_channels)
     with torch.no_grad():
@@ -282,11 +343,18 @@ def test_what_a_format_cannot_hold_is_named(format, options, word, tmp_path):
 
 def test_rounded_periods_are_named(tmp_path):
     backbone = build(ROPE)
-    assert not any("periods" in note for note in write_backbone(backbone, PREPROCESSING, tmp_path, "hf"))
+    assert not any(
+        "periods" in note for note in write_backbone(backbone, PREPROCESSING, tmp_path, "hf")
+    )
     backbone.rope.periods.copy_(backbone.rope.periods.bfloat16())
     for format in ("hf", "timm"):
-        assert any("periods are rounded" in note for note in write_backbone(backbone, PREPROCESSING, tmp_path, format))
-    assert not any("periods" in note for note in write_backbone(backbone, PREPROCESSING, tmp_path, "meta"))
+        assert any(
+            "periods are rounded" in note
+            for note in write_backbone(backbone, PREPROCESSING, tmp_path, format)
+        )
+    assert not any(
+        "periods" in note for note in write_backbone(backbone, PREPROCESSING, tmp_path, "meta")
+    )
 
 
 def test_raw_pixels_have_no_weights_to_write(tmp_path):
@@ -301,7 +369,9 @@ def test_raw_pixels_have_no_weights_to_write(tmp_path):
 def run(tmp_path):
     """What a run leaves, as far as exports look at it."""
     save_backbone(build(MODELS["DINOv3"]), tmp_path / "run" / "teacher", PREPROCESSING)
-    recipe = "# commit 0\ninit: /weights/dinov3_vits16.pth\ndata: {train: 'folder:/scans'}\nseed: 7\n"
+    recipe = (
+        "# commit 0\ninit: /weights/dinov3_vits16.pth\ndata: {train: 'folder:/scans'}\nseed: 7\n"
+    )
     (tmp_path / "run" / "config.yaml").write_text(recipe)
     return tmp_path / "run"
 
@@ -314,7 +384,13 @@ def test_exports_end_with_one_line_of_json_and_a_model_card(format, run, tmp_pat
     assert len(lines) == 1 and result["task"] == "export" and result["format"] == format
     assert result["files"] == sorted(path.name for path in (tmp_path / "out").iterdir())
     card = (tmp_path / "out" / "README.md").read_text()
-    for part in ("folder:/scans", "/weights/dinov3_vits16.pth", "DINOv3 License", "mean (0.1, 0.2, 0.3)", "seed: 7"):
+    for part in (
+        "folder:/scans",
+        "/weights/dinov3_vits16.pth",
+        "DINOv3 License",
+        "mean (0.1, 0.2, 0.3)",
+        "seed: 7",
+    ):
         assert part in card
     assert export.OPENED_BY[format] in card
     assert all(note in card for note in result["not_held"])
@@ -322,9 +398,17 @@ def test_exports_end_with_one_line_of_json_and_a_model_card(format, run, tmp_pat
 
 def test_cards_name_the_licence_of_the_weights_that_were_started_from(run):
     backbone = load_backbone(run)
-    for init, words in [("hf:facebook/dinov2-small", "Apache-2.0"), ("null", "no other weights"), ("/my/weights.pth", "unknown")]:
+    for init, words in [
+        ("hf:facebook/dinov2-small", "Apache-2.0"),
+        ("null", "no other weights"),
+        ("/my/weights.pth", "unknown"),
+    ]:
         (run / "config.yaml").write_text(f"init: {init}\n")
-        assert words in next(line for line in export.model_card(str(run), "hf", backbone, []).splitlines() if "Licence" in line)
+        assert words in next(
+            line
+            for line in export.model_card(str(run), "hf", backbone, []).splitlines()
+            if "Licence" in line
+        )
 
 
 @pytest.mark.parametrize("name", ["DINO", "DINOv3"])
@@ -336,7 +420,20 @@ def test_onnxruntime_computes_our_tokens(name, dynamic, tmp_path, capsys):
 
     save_backbone(build(MODELS[name]), tmp_path / "own", PREPROCESSING)
     flags = ["--dynamic-batch"] if dynamic else []
-    export.main(["--model", str(tmp_path / "own"), "--format", "onnx", "--output", str(tmp_path), "--size", "24", "40", *flags])
+    export.main(
+        [
+            "--model",
+            str(tmp_path / "own"),
+            "--format",
+            "onnx",
+            "--output",
+            str(tmp_path),
+            "--size",
+            "24",
+            "40",
+            *flags,
+        ]
+    )
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["max_error"] <= BOUND
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     names = [output.name for output in session.get_outputs()]
@@ -345,7 +442,9 @@ def test_onnxruntime_computes_our_tokens(name, dynamic, tmp_path, capsys):
     found = session.run(None, {"images": images.numpy()})
     with torch.no_grad():
         features = load_backbone(tmp_path / "own")(images)
-    assert names == (["cls", "registers", "patches"] if features.registers.shape[1] else ["cls", "patches"])
+    assert names == (
+        ["cls", "registers", "patches"] if features.registers.shape[1] else ["cls", "patches"]
+    )
     for key, theirs in zip(names, found):
         ours = getattr(features, key)
         assert (torch.from_numpy(theirs) - ours).abs().max() <= BOUND * ours.abs().max()
@@ -362,4 +461,9 @@ def test_onnxruntime_computes_our_tokens(name, dynamic, tmp_path, capsys):
 def test_a_mistake_is_one_sentence_and_exit_two(arguments, words, tmp_path):
     command = [sys.executable, "export.py", *arguments, "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr and not done.stdout
+    assert (
+        done.returncode == 2
+        and words in done.stderr
+        and "Traceback" not in done.stderr
+        and not done.stdout
+    )

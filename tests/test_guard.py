@@ -39,7 +39,10 @@ def colours(tmp_path_factory) -> Path:
             + rng.integers(-60, 60, (count, 1, 1, 1))
             + rng.integers(-50, 50, (count, 32, 32, 3))
         )
-        arrays |= {f"{split}_images": pixels.clip(0, 255).astype(np.uint8), f"{split}_labels": labels}
+        arrays |= {
+            f"{split}_images": pixels.clip(0, 255).astype(np.uint8),
+            f"{split}_labels": labels,
+        }
     path = tmp_path_factory.mktemp("colours") / "colours.npz"
     np.savez(path, **arrays)
     return path
@@ -69,10 +72,15 @@ def values_of(run: Path) -> dict[int, float]:
 
 def same_weights(first: Path, second: Path) -> bool:
     theirs = load_backbone(second).state_dict()
-    return all(torch.equal(value, theirs[name]) for name, value in load_backbone(first).state_dict().items())
+    return all(
+        torch.equal(value, theirs[name])
+        for name, value in load_backbone(first).state_dict().items()
+    )
 
 
-def test_a_destructive_run_is_stopped_and_best_equals_the_initial_weights(probed, trained, tmp_path, capsys):
+def test_a_destructive_run_is_stopped_and_best_equals_the_initial_weights(
+    probed, trained, tmp_path, capsys
+):
     run = tmp_path / "run"
     with pytest.raises(SystemExit) as error:
         run_script(
@@ -96,7 +104,13 @@ def test_a_destructive_run_is_stopped_and_best_equals_the_initial_weights(probed
         and values[step] < values[0] - 0.02
         and all(values[k] >= values[0] - 0.02 for k in values if k < step)
     )
-    for word in (f"{values[0]:.3f}", f"{values[step]:.3f}", f"step {step}", str(run / "best"), "tune.mode=lora"):
+    for word in (
+        f"{values[0]:.3f}",
+        f"{values[step]:.3f}",
+        f"step {step}",
+        str(run / "best"),
+        "tune.mode=lora",
+    ):
         assert word in last
     assert (
         same_weights(run / "best", trained / "teacher")
@@ -111,7 +125,9 @@ def test_a_warning_comes_once_and_the_run_goes_on_to_its_end(probed, trained, tm
     )  # warn is the default with init
     values = values_of(run)
     assert sum(value < values[0] - 0.02 for value in values.values()) > 1 and max(values) == 8
-    assert capsys.readouterr().err.count("guard:") == 1 and same_weights(run / "best", trained / "teacher")
+    assert capsys.readouterr().err.count("guard:") == 1 and same_weights(
+        run / "best", trained / "teacher"
+    )
 
 
 def test_a_run_that_goes_on_is_compared_with_its_own_step_0(probed, trained, tmp_path):
@@ -131,7 +147,10 @@ def test_a_run_that_goes_on_is_compared_with_its_own_step_0(probed, trained, tmp
 def test_a_student_that_loses_what_it_began_with_is_stopped(probed, trained, tmp_path):
     student = f"distill.students.own={{init: {trained}, guard: {{action: stop}}}}"
     settings = [*probed, *RUINOUS, f"distill.teacher={trained}", student, "total_steps=40"]
-    with pytest.raises(RunFailed, match=r"guard: probe/knn is .* of step 0; .*/students/own/best holds the best weights"):
+    with pytest.raises(
+        RunFailed,
+        match=r"guard: probe/knn is .* of step 0; .*/students/own/best holds the best weights",
+    ):
         distill.main([*settings, f"output_dir={tmp_path / 'run'}"])
     assert same_weights(tmp_path / "run/students/own/best", trained / "teacher")
 
@@ -145,7 +164,10 @@ def test_without_weights_to_lose_there_is_no_guard(probed, tmp_path, capsys):
 
 
 def look(guard: Guard, *values) -> list:
-    return [guard.look(step, {} if value is None else {guard.key: value}, BEST) for step, value in enumerate(values)]
+    return [
+        guard.look(step, {} if value is None else {guard.key: value}, BEST)
+        for step, value in enumerate(values)
+    ]
 
 
 def test_what_counts_is_a_fall_below_step_0_beyond_the_tolerance():
@@ -153,9 +175,15 @@ def test_what_counts_is_a_fall_below_step_0_beyond_the_tolerance():
         look(Guard(action="warn"), 0.5, 0.9, None, 0.5, 0.48) == [None] * 5
     )  # from 0.9 to 0.5 is no loss against step 0
     said = look(Guard(action="warn"), 0.5, 0.479, 0.1, 0.6)
-    assert "0.479 at step 1" in said[1] and "0.500 of step 0" in said[1] and said[2:] == [None, None]
+    assert (
+        "0.479 at step 1" in said[1] and "0.500 of step 0" in said[1] and said[2:] == [None, None]
+    )
     assert look(Guard("linear", 0.0, "warn"), 0.5, 0.4999)[1] is not None
-    assert look(Guard("linear", 0.2, "warn"), 0.5, 0.31) == look(Guard(action=None), 0.5, 0.0) == [None, None]
+    assert (
+        look(Guard("linear", 0.2, "warn"), 0.5, 0.31)
+        == look(Guard(action=None), 0.5, 0.0)
+        == [None, None]
+    )
     with pytest.raises(RunFailed):
         look(Guard(action="stop"), 0.5, float("nan"))
 
@@ -164,7 +192,12 @@ def test_stop_ends_the_run_however_often_it_was_said():
     guard = Guard(action="stop")
     assert (
         guard.recall(
-            [{"step": 0, "probe/knn": 0.5}, {"step": 1}, {"step": 2, "probe/knn": 0.3}, {"step": 4, "probe/knn": None}]
+            [
+                {"step": 0, "probe/knn": 0.5},
+                {"step": 1},
+                {"step": 2, "probe/knn": 0.3},
+                {"step": 4, "probe/knn": None},
+            ]
         )
         == 0.5
     )
@@ -184,8 +217,13 @@ def test_nothing_to_compare_with_is_said(capsys):
 
 def test_the_guard_of_a_configuration():
     probe = ["probe.every=5", "probe.train=scenes", "probe.val=scenes?split=val"]
-    acts = lambda *keys: build_guard(load_config(None, [*probe, *keys])).action  # noqa: E731
-    assert [acts(), acts("init=x"), acts("init=x", "guard.action=stop"), acts("guard.action=warn")] == [
+    acts = lambda *keys: build_guard(load_config(None, [*probe, *keys])).action
+    assert [
+        acts(),
+        acts("init=x"),
+        acts("init=x", "guard.action=stop"),
+        acts("guard.action=warn"),
+    ] == [
         None,
         "warn",
         "stop",

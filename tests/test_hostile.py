@@ -84,7 +84,9 @@ def write_unreadable(folder) -> dict[str, str]:
     write_huge_png(folder / "huge.png", bits=1)
     write_huge_png(folder / "huge_deep.png", bits=16)
     with open(folder / "huge.npy", "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (30_000, 30_000)})
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (30_000, 30_000)}
+        )
         file.truncate(900_000_200)  # a hole: takes no room on the disk
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     np.save(folder / "bands.npy", noise(9, 9, 5))
@@ -118,15 +120,22 @@ def test_odd_images_are_read_with_the_right_pixels(tmp_path):
     expected = write_readable(tmp_path)
     for path in tmp_path.iterdir():
         image = read_image(path)
-        assert image.dtype == expected[path.name].dtype and image.shape == expected[path.name].shape, path.name
+        assert (
+            image.dtype == expected[path.name].dtype and image.shape == expected[path.name].shape
+        ), path.name
         off = (image.int() - expected[path.name].int()).abs().max()
-        assert off <= (1 if path.name == "cmyk.tif" else 0), (path.name, off)  # Pillow rounds inks its own way
+        assert off <= (1 if path.name == "cmyk.tif" else 0), (
+            path.name,
+            off,
+        )  # Pillow rounds inks its own way
 
 
 def test_an_animated_gif_shows_its_first_frame(tmp_path):
     frames = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (10, 200)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert (read_image(tmp_path / "a.gif") == 10).all() and (read_image(tmp_path / "a.gif", page=1) == 200).all()
+    assert (read_image(tmp_path / "a.gif") == 10).all() and (
+        read_image(tmp_path / "a.gif", page=1) == 200
+    ).all()
 
 
 def test_unreadable_images_say_why(tmp_path):
@@ -152,7 +161,9 @@ def test_a_file_may_vanish_after_the_folder_was_listed(images):
         data.image([data.name(k) for k in range(12)].index(str(images / "3.png")))
 
 
-def test_a_folder_with_hostile_images_trains_and_lists_exactly_those_it_could_not_read(tmp_path, tiny):
+def test_a_folder_with_hostile_images_trains_and_lists_exactly_those_it_could_not_read(
+    tmp_path, tiny
+):
     folder = tmp_path / "images"
     folder.mkdir()
     broken = {str(folder / name) for name in write_unreadable(folder)}
@@ -160,8 +171,18 @@ def test_a_folder_with_hostile_images_trains_and_lists_exactly_those_it_could_no
     for number in range(200):
         Image.fromarray(noise(36, 40, 3, seed=number)).save(folder / f"good_{number}.png")
     steps = -(-len(list(folder.iterdir())) // 8)
-    train.main([*tiny, f"data.train={folder}", f"total_steps={steps}", "data.max_bad=20", "checkpoint.every=100"])
+    train.main(
+        [
+            *tiny,
+            f"data.train={folder}",
+            f"total_steps={steps}",
+            "data.max_bad=20",
+            "checkpoint.every=100",
+        ]
+    )
     lines = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
     assert {line.split("\t")[0] for line in lines} == broken and len(lines) == len(broken)
-    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert logged[-1]["step"] == steps and np.isfinite([row["loss"] for row in logged]).all()

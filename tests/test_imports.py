@@ -17,8 +17,25 @@ FILES = [path for folder in PACKAGES for path in (ROOT / folder).glob("*.py")] +
 ALLOWED = {
     "models": {"torch", "timm", "safetensors", "huggingface_hub"},
     "losses": {"torch"},
-    "data": {"torch", "torchvision", "numpy", "PIL", "yaml", "engine.distributed", "tifffile", "datasets"},  # the last two where asked for
-    "engine": {"torch", "numpy", "PIL", "matplotlib", "tqdm", "yaml", "wandb"},  # the last where asked for
+    "data": {
+        "torch",
+        "torchvision",
+        "numpy",
+        "PIL",
+        "yaml",
+        "engine.distributed",
+        "tifffile",
+        "datasets",
+    },  # the last two where asked for
+    "engine": {
+        "torch",
+        "numpy",
+        "PIL",
+        "matplotlib",
+        "tqdm",
+        "yaml",
+        "wandb",
+    },  # the last where asked for
 }
 STEPS_ARE_TAKEN_FROM = {"distill": {"train"}, "bench": {"train", "distill"}}
 
@@ -40,14 +57,20 @@ def test_packages_import_only_what_they_may(package):
     for path in (ROOT / package).glob("*.py"):
         for name in imports_of(path):
             root = name.split(".")[0]
-            allowed = root in sys.stdlib_module_names or root == package or ALLOWED[package] & {root, name}
+            allowed = (
+                root in sys.stdlib_module_names
+                or root == package
+                or ALLOWED[package] & {root, name}
+            )
             assert allowed, f"{path.name} imports {name}"
 
 
 def test_scripts_import_no_scripts_but_the_step():
     for path in FILES:
         taken = imports_of(path) & set(SCRIPTS)
-        assert taken <= STEPS_ARE_TAKEN_FROM.get(path.stem if path.parent == ROOT else "", set()), path.name
+        assert taken <= STEPS_ARE_TAKEN_FROM.get(path.stem if path.parent == ROOT else "", set()), (
+            path.name
+        )
 
 
 def test_only_scripts_import_the_configuration():
@@ -57,7 +80,11 @@ def test_only_scripts_import_the_configuration():
 
 
 def test_importing_every_module_changes_no_global_state():
-    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if path.name != "__init__.py"]
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in FILES
+        if path.name != "__init__.py"
+    ]
     code = f"""
 import importlib, logging, os, random, signal, sys, warnings
 import torch, torchvision, timm, matplotlib
@@ -69,7 +96,9 @@ for name in {modules!r}:
     importlib.import_module(name)
 assert state() == before, "an import left a trace"
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -79,4 +108,6 @@ def test_files_and_functions_stay_short():
         assert len(text.splitlines()) <= 450, f"{path.name} is past 450 lines: a room is missing"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                assert node.end_lineno - node.lineno < 80, f"{path.name}:{node.name} is past 80 lines"
+                assert node.end_lineno - node.lineno < 80, (
+                    f"{path.name}:{node.name} is past 80 lines"
+                )

@@ -47,7 +47,11 @@ def channels_last(image: Tensor) -> np.ndarray:
 def batches_of(data, channels: int, size: int = 16, **options) -> list:
     policy = replace(POLICIES["crops_only"], flip=0.0)
     crops = MultiCrop(
-        CropSpec((size, size), (1.0, 1.0), 1, ratio=(1, 1)), None, policy, (0.0,) * channels, (1.0,) * channels
+        CropSpec((size, size), (1.0, 1.0), 1, ratio=(1, 1)),
+        None,
+        policy,
+        (0.0,) * channels,
+        (1.0,) * channels,
     )
     options = {"batch_size": 2, "seed": 0, "stop_step": 1} | options
     return list(make_loader(data, [Views(crops)], **options))
@@ -138,13 +142,26 @@ def test_an_empty_shard_is_one_unreadable_image(shards, tmp_path):
 
 
 def open_on_two_ranks(spec, output, **environment) -> tuple[int, str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     done = subprocess.run(
         [*torchrun, "tests/tar_ranks.py"],
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "SHARDS": spec, "OUTPUT": str(output), **environment},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "SHARDS": spec,
+            "OUTPUT": str(output),
+            **environment,
+        },
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -155,7 +172,10 @@ def test_ranks_divide_the_shards_to_index_and_all_know_all_images(shards, tmp_pa
     status, output = open_on_two_ranks(spec, tmp_path)
     assert status == 0, output
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert [rank.pop("scanned") for rank in found] == [["s-00.tar", "s-02.tar"], ["s-01.tar"]]  # once, opened twice
+    assert [rank.pop("scanned") for rank in found] == [
+        ["s-00.tar", "s-02.tar"],
+        ["s-01.tar"],
+    ]  # once, opened twice
     assert not any(path.endswith(".tar") for rank in found for path in rank.pop("open"))
     data = open_data(spec)
     alone = {
@@ -170,12 +190,17 @@ def test_ranks_divide_the_shards_to_index_and_all_know_all_images(shards, tmp_pa
 
 def test_a_shard_that_one_rank_cannot_read_is_the_error_of_all(shards, tmp_path):
     status, output = open_on_two_ranks(shards[0], tmp_path, BROKEN="s-01.tar")
-    said = re.findall(r"error: [^\n]*?Input/output error: '[^'\n]*s-01\.tar'", output)  # two ranks may write into one line
+    said = re.findall(
+        r"error: [^\n]*?Input/output error: '[^'\n]*s-01\.tar'", output
+    )  # two ranks may write into one line
     assert status == 1 and len(said) == 2, output
 
 
 def test_long_names_and_joined_tars_are_no_damage(tmp_path):
-    parts = [write_tar(tmp_path / name, {f"{name * 60}.png": encoded(noise(4, 4))}).read_bytes() for name in "ab"]
+    parts = [
+        write_tar(tmp_path / name, {f"{name * 60}.png": encoded(noise(4, 4))}).read_bytes()
+        for name in "ab"
+    ]
     (tmp_path / "joined.tar").write_bytes(b"".join(parts))
     data = open_data(str(tmp_path / "joined.tar"))
     assert len(data) == 2 and [data.image(k).shape for k in range(2)] == [(3, 4, 4)] * 2
@@ -193,11 +218,21 @@ def test_braces_count_with_the_width_of_the_first_number():
 def test_medmnist_files_are_read_by_split(tmp_path):
     grey, colour = noise(5, 28, 28), noise(4, 28, 28, 3, seed=1)
     path = tmp_path / "x.npz"
-    np.savez(path, train_images=grey, train_labels=np.arange(5)[:, None], val_images=colour, val_labels=noise(4, 14))
+    np.savez(
+        path,
+        train_images=grey,
+        train_labels=np.arange(5)[:, None],
+        val_images=colour,
+        val_labels=noise(4, 14),
+    )
     train = open_data(f"{path}?split=train", channels=1)
     assert train.labels.tolist() == [0, 1, 2, 3, 4] and np.array_equal(train.image(3)[0], grey[3])
     val = open_data(f"npz:{path}?split=val&size=2")
-    assert len(val) == 2 and val.labels is None and np.array_equal(channels_last(val.image(1)), colour[1])
+    assert (
+        len(val) == 2
+        and val.labels is None
+        and np.array_equal(channels_last(val.image(1)), colour[1])
+    )
 
 
 def make_dataset(count: str = "3"):
@@ -219,16 +254,22 @@ def test_ones_own_dataset_is_a_kind():
 def test_saved_data_sets_of_the_hub_keep_their_bits(tmp_path):
     datasets = pytest.importorskip("datasets")
     deep, flat = noise(6, 5, 3, dtype=np.uint16), noise(6, 5, 3)
-    features = datasets.Features({"picture": datasets.Image(), "y": datasets.ClassLabel(names=["cat", "dog"])})
+    features = datasets.Features(
+        {"picture": datasets.Image(), "y": datasets.ClassLabel(names=["cat", "dog"])}
+    )
     rows = {
-        "picture": [{"bytes": content, "path": None} for content in (png16(deep), encoded(flat), b"no")],
+        "picture": [
+            {"bytes": content, "path": None} for content in (png16(deep), encoded(flat), b"no")
+        ],
         "y": [1, 0, 1],
     }
     splits = {"validation": datasets.Dataset.from_dict(rows, features=features)}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
     data = open_data(f"hf:{tmp_path / 'saved'}?split=val")
     assert data.classes == ["cat", "dog"] and data.labels.tolist() == [1, 0, 1]
-    assert np.array_equal(channels_last(data.image(0)), deep) and np.array_equal(channels_last(data.image(1)), flat)
+    assert np.array_equal(channels_last(data.image(0)), deep) and np.array_equal(
+        channels_last(data.image(1)), flat
+    )
     with pytest.raises(UnreadableImage, match="no image"):
         data.image(2)
     with pytest.raises(ValueError, match="no split 'train'; split= is one of validation"):
@@ -312,14 +353,25 @@ def test_sixteen_bit_colours_of_a_png_are_kept(tmp_path, channels):
     assert np.array_equal(channels_last(read_image(tmp_path / "a.png", None)), array)
 
 
-@pytest.mark.parametrize("case", ["many bands", "bands apart", "deep colour", "deep alpha", "float", "infrared"])
+@pytest.mark.parametrize(
+    "case", ["many bands", "bands apart", "deep colour", "deep alpha", "float", "infrared"]
+)
 def test_tiff_keeps_bits_and_bands(tmp_path, case):
     tifffile = pytest.importorskip("tifffile")
     array, options = {
-        "many bands": (noise(9, 7, 13, dtype=np.uint16), {"photometric": "minisblack", "planarconfig": "contig"}),
-        "bands apart": (noise(13, 9, 7, dtype=np.uint16), {"photometric": "minisblack", "planarconfig": "separate"}),
+        "many bands": (
+            noise(9, 7, 13, dtype=np.uint16),
+            {"photometric": "minisblack", "planarconfig": "contig"},
+        ),
+        "bands apart": (
+            noise(13, 9, 7, dtype=np.uint16),
+            {"photometric": "minisblack", "planarconfig": "separate"},
+        ),
         "deep colour": (noise(9, 7, 3, dtype=np.uint16), {"photometric": "rgb"}),
-        "deep alpha": (noise(9, 7, 4, dtype=np.uint16), {"photometric": "rgb", "extrasamples": ["unassalpha"]}),
+        "deep alpha": (
+            noise(9, 7, 4, dtype=np.uint16),
+            {"photometric": "rgb", "extrasamples": ["unassalpha"]},
+        ),
         "float": (
             np.random.default_rng(0).random((9, 7, 5), np.float32),
             {"photometric": "minisblack", "planarconfig": "contig"},
@@ -328,7 +380,9 @@ def test_tiff_keeps_bits_and_bands(tmp_path, case):
     }[case]
     tifffile.imwrite(tmp_path / "a.tif", array, **options)
     image = read_image(tmp_path / "a.tif", None)
-    assert np.array_equal(image.numpy(), array if case == "bands apart" else array.transpose(2, 0, 1))
+    assert np.array_equal(
+        image.numpy(), array if case == "bands apart" else array.transpose(2, 0, 1)
+    )
     if case == "deep alpha":  # dropped for three channels, as transparency is everywhere
         assert torch.equal(read_image(tmp_path / "a.tif", 3), image[:3])
     if case == "infrared":  # a band is not transparency
@@ -369,7 +423,9 @@ def test_of_colour_pages_and_of_thumbnails_the_first_page_is_taken(tmp_path):
     colour = [noise(9, 7, 3, seed=k) for k in range(2)]
     sizes = [noise(9, 7), noise(3, 2)]
     for name, (first, second) in (("colour", colour), ("sizes", sizes)):
-        Image.fromarray(first).save(tmp_path / f"{name}.tif", save_all=True, append_images=[Image.fromarray(second)])
+        Image.fromarray(first).save(
+            tmp_path / f"{name}.tif", save_all=True, append_images=[Image.fromarray(second)]
+        )
     assert np.array_equal(channels_last(read_image(tmp_path / "colour.tif")), colour[0])
     assert np.array_equal(read_image(tmp_path / "sizes.tif", 1)[0], sizes[0])
 
@@ -381,7 +437,9 @@ def test_a_window_of_hounsfield_units_becomes_zero_to_one(tmp_path):
     image = open_data(f"{tmp_path}?window=40,400", 1).image(0)
     assert image.dtype == torch.float32 and np.abs(image[0].numpy() - expected).max() < 1e-6
     wide = open_data(f"{tmp_path}?window=1000,4200", 1).image(0)
-    assert wide.unique().numel() > 256 and open_data(f"{tmp_path}?window=40,400").image(0).shape == (3, 30, 30)
+    assert wide.unique().numel() > 256 and open_data(f"{tmp_path}?window=40,400").image(
+        0
+    ).shape == (3, 30, 30)
 
 
 @pytest.mark.parametrize("shape, channels, expected", [
@@ -396,10 +454,14 @@ def test_an_npz_in_a_folder_is_one_image(tmp_path):
     array = np.random.default_rng(0).random((9, 7, 2))
     np.savez_compressed(tmp_path / "a.npz", image=array, mask=noise(9, 7))
     image = open_data(str(tmp_path), 2).image(0)
-    assert image.dtype == torch.float32 and np.array_equal(channels_last(image), array.astype(np.float32))
+    assert image.dtype == torch.float32 and np.array_equal(
+        channels_last(image), array.astype(np.float32)
+    )
 
 
-@pytest.mark.parametrize("image", [torch.rand(3, 4, 5), torch.from_numpy(noise(3, 4, 5, dtype=np.uint16))])
+@pytest.mark.parametrize(
+    "image", [torch.rand(3, 4, 5), torch.from_numpy(noise(3, 4, 5, dtype=np.uint16))]
+)
 def test_luminance_of_deep_colours_keeps_their_type(image):
     grey = fit_channels(image, 1, "image")
     red, green, blue = image.double()
@@ -421,10 +483,17 @@ def test_statistics_equal_a_naive_loop(tmp_path, capsys):
     units = [array / 65535 for array in arrays]
     mean = np.mean([unit.mean((0, 1)) for unit in units], 0)
     std = np.sqrt(np.mean([((unit - mean) ** 2).mean((0, 1)) for unit in units], 0))
-    assert np.allclose(result["mean"], mean, atol=1e-6) and np.allclose(result["std"], std, atol=1e-6)
+    assert np.allclose(result["mean"], mean, atol=1e-6) and np.allclose(
+        result["std"], std, atol=1e-6
+    )
     assert result["min"] == np.min([array.min((0, 1)) for array in arrays], 0).tolist()
     assert result["max"] == np.max([array.max((0, 1)) for array in arrays], 0).tolist()
-    assert (result["images"], result["bad"], result["dtype"], result["channels"]) == (5, 1, {"uint16": 5}, 2)
+    assert (result["images"], result["bad"], result["dtype"], result["channels"]) == (
+        5,
+        1,
+        {"uint16": 5},
+        2,
+    )
     assert (result["task"], result["height"], result["width"]) == ("stats", [9, 13], [7, 7])
 
 

@@ -15,8 +15,19 @@ import eval_linear
 from data.corruptions import CORRUPTIONS, SEVERITIES, Corrupted, corrupt
 from data.datasets import open_data
 from data.loader import EvalDataset
-from engine.linear import Head, HeadGrid, accuracy, cached_batches, columns, default_steps, describe, fit_heads
-from engine.linear import LogisticRegression, linear_probe, logistic_probe
+from engine.linear import (
+    Head,
+    HeadGrid,
+    LogisticRegression,
+    accuracy,
+    cached_batches,
+    columns,
+    default_steps,
+    describe,
+    fit_heads,
+    linear_probe,
+    logistic_probe,
+)
 from models import load_backbone
 from models.features import Features
 
@@ -40,7 +51,9 @@ class Oracle(nn.Module):
         labels = torch.tensor([label for _, label in items])
         if blind:
             labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
-        self.known = {image.numpy().tobytes(): label for (image, _), label in zip(items, labels.tolist())}
+        self.known = {
+            image.numpy().tobytes(): label for (image, _), label in zip(items, labels.tolist())
+        }
 
     def forward(self, images):
         labels = torch.tensor([self.known[image.numpy().tobytes()] for image in images])
@@ -60,7 +73,9 @@ def test_perfect_features_reach_one_and_the_probe_moves_no_random_state(scenes):
 
 
 def test_features_that_do_not_depend_on_the_image_stay_near_chance(scenes):
-    assert linear_probe(Oracle(*scenes, blind=True), *scenes, CPU) < 0.2  # ten classes; the best of 36 heads
+    assert (
+        linear_probe(Oracle(*scenes, blind=True), *scenes, CPU) < 0.2
+    )  # ten classes; the best of 36 heads
 
 
 def test_logistic_regression_has_the_same_bounds(scenes):
@@ -68,7 +83,10 @@ def test_logistic_regression_has_the_same_bounds(scenes):
     for blind in (False, True):
         oracle = Oracle(*scenes, blind=blind)
         (rows, labels), (val_rows, val_labels) = (
-            (torch.cat([describe(oracle, image[None]) for image, _, _ in part]), torch.tensor(part.data.labels))
+            (
+                torch.cat([describe(oracle, image[None]) for image, _, _ in part]),
+                torch.tensor(part.data.labels),
+            )
             for part in scenes
         )
         classifier, _, _ = logistic_probe(rows, labels, 10)
@@ -81,23 +99,39 @@ def test_logistic_regression_has_the_same_bounds(scenes):
 
 def problem(n=40, width=7, classes=3):
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, width, generator=generator), torch.randint(classes, (n,), generator=generator)
+    return torch.randn(n, width, generator=generator), torch.randint(
+        classes, (n,), generator=generator
+    )
 
 
 def test_each_head_is_trained_as_if_alone_by_autograd_and_sgd():
     rows, labels = problem()
-    heads = [Head(blocks, avgpool, lr) for blocks in (1, 2) for avgpool in (False, True) for lr in (0.5, 5.0)]
+    heads = [
+        Head(blocks, avgpool, lr)
+        for blocks in (1, 2)
+        for avgpool in (False, True)
+        for lr in (0.5, 5.0)
+    ]
     grid = HeadGrid(heads, width=7, pooled=3, classes=3, batch_size=16, device=CPU)
     # Blocks of two numbers each: columns 0-1 and 2-3, then the mean patch in 4-6.
-    inputs = {(1, False): rows[:, 2:4], (1, True): rows[:, 2:7], (2, False): rows[:, :4], (2, True): rows}
+    inputs = {
+        (1, False): rows[:, 2:4],
+        (1, True): rows[:, 2:7],
+        (2, False): rows[:, :4],
+        (2, True): rows,
+    }
     alone = []
     for head in heads:
         x = inputs[head.blocks, head.avgpool]
         start = grid.classifier(head)
         linear = nn.Linear(x.shape[1], 3)
-        with torch.no_grad():  # the bias is what zeros give, the weights what unit vectors add to it
+        with (
+            torch.no_grad()
+        ):  # the bias is what zeros give, the weights what unit vectors add to it
             linear.bias.copy_(start(torch.zeros(1, 7))[0])
-            unit = torch.eye(7)[[k for k in range(7) if bool((x == rows[:, k : k + 1]).all(0).any())]]
+            unit = torch.eye(7)[
+                [k for k in range(7) if bool((x == rows[:, k : k + 1]).all(0).any())]
+            ]
             linear.weight.copy_((start(unit) - linear.bias).T)
         assert linear.bias.abs().max() == 0 and 0 < linear.weight.abs().max() < 0.06
         optimizer = torch.optim.SGD(linear.parameters(), lr=head.lr * 16 / 256, momentum=0.9)
@@ -112,20 +146,31 @@ def test_each_head_is_trained_as_if_alone_by_autograd_and_sgd():
     scores = grid.accuracies(rows, labels, chunk=7)
     for head, logits in zip(heads, alone):
         torch.testing.assert_close(grid.classifier(head)(rows), logits, atol=1e-5, rtol=1e-4)
-        assert scores[head] == pytest.approx(sum(int(row.argmax()) == int(y) for row, y in zip(logits, labels)) / 40)
+        assert scores[head] == pytest.approx(
+            sum(int(row.argmax()) == int(y) for row, y in zip(logits, labels)) / 40
+        )
     assert len(set(scores.values())) > 1
 
 
 def test_a_head_that_diverges_scores_nothing_and_leaves_the_others_alone():
     rows, labels = problem()
     alone, both = (
-        HeadGrid([Head(1, True, lr) for lr in rates], width=7, pooled=3, classes=3, batch_size=40, device=CPU)
+        HeadGrid(
+            [Head(1, True, lr) for lr in rates],
+            width=7,
+            pooled=3,
+            classes=3,
+            batch_size=40,
+            device=CPU,
+        )
         for rates in ([0.1], [0.1, 1e41])
     )
     for grid in (alone, both):
         fit_heads(grid, cached_batches(rows, labels, 40, CPU), 30)
     scores = both.accuracies(rows, labels)
-    assert scores[Head(1, True, 1e41)] == 0 and math.isfinite(float(both.classifier(Head(1, True, 0.1))(rows).sum()))
+    assert scores[Head(1, True, 1e41)] == 0 and math.isfinite(
+        float(both.classifier(Head(1, True, 0.1))(rows).sum())
+    )
     assert scores[Head(1, True, 0.1)] == alone.accuracies(rows, labels)[Head(1, True, 0.1)] > 0.4
 
 
@@ -135,20 +180,30 @@ def test_a_row_holds_the_cls_of_the_last_blocks_then_the_mean_patch():
         row, layers = describe(backbone, images, 2), backbone.intermediate(images, 2)
     part = {"width": row.shape[1], "pooled": 16, "most": 2}
     mean = layers[1].patches.mean(1)
-    torch.testing.assert_close(row[:, columns(2, False, **part)], torch.cat([layers[0].cls, layers[1].cls], 1))
+    torch.testing.assert_close(
+        row[:, columns(2, False, **part)], torch.cat([layers[0].cls, layers[1].cls], 1)
+    )
     torch.testing.assert_close(row[:, columns(1, False, **part)], layers[1].cls)
-    torch.testing.assert_close(row[:, columns(1, True, **part)], torch.cat([layers[1].cls, mean], 1))
+    torch.testing.assert_close(
+        row[:, columns(1, True, **part)], torch.cat([layers[1].cls, mean], 1)
+    )
 
 
 def test_batches_show_every_row_once_an_epoch_in_an_order_of_its_own():
     rows, labels = torch.arange(12.0)[:, None], torch.arange(12)
     batches = cached_batches(rows, labels, 4, CPU, seed=1)
     epochs = [torch.cat([next(batches)[1] for _ in range(3)]) for _ in range(2)]
-    assert all(sorted(epoch.tolist()) == list(range(12)) for epoch in epochs) and not torch.equal(*epochs)
+    assert all(sorted(epoch.tolist()) == list(range(12)) for epoch in epochs) and not torch.equal(
+        *epochs
+    )
 
 
 def test_length_follows_the_size_of_the_data_up_to_the_published_one():
-    assert default_steps(4) == 1000 and default_steps(50_000) == 3906 and default_steps(1_281_167) == 12_500
+    assert (
+        default_steps(4) == 1000
+        and default_steps(50_000) == 3906
+        and default_steps(1_281_167) == 12_500
+    )
     assert default_steps(1_281_167, 1024, 100, None) == 125_113
 
 
@@ -165,7 +220,9 @@ def test_the_choice_may_be_restricted_to_some_classes():
 @pytest.mark.parametrize("strength", [0.01, 1.0])
 def test_logistic_regression_finds_the_least_of_its_objective(strength):
     rows, labels = problem(n=60)
-    rows = 3 + rows.double() * torch.tensor([10, 1, 1, 1, 1, 0.1, 0])  # uneven, and one that says nothing
+    rows = 3 + rows.double() * torch.tensor(
+        [10, 1, 1, 1, 1, 0.1, 0]
+    )  # uneven, and one that says nothing
     found = LogisticRegression(rows, labels, 3).fit(strength)
 
     def objective(weight, bias):
@@ -200,7 +257,7 @@ def test_each_severity_damages_more_than_the_one_before(name, channels):
     damages = []
     for severity in SEVERITIES:
         damaged = corrupt(image, name, severity, torch.Generator().manual_seed(0))
-        assert damaged.shape == image.shape and 0 <= damaged.min() and damaged.max() <= 1
+        assert damaged.shape == image.shape and damaged.min() >= 0 and damaged.max() <= 1
         damages.append(float((damaged - image).square().mean()))
     assert damages == sorted(damages) and 0 < damages[0] < damages[-1]
 
@@ -230,7 +287,9 @@ def test_corrupted_items_are_the_same_on_every_call_and_keep_label_and_normalisa
 
 
 def run(capsys, *arguments, model=MODEL, train=TRAIN, val=VAL) -> dict:
-    eval_linear.main(["--model", model, "--train", train, "--val", val, "--device", "cpu", *arguments])
+    eval_linear.main(
+        ["--model", model, "--train", train, "--val", val, "--device", "cpu", *arguments]
+    )
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     return json.loads(lines[0])
@@ -238,7 +297,9 @@ def run(capsys, *arguments, model=MODEL, train=TRAIN, val=VAL) -> dict:
 
 def test_a_random_vit_end_to_end_reports_the_best_with_the_whole_grid(capsys, tmp_path):
     further = "scenes?split=val&seed=1&size=20"
-    result = run(capsys, "--steps", "20", "--output", str(tmp_path), "--corruptions", "--also", further)
+    result = run(
+        capsys, "--steps", "20", "--output", str(tmp_path), "--corruptions", "--also", further
+    )
     cells = {(cell["blocks"], cell["avgpool"], cell["lr"]) for cell in result["grid"]}
     assert result["task"] == "linear" and len(cells) == len(result["grid"]) == 2 * 2 * 18
     assert {cell["blocks"] for cell in result["grid"]} == {1, 2}  # there are no four blocks
@@ -252,7 +313,9 @@ def test_a_random_vit_end_to_end_reports_the_best_with_the_whole_grid(capsys, tm
     assert json.loads((tmp_path / "linear.json").read_text()) == result
 
 
-@pytest.mark.parametrize("model", ["pixels?patch_size=8&image_size=16", "timm:resnet18?pretrained=false"])
+@pytest.mark.parametrize(
+    "model", ["pixels?patch_size=8&image_size=16", "timm:resnet18?pretrained=false"]
+)
 def test_models_without_intermediate_blocks_use_their_last_features(capsys, model):
     result = run(capsys, "--steps", "2", "--size", "32", model=model)
     assert {cell["blocks"] for cell in result["grid"]} == {1} and len(result["grid"]) == 36
@@ -291,7 +354,10 @@ def test_shots_take_so_many_of_each_class_and_all_of_a_rare_one():
     assert np.bincount(labels[rows]).tolist() == [4, 2, 4] and len(set(rows)) == 10
     assert rows.tolist() == eval_linear.training_rows(labels, 4, seed=0).tolist()
     assert rows.tolist() != eval_linear.training_rows(labels, 4, seed=1).tolist()
-    assert eval_linear.training_rows(labels, None, seed=0).tolist() == np.flatnonzero(labels >= 0).tolist()
+    assert (
+        eval_linear.training_rows(labels, None, seed=0).tolist()
+        == np.flatnonzero(labels >= 0).tolist()
+    )
 
 
 @pytest.fixture
@@ -319,7 +385,12 @@ def test_four_grey_images_suffice_and_classes_of_further_sets_are_matched_by_nam
         result = run(capsys, *flags, "--also", str(folders["other"]), model=model, **where)
         assert result["top1"] == 1 and result["n_train"] == 4
         assert any(result["best"].items() <= cell.items() for cell in result["grid"])
-        assert result["also"][str(folders["other"])] == {"top1": 1, "n": 2, "left_out": 2, "classes": 1}
+        assert result["also"][str(folders["other"])] == {
+            "top1": 1,
+            "n": 2,
+            "left_out": 2,
+            "classes": 1,
+        }
 
 
 @pytest.mark.parametrize(
@@ -334,7 +405,9 @@ def test_four_grey_images_suffice_and_classes_of_further_sets_are_matched_by_nam
 )
 def test_a_mistake_is_a_sentence(arguments, words):
     with pytest.raises((ValueError, OSError), match=words):
-        eval_linear.main(["--model", MODEL, "--train", TRAIN, "--val", VAL, "--steps", "2", *arguments])
+        eval_linear.main(
+            ["--model", MODEL, "--train", TRAIN, "--val", VAL, "--steps", "2", *arguments]
+        )
 
 
 def test_images_without_classes_are_refused(images):

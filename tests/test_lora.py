@@ -10,7 +10,15 @@ from torch import nn
 
 from models.features import Features, Preprocessing
 from models.head import ProjectionHead
-from models.lora import Adapter, apply_lora, copy_sharing_frozen, freeze_for, merge, merged_copy, share_frozen
+from models.lora import (
+    Adapter,
+    apply_lora,
+    copy_sharing_frozen,
+    freeze_for,
+    merge,
+    merged_copy,
+    share_frozen,
+)
 from models.pretrained import load_backbone
 from models.ssl_model import SSLModel, update_ema
 from models.timm_backbone import TimmBackbone
@@ -20,14 +28,28 @@ from models.writing import save_teacher
 DINOV3 = dict(positions="rope", registers=4, mask_k_bias=True, layerscale=0.5)
 VARIANTS = {  # a backbone, and what of it is adapted
     "mlp": (lambda: tiny(ffn="mlp"), ["q", "k", "v", "proj", "fc1", "fc2"]),
-    "swiglu, no key bias": (lambda: tiny(ffn="swiglu", **DINOV3), ["q", "k", "v", "proj", "w1", "w2", "w3"]),
-    "no biases": (lambda: tiny(qkv_bias=False, proj_bias=False, ffn_bias=False), ["v", "proj", "fc1"]),
-    "timm ViT": (lambda: timm_model("vit_tiny_patch16_224", depth=2, img_size=32), ["q", "v", "attn.proj", "fc2"]),
+    "swiglu, no key bias": (
+        lambda: tiny(ffn="swiglu", **DINOV3),
+        ["q", "k", "v", "proj", "w1", "w2", "w3"],
+    ),
+    "no biases": (
+        lambda: tiny(qkv_bias=False, proj_bias=False, ffn_bias=False),
+        ["v", "proj", "fc1"],
+    ),
+    "timm ViT": (
+        lambda: timm_model("vit_tiny_patch16_224", depth=2, img_size=32),
+        ["q", "v", "attn.proj", "fc2"],
+    ),
     "timm BEiT": (
-        lambda: timm_model("beit_base_patch16_224", depth=2, embed_dim=48, num_heads=2, img_size=32),
+        lambda: timm_model(
+            "beit_base_patch16_224", depth=2, embed_dim=48, num_heads=2, img_size=32
+        ),
         ["q", "v"],
     ),
-    "timm ConvNeXt": (lambda: timm_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 16, 32)), ["fc1", "fc2"]),
+    "timm ConvNeXt": (
+        lambda: timm_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 16, 32)),
+        ["fc1", "fc2"],
+    ),
 }
 variants = pytest.mark.parametrize("build, targets", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -65,7 +87,9 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 def names_of(model: nn.Module) -> set[str]:
     """What is adapted, without the numbers of blocks."""
-    return {".".join(part for part in name.split(".") if not part.isdigit()) for name in adapters(model)}
+    return {
+        ".".join(part for part in name.split(".") if not part.isdigit()) for name in adapters(model)
+    }
 
 
 def images(side: int = 32) -> torch.Tensor:
@@ -92,10 +116,14 @@ def test_merged_equals_unmerged(build, targets):
     adapted = joined(trained(model)(images()))
     assert (adapted - before).norm() > 0.02 * before.norm()
     plain = merged_copy(model)
-    assert (joined(plain(images())) - adapted).abs().max() <= 1e-6 * adapted.abs().max().clamp(min=1)
+    assert (joined(plain(images())) - adapted).abs().max() <= 1e-6 * adapted.abs().max().clamp(
+        min=1
+    )
     assert torch.equal(joined(model(images())), adapted)  # the copy left it alone
     exact = joined(model.double()(images().double()))
-    assert (joined(merged_copy(model)(images().double())) - exact).abs().max() <= 1e-12 * exact.abs().max()
+    assert (
+        joined(merged_copy(model)(images().double())) - exact
+    ).abs().max() <= 1e-12 * exact.abs().max()
 
 
 def test_an_adapter_adds_the_product_of_its_matrices_to_its_rows_alone():
@@ -103,8 +131,12 @@ def test_an_adapter_adds_the_product_of_its_matrices_to_its_rows_alone():
     model = trained(apply_lora(tiny(), ["q", "v"], rank=4, alpha=10))
     qkv, plain = model.blocks[1].attn.qkv, merged_copy(model).blocks[1].attn.qkv
     q, k, v = (plain.weight - qkv.weight).chunk(3)
-    assert torch.allclose(q, 10 / 4 * qkv.lora_q.b @ qkv.lora_q.a, atol=1e-6) and q.abs().max() > 0.01
-    assert torch.allclose(v, 10 / 4 * qkv.lora_v.b @ qkv.lora_v.a, atol=1e-6) and v.abs().max() > 0.01
+    assert (
+        torch.allclose(q, 10 / 4 * qkv.lora_q.b @ qkv.lora_q.a, atol=1e-6) and q.abs().max() > 0.01
+    )
+    assert (
+        torch.allclose(v, 10 / 4 * qkv.lora_v.b @ qkv.lora_v.a, atol=1e-6) and v.abs().max() > 0.01
+    )
     assert torch.equal(k, torch.zeros_like(k))
     assert torch.equal(plain.bias, qkv.bias)
 
@@ -117,7 +149,9 @@ def test_merged_weights_have_the_names_and_classes_of_a_plain_backbone(build, ta
     merged = merged_copy(model)
     assert list(merged.state_dict()) == list(state)
     assert [type(module) for module in merged.modules()] == classes
-    changed = {name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, state[name])}
+    changed = {
+        name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, state[name])
+    }
     assert changed == {name.rpartition(".lora")[0] + ".weight" for name in adapters(model)}
     assert merge(model) is model and list(model.state_dict()) == list(state)
 
@@ -125,12 +159,16 @@ def test_merged_weights_have_the_names_and_classes_of_a_plain_backbone(build, ta
 def test_an_exported_teacher_opens_as_a_plain_backbone(tmp_path):
     model = trained(freeze_for(tiny(**DINOV3), "lora", ["qkv", "fc1"])).eval()
     save_teacher(merged_copy(model), tmp_path, Preprocessing((32, 32), 32, (0.5,) * 3, (0.5,) * 3))
-    assert torch.allclose(joined(load_backbone(tmp_path)(images())), joined(model(images())), atol=1e-5)
+    assert torch.allclose(
+        joined(load_backbone(tmp_path)(images())), joined(model(images())), atol=1e-5
+    )
 
 
 def test_dropout_acts_on_the_adapters_only_and_only_in_training():
     model = freeze_for(tiny(), "lora", ["q", "fc1"], dropout=0.5).train()
-    assert torch.equal(model(images()).cls, model(images()).cls)  # B is 0: what dropout changes does not count
+    assert torch.equal(
+        model(images()).cls, model(images()).cls
+    )  # B is 0: what dropout changes does not count
     trained(model)
     assert not torch.equal(model(images()).cls, model(images()).cls)
     model.eval()
@@ -142,18 +180,32 @@ def test_bf16_autocast_gives_the_sum_within_its_precision_and_keeps_no_cast_of_a
     shapes = {tuple(layer.weight.shape) for layer in matrices(model)}
     shapes |= {shape[::-1] for shape in shapes}
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = joined(model(images()))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+        ),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        out = joined(model(images()))
     exact = joined(model(images()))
     assert (out - exact).norm() < 0.03 * exact.norm()
-    assert not [tensor.shape for tensor in kept if tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes]
+    assert not [
+        tensor.shape
+        for tensor in kept
+        if tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes
+    ]
 
     gradients = []
     for result in (out, exact):
         result.square().mean().backward()
         gradients.append(
-            torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.requires_grad])
+            torch.cat(
+                [
+                    parameter.grad.flatten()
+                    for parameter in model.parameters()
+                    if parameter.requires_grad
+                ]
+            )
         )
         model.zero_grad()
     assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[1].norm()
@@ -193,11 +245,18 @@ def test_the_parts_of_a_gated_net_are_named_one_by_one():
 
 def test_a_path_chooses_blocks():
     model = apply_lora(tiny(depth=3), ["blocks.[12].attn.q", "blocks.0.mlp.fc1"], rank=2, alpha=2)
-    assert set(adapters(model)) == {f"blocks.{block}.attn.qkv.lora_q" for block in (1, 2)} | {"blocks.0.mlp.fc1.lora"}
+    assert set(adapters(model)) == {f"blocks.{block}.attn.qkv.lora_q" for block in (1, 2)} | {
+        "blocks.0.mlp.fc1.lora"
+    }
 
 
 def test_layers_of_timm_are_named_by_their_last_parts():
-    model = apply_lora(timm_model("vit_tiny_patch16_224", depth=2, img_size=32), ["v", "attn.proj"], rank=2, alpha=2)
+    model = apply_lora(
+        timm_model("vit_tiny_patch16_224", depth=2, img_size=32),
+        ["v", "attn.proj"],
+        rank=2,
+        alpha=2,
+    )
     assert names_of(model) == {"model.blocks.attn.qkv.lora_v", "model.blocks.attn.proj.lora"}
 
 
@@ -213,7 +272,10 @@ def test_parameter_counts_equal_the_formula(arch, targets, count):
     """rank · (in + out) of every adapted matrix, the parts of qkv one by one (FACTS)."""
     with torch.device("meta"):
         model = freeze_for(build_backbone(arch), "lora", targets, rank=8)
-    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == count
+    assert (
+        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        == count
+    )
 
 
 @variants
@@ -223,7 +285,9 @@ def test_gradient_reaches_exactly_the_adapters(build, targets):
     joined(model(images())).square().sum().backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert reached == {f"{name}.{matrix}" for name in adapters(model) for matrix in "ab"}
-    assert all(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+    assert all(
+        parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -232,22 +296,34 @@ def test_gradient_reaches_exactly_the_adapters(build, targets):
         ([], Counter()),
         (["norm"], Counter({"norm": 2})),
         (["blocks.1.mlp"], Counter({"blocks": 4})),
-        (["bias", "cls_token"], Counter({"blocks": 2 * 6, "norm": 1, "patch_embed": 1, "cls_token": 1})),
+        (
+            ["bias", "cls_token"],
+            Counter({"blocks": 2 * 6, "norm": 1, "patch_embed": 1, "cls_token": 1}),
+        ),
         (["norm?", "pos_embed"], Counter({"blocks": 2 * 4, "pos_embed": 1})),
     ],
 )
 def test_partial_trains_what_is_named_and_nothing_by_default(targets, expected):
     model = freeze_for(tiny(), "partial", targets)
-    assert Counter(name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad) == expected
+    assert (
+        Counter(name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad)
+        == expected
+    )
     assert joined(model(images())).requires_grad == bool(targets)
 
 
-@pytest.mark.parametrize("mode, targets", [("lora", ["q", "v"]), ("partial", ["blocks.1"]), ("partial", [])])
+@pytest.mark.parametrize(
+    "mode, targets", [("lora", ["q", "v"]), ("partial", ["blocks.1"]), ("partial", [])]
+)
 def test_frozen_tensors_stay_bit_equal_and_the_others_move(mode, targets):
-    student = SSLModel(freeze_for(tiny(), mode, targets), ProjectionHead(32, 16, hidden=16, bottleneck=8))
+    student = SSLModel(
+        freeze_for(tiny(), mode, targets), ProjectionHead(32, 16, hidden=16, bottleneck=8)
+    )
     trains = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
     before = copy.deepcopy(student.state_dict())
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in student.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1
+    )
     for _ in range(3):
         student(images()).global_logits.log_softmax(-1)[:, 0].sum().backward()
         optimizer.step()
@@ -260,10 +336,14 @@ def test_batch_norms_that_are_frozen_keep_their_statistics():
     model = freeze_for(timm_model("resnet10t"), "partial", ["layer4"])
     before = copy.deepcopy(model.state_dict())
     model(images(64))
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    changed = {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+    }
     assert changed and all(name.startswith("model.layer4") for name in changed)
     freeze_for(model, "full")(images(64))
-    assert not torch.equal(model.state_dict()["model.bn1.running_mean"], before["model.bn1.running_mean"])
+    assert not torch.equal(
+        model.state_dict()["model.bn1.running_mean"], before["model.bn1.running_mean"]
+    )
 
 
 def test_another_mode_merges_the_adapters_first():
@@ -304,22 +384,30 @@ def test_settings_out_of_range_are_refused(arguments, message):
 # ----------------------------------------------------------------- copies
 
 
-@pytest.mark.parametrize("mode, targets", [("lora", ["q", "v"]), ("partial", ["norm"]), ("full", [])])
+@pytest.mark.parametrize(
+    "mode, targets", [("lora", ["q", "v"]), ("partial", ["norm"]), ("full", [])]
+)
 def test_a_teacher_shares_what_is_frozen_and_nothing_else(mode, targets):
-    student = SSLModel(freeze_for(tiny(**DINOV3), mode, targets), ProjectionHead(32, 16, hidden=16, bottleneck=8))
+    student = SSLModel(
+        freeze_for(tiny(**DINOV3), mode, targets), ProjectionHead(32, 16, hidden=16, bottleneck=8)
+    )
     teacher = copy_sharing_frozen(student)
     others = dict(teacher.named_parameters())
     for name, parameter in student.named_parameters():
         assert (others[name].data_ptr() == parameter.data_ptr()) != parameter.requires_grad, name
         assert torch.equal(others[name], parameter)
     buffers = dict(teacher.named_buffers())
-    assert all(buffers[name].data_ptr() != buffer.data_ptr() for name, buffer in student.named_buffers())
+    assert all(
+        buffers[name].data_ptr() != buffer.data_ptr() for name, buffer in student.named_buffers()
+    )
 
 
 @pytest.mark.parametrize("earlier", [("partial", []), ("lora", ["q"]), ("full", [])])
 @pytest.mark.parametrize("later", [("partial", []), ("lora", ["v"]), ("full", [])])
 def test_when_other_parts_train_the_teacher_keeps_its_values_and_shares_anew(earlier, later):
-    student = SSLModel(freeze_for(tiny(), *earlier), ProjectionHead(32, 16, hidden=16, bottleneck=8))
+    student = SSLModel(
+        freeze_for(tiny(), *earlier), ProjectionHead(32, 16, hidden=16, bottleneck=8)
+    )
     teacher = copy_sharing_frozen(student).requires_grad_(False).eval()
     with torch.no_grad():  # training
         for parameter in student.parameters():
@@ -330,9 +418,15 @@ def test_when_other_parts_train_the_teacher_keeps_its_values_and_shares_anew(ear
     students = student.state_dict()
     for name, parameter in student.named_parameters():
         now = teacher.get_parameter(name)
-        assert (now is parameter) == (now.data_ptr() == parameter.data_ptr()) == (not parameter.requires_grad), name
+        assert (
+            (now is parameter)
+            == (now.data_ptr() == parameter.data_ptr())
+            == (not parameter.requires_grad)
+        ), name
         assert not now.requires_grad
-        assert torch.equal(now, own[name] if parameter.requires_grad and name in own else students[name]), name
+        assert torch.equal(
+            now, own[name] if parameter.requires_grad and name in own else students[name]
+        ), name
     assert list(teacher.state_dict()) == list(students)
 
 

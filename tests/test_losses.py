@@ -48,7 +48,11 @@ def assert_same_value_and_gradient(loss, reference, inputs):
 
 LOSSES = {  # name: (loss of student and teacher tensors, student, teacher)
     "dino": (lambda s, t: dino_loss(s, t, 0.1), noise(3, 4, 6), targets(2, 4, 6)),
-    "multicrop": (lambda s, t: multicrop_dino_loss(s[:2], s[2:], t, 0.1), noise(5, 4, 6), targets(2, 4, 6)),
+    "multicrop": (
+        lambda s, t: multicrop_dino_loss(s[:2], s[2:], t, 0.1),
+        noise(5, 4, 6),
+        targets(2, 4, 6),
+    ),
     "ibot": (lambda s, t: ibot_loss(s, t, MASKS, 0.1), noise(5, 6), targets(5, 6)),
     "koleo": (lambda s, t: koleo_loss(s), noise(256, 5), None),  # near ties: bf16 mixes them up
     "gram": (gram_loss, noise(2, 6, 8), noise(2, 6, 8, seed=1)),
@@ -128,7 +132,9 @@ def test_ibot_equals_the_loop_over_crops_patches_and_prototypes():
                 total += cross_entropy(teacher[row].double(), student[row], 0.1) / len(masked)
         return total / 6
 
-    assert_same_value_and_gradient(lambda student: ibot_loss(student, teacher, masks, 0.1), loop, noise(len(rows), 5))
+    assert_same_value_and_gradient(
+        lambda student: ibot_loss(student, teacher, masks, 0.1), loop, noise(len(rows), 5)
+    )
 
 
 @pytest.mark.parametrize("row, weight", list(enumerate([1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3])))
@@ -340,7 +346,12 @@ def test_equal_micro_batches_average_to_the_whole_batch():
         return torch.stack(
             [
                 multicrop_dino_loss(student[:2, part], student[2:, part], teacher[:, part], 0.1),
-                ibot_loss(patch_logits[:, part][selected], patch_probs[:, part][selected], selected.flatten(0, 1), 0.1),
+                ibot_loss(
+                    patch_logits[:, part][selected],
+                    patch_probs[:, part][selected],
+                    selected.flatten(0, 1),
+                    0.1,
+                ),
                 koleo_loss(features[:, part].flatten(0, 1), group=2),
             ]
         )
@@ -363,7 +374,10 @@ def test_rows_at_a_time_give_the_cross_entropy_of_all_at_once(shared, monkeypatc
             lambda rows: (weights * soft_cross_entropy(rows, probs, 0.1)).sum(), naive, logits
         )
         torch.testing.assert_close(
-            sinkhorn_knopp(logits[0], 1.0), naive_sinkhorn(logits[0].double(), 1.0).float(), rtol=1e-5, atol=1e-7
+            sinkhorn_knopp(logits[0], 1.0),
+            naive_sinkhorn(logits[0].double(), 1.0).float(),
+            rtol=1e-5,
+            atol=1e-7,
         )
 
 

@@ -5,8 +5,19 @@ import pytest
 import torch
 
 from engine.maps import (
-    attention_image, cosine_maps, foreground, heat_picture, hide_patches, load_basis, patch_tokens, pca_basis,
-    pca_image, prefix_attention, save_basis, to_picture, window_starts,
+    attention_image,
+    cosine_maps,
+    foreground,
+    heat_picture,
+    hide_patches,
+    load_basis,
+    patch_tokens,
+    pca_basis,
+    pca_image,
+    prefix_attention,
+    save_basis,
+    to_picture,
+    window_starts,
 )  # fmt: skip
 from models import load_backbone
 
@@ -18,7 +29,9 @@ CPU = torch.device("cpu")
 
 def test_principal_components_are_the_directions_of_largest_variance_in_order():
     rotation = torch.linalg.qr(torch.randn(8, 8))[0]
-    points = torch.randn(4000, 8) * torch.tensor([5.0, 3.0, 2.0, 0.1, 0.1, 0.1, 0.1, 0.1]) @ rotation + 7
+    points = (
+        torch.randn(4000, 8) * torch.tensor([5.0, 3.0, 2.0, 0.1, 0.1, 0.1, 0.1, 0.1]) @ rotation + 7
+    )
     basis = pca_basis(points)
     assert torch.allclose((basis.axes.float() @ rotation.T).abs(), torch.eye(3, 8), atol=0.1)
     assert torch.allclose(basis.axes @ basis.axes.T, torch.eye(3).double(), atol=1e-9)
@@ -37,7 +50,9 @@ def test_the_basis_is_that_of_a_plain_decomposition_with_few_tokens_or_many(coun
     points = torch.randn(count, 12, dtype=torch.float64) * torch.arange(1, 13)
     basis = pca_basis(points)
     axes = np.linalg.svd((points - points.mean(0)).numpy())[2][:3]
-    axes = torch.from_numpy(axes * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1)))
+    axes = torch.from_numpy(
+        axes * np.sign(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1))
+    )
     assert torch.allclose(basis.axes, axes, atol=1e-8)
     assert torch.allclose(pca_basis(points.repeat(4, 1)).axes, axes, atol=1e-8)
 
@@ -47,7 +62,9 @@ def test_a_saved_basis_gives_the_same_colours(tmp_path):
     basis = pca_basis(patches)
     save_basis(tmp_path / "basis", basis)
     other = torch.randn(12, 6)
-    assert np.array_equal(pca_image(other, (3, 4), load_basis(tmp_path / "basis")), pca_image(other, (3, 4), basis))
+    assert np.array_equal(
+        pca_image(other, (3, 4), load_basis(tmp_path / "basis")), pca_image(other, (3, 4), basis)
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 broken"])
@@ -61,7 +78,12 @@ def test_a_file_that_is_no_basis_is_refused(tmp_path, content):
 
 @pytest.mark.parametrize(
     "patches, flat",
-    [(torch.ones(6, 5) * 1e3, 3), (torch.randn(1, 5), 3), (torch.randn(2, 5), 2), (torch.randn(6, 2), 1)],
+    [
+        (torch.ones(6, 5) * 1e3, 3),
+        (torch.randn(1, 5), 3),
+        (torch.randn(2, 5), 2),
+        (torch.randn(6, 2), 1),
+    ],
     ids=["constant", "one patch", "two patches", "two dimensions"],
 )
 def test_components_that_do_not_exist_are_grey(patches, flat):
@@ -76,8 +98,12 @@ def test_a_pca_picture_lies_row_by_row_on_a_grid_that_is_not_square():
     patches = torch.stack([30 * rows, columns, torch.zeros(4, 7)], dim=-1).flatten(0, 1)
     picture = pca_image(patches, (4, 7), pca_basis(patches)).astype(int)
     assert picture.shape == (4, 7, 3)
-    assert (np.diff(picture[..., 0], axis=0) > 0).all() and (np.diff(picture[..., 0], axis=1) == 0).all()
-    assert (np.diff(picture[..., 1], axis=1) > 0).all() and (np.diff(picture[..., 1], axis=0) == 0).all()
+    assert (np.diff(picture[..., 0], axis=0) > 0).all() and (
+        np.diff(picture[..., 0], axis=1) == 0
+    ).all()
+    assert (np.diff(picture[..., 1], axis=1) > 0).all() and (
+        np.diff(picture[..., 1], axis=0) == 0
+    ).all()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -106,13 +132,17 @@ def eager_attention(qkv, heads):
 
 
 @pytest.mark.parametrize("layer", [0, 1, -1, -2])
-@pytest.mark.parametrize("channels, registers, size", [(3, 0, (32, 32)), (1, 2, (24, 40)), (6, 4, (16, 56))])
+@pytest.mark.parametrize(
+    "channels, registers, size", [(3, 0, (32, 32)), (1, 2, (24, 40)), (6, 4, (16, 56))]
+)
 def test_attention_equals_eager_softmax_and_its_rows_sum_to_one(layer, channels, registers, size):
     options = f"embed_dim=32&depth=3&num_heads=2&patch_size=8&registers={registers}&in_channels={channels}"
     backbone = load_backbone(f"random:vit_nano?{options}")
     torch.nn.init.normal_(backbone.blocks[layer].attn.qkv.weight, std=0.5)  # far from uniform
     projected = []
-    hook = backbone.blocks[layer].attn.qkv.register_forward_hook(lambda *call: projected.append(call[-1].detach()))
+    hook = backbone.blocks[layer].attn.qkv.register_forward_hook(
+        lambda *call: projected.append(call[-1].detach())
+    )
     rows, features = prefix_attention(backbone, torch.randn(2, channels, *size), layer)
     hook.remove()
     eager = eager_attention(projected[0], heads=2)
@@ -122,7 +152,9 @@ def test_attention_equals_eager_softmax_and_its_rows_sum_to_one(layer, channels,
 
 
 def test_attention_sees_rotary_positions():
-    backbone = load_backbone("random:vit_nano?embed_dim=32&depth=2&num_heads=2&patch_size=8&positions=rope&registers=2")
+    backbone = load_backbone(
+        "random:vit_nano?embed_dim=32&depth=2&num_heads=2&patch_size=8&positions=rope&registers=2"
+    )
     torch.nn.init.normal_(backbone.blocks[1].attn.qkv.weight, std=0.5)
     images = torch.randn(1, 3, 24, 40)
     with torch.no_grad():
@@ -131,12 +163,18 @@ def test_attention_sees_rotary_positions():
 
 
 def test_attention_of_a_timm_model_equals_the_eager_one():
-    backbone = load_backbone("timm:vit_tiny_patch16_224?pretrained=false&embed_dim=32&depth=2&num_heads=2")
+    backbone = load_backbone(
+        "timm:vit_tiny_patch16_224?pretrained=false&embed_dim=32&depth=2&num_heads=2"
+    )
     projected = []
-    backbone.model.blocks[-1].attn.qkv.register_forward_hook(lambda *call: projected.append(call[-1].detach()))
+    backbone.model.blocks[-1].attn.qkv.register_forward_hook(
+        lambda *call: projected.append(call[-1].detach())
+    )
     rows, features = prefix_attention(backbone, torch.randn(1, 3, 32, 64))
     assert features.grid == (2, 4) and rows.shape == (1, 2, 1, 9)
-    assert torch.allclose(rows.double(), eager_attention(projected[0], heads=2)[:, :, :1], atol=1e-6)
+    assert torch.allclose(
+        rows.double(), eager_attention(projected[0], heads=2)[:, :, :1], atol=1e-6
+    )
 
 
 def test_models_and_blocks_without_attention_are_refused():
@@ -156,7 +194,9 @@ def test_attention_maps_leave_cls_and_registers_out():
     attention[:, 2, 3:] = 300
     maps = attention_image(attention, (2, 3), prefix=3)
     assert torch.equal(maps, torch.stack([torch.zeros(2, 3), torch.arange(6.0).view(2, 3)]))
-    assert torch.equal(attention_image(attention, (2, 3), prefix=3, row=2), torch.full((2, 2, 3), 300.0))
+    assert torch.equal(
+        attention_image(attention, (2, 3), prefix=3, row=2), torch.full((2, 2, 3), 300.0)
+    )
 
 
 # Tokens.
@@ -177,13 +217,18 @@ def test_a_window_keeps_tokens_from_seeing_beyond_it():
     changed = image.clone()
     changed[:, :, 64:] += 1
     for window, same in ((None, False), (32, True)):
-        left = [patch_tokens(backbone, pixels, CPU, window)[0].view(4, 12, -1)[:, :4] for pixels in (image, changed)]
+        left = [
+            patch_tokens(backbone, pixels, CPU, window)[0].view(4, 12, -1)[:, :4]
+            for pixels in (image, changed)
+        ]
         assert torch.allclose(*left, atol=1e-6) == same
     with pytest.raises(ValueError, match="--window is 7.* 8 pixels"):
         patch_tokens(backbone, image, CPU, 7)
 
 
-@pytest.mark.parametrize("length, side", [(1, 1), (5, 9), (9, 9), (10, 9), (64, 9), (65, 1), (100, 33)])
+@pytest.mark.parametrize(
+    "length, side", [(1, 1), (5, 9), (9, 9), (10, 9), (64, 9), (65, 1), (100, 33)]
+)
 def test_windows_cover_everything_and_overlap_by_a_quarter(length, side):
     starts = window_starts(length, side)
     assert starts[0] == 0 and (starts[-1] + side == length or length <= side)
@@ -218,7 +263,11 @@ def test_hidden_patches_are_covered_and_the_others_untouched():
     hidden = hide_patches(picture, mask)
     covered = mask.numpy().repeat(4, axis=0).repeat(4, axis=1)
     assert hidden.dtype == np.uint8 and np.array_equal(hidden[~covered], picture[~covered])
-    assert hidden[covered].astype(int).std(axis=0).max() < 15 < picture[covered].astype(int).std(axis=0).min()
+    assert (
+        hidden[covered].astype(int).std(axis=0).max()
+        < 15
+        < picture[covered].astype(int).std(axis=0).min()
+    )
 
 
 # Images.

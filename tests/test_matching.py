@@ -10,12 +10,34 @@ import torch.nn.functional as F
 from data.annotated import Annotated, clip, kinds_of, pair
 from data.datasets import open_data
 from engine.correspondence import (
-    boundary, boundary_f, dilate, match_keypoints, match_points, match_views, patch_centres, propagate, recall_at,
-    region_j, same_class_pairs, to_centres, to_objects, track,
+    boundary,
+    boundary_f,
+    dilate,
+    match_keypoints,
+    match_points,
+    match_views,
+    patch_centres,
+    propagate,
+    recall_at,
+    region_j,
+    same_class_pairs,
+    to_centres,
+    to_objects,
+    track,
 )  # fmt: skip
 from engine.localization import (
-    Found, Truth, box_iou, box_of, by_attention, by_lost, by_tokencut, component, largest_component, localize,
-    read_truth, score,
+    Found,
+    Truth,
+    box_iou,
+    box_of,
+    by_attention,
+    by_lost,
+    by_tokencut,
+    component,
+    largest_component,
+    localize,
+    read_truth,
+    score,
 )  # fmt: skip
 from engine.patches import Patches
 from models.pretrained import load_backbone
@@ -30,7 +52,9 @@ def instance_maps(instance: torch.Tensor) -> torch.Tensor:
 
 def random_masks(seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [F.avg_pool2d(torch.randn(1, 26, 34, generator=generator), 5, 1)[0] > 0 for _ in range(2)]
+    return [
+        F.avg_pool2d(torch.randn(1, 26, 34, generator=generator), 5, 1)[0] > 0 for _ in range(2)
+    ]
 
 
 # Correspondence.
@@ -43,7 +67,9 @@ def test_a_point_goes_to_the_most_similar_patch_as_in_a_loop():
     points = torch.tensor([[(column + 0.5) / 4, (row + 0.5) / 3] for row, column in places])
     found = match_points(a, (3, 4), b, (4, 5), points)
     for (row, column), guess in zip(places, found):
-        best = max(range(20), key=lambda k: float(F.cosine_similarity(a[row * 4 + column], b[k], dim=0)))
+        best = max(
+            range(20), key=lambda k: float(F.cosine_similarity(a[row * 4 + column], b[k], dim=0))
+        )
         assert guess.tolist() == pytest.approx([(best % 5 + 0.5) / 5, (best // 5 + 0.5) / 4])
 
 
@@ -78,10 +104,14 @@ def keypoint_items(perfect: bool):
     data, generator = open_data("scenes?split=val&size=60"), torch.Generator().manual_seed(0)
     items = []
     for index in range(len(data)):
-        keys = torch.from_numpy(data.annotations(index)["keypoints"]) / torch.tensor([64.0, 64.0, 1.0])
+        keys = torch.from_numpy(data.annotations(index)["keypoints"]) / torch.tensor(
+            [64.0, 64.0, 1.0]
+        )
         if perfect:
             near = (-(torch.cdist(patch_centres((16, 16)), keys[:, :2]) ** 2) / 0.001).exp()
-            tokens = torch.cat([near, torch.full((256, 1), 0.1)], dim=1)  # what is near no keypoint is like none
+            tokens = torch.cat(
+                [near, torch.full((256, 1), 0.1)], dim=1
+            )  # what is near no keypoint is like none
         else:
             tokens = torch.randn(256, 8, generator=generator)
         items.append((tokens, (16, 16), keys, (64, 64)))
@@ -90,7 +120,10 @@ def keypoint_items(perfect: bool):
 
 def test_keypoints_with_perfect_features_reach_the_limit_and_chance_features_do_not():
     perfect = match_keypoints(*keypoint_items(True))
-    assert perfect["recall"]["0.2"] >= 0.99 * perfect["limit"]["0.2"] > 0.9 and perfect["n_pairs"] > 100
+    assert (
+        perfect["recall"]["0.2"] >= 0.99 * perfect["limit"]["0.2"] > 0.9
+        and perfect["n_pairs"] > 100
+    )
     chance = match_keypoints(*keypoint_items(False))
     assert chance["recall"]["0.2"] < 0.1 < perfect["recall"]["0.1"]
 
@@ -98,7 +131,9 @@ def test_keypoints_with_perfect_features_reach_the_limit_and_chance_features_do_
 def test_pairs_of_images_are_of_one_class_and_never_of_an_image_with_itself():
     labels = [0, 1, 0, -1, 0, 1, 2]
     found = same_class_pairs(labels, 100)
-    assert sorted(found) == sorted((a, b) for a in range(7) for b in range(7) if a != b and labels[a] == labels[b] >= 0)
+    assert sorted(found) == sorted(
+        (a, b) for a in range(7) for b in range(7) if a != b and labels[a] == labels[b] >= 0
+    )
     assert len(same_class_pairs(labels, 3)) == 3 and same_class_pairs([0, 1, -1], 5) == []
     assert match_keypoints([], []) is None
 
@@ -119,10 +154,14 @@ def test_labels_are_carried_as_by_a_loop_over_patches():
             for source in sorted({0, *range(max(1, t - 2), t)}):
                 for patch in range(12):
                     if math.hypot(target // 4 - patch // 4, target % 4 - patch % 4) <= 1.5:
-                        cosine = float(F.cosine_similarity(tokens[t][target], tokens[source][patch], dim=0))
+                        cosine = float(
+                            F.cosine_similarity(tokens[t][target], tokens[source][patch], dim=0)
+                        )
                         votes.append((math.exp(cosine / 0.2), labels[source][patch]))
             best = sorted(votes, key=lambda vote: -vote[0])[:3]
-            rows.append(sum(weight * label for weight, label in best) / sum(weight for weight, _ in best))
+            rows.append(
+                sum(weight * label for weight, label in best) / sum(weight for weight, _ in best)
+            )
         labels.append(torch.stack(rows))
         torch.testing.assert_close(found[t], labels[t], atol=1e-5, rtol=1e-4)
 
@@ -140,13 +179,19 @@ def painted_clips(size: int = 15, whole_patches: bool = False):
 
 
 def test_tracking_with_perfect_features_reaches_the_limit_and_chance_features_do_not():
-    perfect = track(Oracle(instance_maps), painted_clips(whole_patches=True), CPU, temperature=0.01, radius=12)
+    perfect = track(
+        Oracle(instance_maps), painted_clips(whole_patches=True), CPU, temperature=0.01, radius=12
+    )
     assert perfect["jf"] >= 0.99 * perfect["limit"] > 0.6
     # Where objects move by parts of a patch, the shares at their rim need not occur in any earlier frame.
     perfect = track(Oracle(instance_maps), painted_clips(), CPU, temperature=0.01, radius=12)
-    assert perfect["jf"] >= 0.92 * perfect["limit"] > 0.6 and perfect["jf"] > perfect["static"] + 0.1
+    assert (
+        perfect["jf"] >= 0.92 * perfect["limit"] > 0.6 and perfect["jf"] > perfect["static"] + 0.1
+    )
     chance = track(Oracle(None), painted_clips(), CPU)
-    assert chance["jf"] < perfect["static"] - 0.1 and chance["n_objects"] == perfect["n_objects"] > 15
+    assert (
+        chance["jf"] < perfect["static"] - 0.1 and chance["n_objects"] == perfect["n_objects"] > 15
+    )
 
 
 def test_j_equals_a_loop_over_pixels_and_two_empty_masks_agree():
@@ -155,7 +200,10 @@ def test_j_equals_a_loop_over_pixels_and_two_empty_masks_agree():
     either = sum(bool(a or b) for a, b in zip(said.flatten(), truth.flatten()))
     assert region_j(said, truth) == pytest.approx(both / either)
     empty = torch.zeros(4, 4, dtype=torch.bool)
-    assert region_j(empty, empty) == boundary_f(empty, empty) == 1.0 and boundary_f(empty, ~empty) == 1.0
+    assert (
+        region_j(empty, empty) == boundary_f(empty, empty) == 1.0
+        and boundary_f(empty, ~empty) == 1.0
+    )
     assert region_j(empty, ~empty) == 0.0 == boundary_f(empty, torch.eye(4, dtype=torch.bool))
 
 
@@ -181,7 +229,9 @@ def test_f_equals_a_loop_over_boundary_pixels():
         return sum(any(math.dist(p, q) <= radius for q in others) for p in points) / len(points)
 
     precision, recall = matched(a, b), matched(b, a)
-    assert boundary_f(said, truth, tolerance) == pytest.approx(2 * precision * recall / (precision + recall))
+    assert boundary_f(said, truth, tolerance) == pytest.approx(
+        2 * precision * recall / (precision + recall)
+    )
     assert boundary_f(truth, truth) == 1.0 and int(dilate(torch.eye(5) > 1, 2).sum()) == 0
 
 
@@ -195,7 +245,12 @@ def test_each_object_is_stretched_to_one_before_the_largest_counts():
 
 def test_components_are_those_of_four_neighbours():
     mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 1], [1, 0, 1, 1], [0, 1, 0, 0]]).bool()
-    assert component(mask, (0, 3)).int().tolist() == [[0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
+    assert component(mask, (0, 3)).int().tolist() == [
+        [0, 0, 0, 1],
+        [0, 0, 0, 1],
+        [0, 0, 1, 1],
+        [0, 0, 0, 0],
+    ]
     assert torch.equal(largest_component(mask), component(mask, (0, 3)))
     assert not component(mask, (0, 2)).any() and not largest_component(mask & False).any()
 
@@ -208,11 +263,16 @@ def test_boxes_and_their_overlap_equal_counting_pixels():
     box = torch.tensor([2.0, 3, 8, 6])
     for other, found in zip(boxes, box_iou(box, boxes)):
         inside = [
-            (box[0] <= x < box[2] and box[1] <= y < box[3], other[0] <= x < other[2] and other[1] <= y < other[3])
+            (
+                box[0] <= x < box[2] and box[1] <= y < box[3],
+                other[0] <= x < other[2] and other[1] <= y < other[3],
+            )
             for x in range(30)
             for y in range(30)
         ]
-        assert float(found) == pytest.approx(sum(a and b for a, b in inside) / sum(a or b for a, b in inside))
+        assert float(found) == pytest.approx(
+            sum(a and b for a, b in inside) / sum(a or b for a, b in inside)
+        )
 
 
 def test_a_score_is_the_best_over_objects_and_pointing_asks_for_the_pixel():
@@ -221,7 +281,12 @@ def test_a_score_is_the_best_over_objects_and_pointing_asks_for_the_pixel():
     truth = Truth(torch.tensor([[0.0, 0, 4, 4], [6, 6, 8, 8]]), masks, (8, 8))
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[:2, :2] = True
-    assert score(Found(mask, (0, 0)), truth) == {"corloc": 1.0, "box_iou": 1.0, "mask_iou": 1.0, "pointing": 1.0}
+    assert score(Found(mask, (0, 0)), truth) == {
+        "corloc": 1.0,
+        "box_iou": 1.0,
+        "mask_iou": 1.0,
+        "pointing": 1.0,
+    }
     mask[:, :2] = True
     found = score(Found(mask, (2, 0)), truth)
     assert found == {
@@ -256,7 +321,9 @@ def test_the_cut_is_the_second_generalised_eigenvector():
     unit = F.normalize(tokens, dim=1).double().numpy()
     edges = np.where(unit @ unit.T > 0.3, 1.0, 1e-5)
     degree = np.diag(edges.sum(1))
-    values, vectors = np.linalg.eig(np.linalg.inv(degree) @ (degree - edges))  # (D - E) y = lambda D y
+    values, vectors = np.linalg.eig(
+        np.linalg.inv(degree) @ (degree - edges)
+    )  # (D - E) y = lambda D y
     vector = vectors[:, np.argsort(values.real)[1]].real
     side = vector > vector.mean()
     side = side if side[np.abs(vector).argmax()] else ~side
@@ -276,7 +343,9 @@ def test_attention_keeps_the_fewest_patches_that_hold_the_mass():
 
 
 def localized(backbone, attends: bool, size: int = 25) -> dict:
-    data = Annotated(Painted("instance", size=size), ("boxes", "instance"), 64, PATCH, (0.0,) * 3, (1.0,) * 3)
+    data = Annotated(
+        Painted("instance", size=size), ("boxes", "instance"), 64, PATCH, (0.0,) * 3, (1.0,) * 3
+    )
 
     def items():
         for index in range(size):
@@ -293,7 +362,9 @@ def test_localization_with_perfect_features_reaches_the_limit_and_chance_feature
     limit = []
     data = Painted("instance", size=25)
     for index in range(25):  # each object, pooled: the patches of which it covers at least half
-        truth = read_truth({name: torch.from_numpy(value) for name, value in data.annotations(index).items()})
+        truth = read_truth(
+            {name: torch.from_numpy(value) for name, value in data.annotations(index).items()}
+        )
         pooled = F.avg_pool2d(truth.masks[:1].float(), PATCH)[0] >= 0.5
         limit.append(score(Found(largest_component(pooled), (0, 0)), truth)["corloc"])
     limit = sum(limit) / len(limit)

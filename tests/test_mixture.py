@@ -43,26 +43,40 @@ def test_a_source_shows_all_its_images_before_one_again(mixture):
     shown = np.concatenate([mixture.step_indices(step, 8, seed=3) for step in range(300)])
     for source, length in enumerate((30, 7, 11)):
         row = shown[source_of(shown) == source]
-        epochs = [tuple(row[start : start + length]) for start in range(0, len(row) - length, length)]
-        assert len(epochs) > 3 and all(len(set(epoch)) == length for epoch in epochs) and len(set(epochs)) > 1
+        epochs = [
+            tuple(row[start : start + length]) for start in range(0, len(row) - length, length)
+        ]
+        assert (
+            len(epochs) > 3
+            and all(len(set(epoch)) == length for epoch in epochs)
+            and len(set(epochs)) > 1
+        )
 
 
 def test_a_mixture_is_a_function_of_step_and_seed(mixture, tmp_path):
     fresh = open_data(f"mix:{tmp_path / 'mix.yaml'}")
-    whole = [mixture.step_indices(step, 8, seed=1).tolist() for step in range(2600)]  # past a period of places
+    whole = [
+        mixture.step_indices(step, 8, seed=1).tolist() for step in range(2600)
+    ]  # past a period of places
     for step in (2599, 3, 1250, 0):
         assert fresh.step_indices(step, 8, seed=1).tolist() == whole[step]
     assert fresh.step_indices(0, 8, seed=2).tolist() != whole[0]
 
 
 def test_larger_batches_from_a_stage_on_go_on_in_the_stream(tmp_path):
-    (tmp_path / "mix.yaml").write_text("- data: 'scenes?size=30'\n- data: 'scenes?size=7'\n  weight: 0.5\n")
+    (tmp_path / "mix.yaml").write_text(
+        "- data: 'scenes?size=30'\n- data: 'scenes?size=7'\n  weight: 0.5\n"
+    )
     data = open_data(str(tmp_path / "mix.yaml"))
     before = [data.step_indices(step, 8, seed=1) for step in (100, 101)]
-    assert np.concatenate(before).tolist() == data.step_indices(100, 16, seed=1, shift=-800).tolist()
+    assert (
+        np.concatenate(before).tolist() == data.step_indices(100, 16, seed=1, shift=-800).tolist()
+    )
 
 
 def test_a_mixture_feeds_the_loader(mixture):
-    crops = MultiCrop(CropSpec((16, 16), (0.4, 1.0), 1), None, POLICIES["natural"], (0.5,) * 3, (0.25,) * 3)
+    crops = MultiCrop(
+        CropSpec((16, 16), (0.4, 1.0), 1), None, POLICIES["natural"], (0.5,) * 3, (0.25,) * 3
+    )
     batches = list(make_loader(mixture, [Views(crops)], stop_step=3, batch_size=4, seed=0))
     assert all(batch.global_crops.shape == (4, 3, 16, 16) for batch in batches)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import models.head
 from models import load_backbone
 from models.features import Preprocessing
-import models.head
 from models.head import ProjectionHead
 from models.layers import DropPath, SwiGLU
 from models.pretrained import save_backbone
@@ -537,7 +537,9 @@ def test_prototypes_have_the_gradient_of_normalised_rows(last_layer, monkeypatch
     for values in (1, 20, 1 << 17):  # a row at a time, five, all
         monkeypatch.setattr(models.head, "ROW_CHUNK", values)
         ours = torch.autograd.grad((weights * head(x)).sum(), list(head.parameters()))
-        theirs = torch.autograd.grad((weights * (head.bottleneck(x) @ layer.weight.T)).sum(), list(head.parameters()))
+        theirs = torch.autograd.grad(
+            (weights * (head.bottleneck(x) @ layer.weight.T)).sum(), list(head.parameters())
+        )
         for own, expected in zip(ours, theirs):
             torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-12)
 

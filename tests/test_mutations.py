@@ -17,7 +17,9 @@ from tests.conftest import TINY
 
 ROOT = Path(__file__).parent.parent
 BASE = [*TINY, "total_steps=2", "checkpoint.every=100", "data.train=scenes?size=16"]
-KEYS = [key for key in all_keys(TrainConfig) if key not in ("output_dir", "data.workers", "compile")]
+KEYS = [
+    key for key in all_keys(TrainConfig) if key not in ("output_dir", "data.workers", "compile")
+]
 
 WRONG_VALUES = (
     "banana", "", "true", "null", "-1", "0", "1.5", "-0.5", "[]", "[1]", "[1, 2]", "[-4, 8]", "[[1, 2]]", "{}",
@@ -140,7 +142,12 @@ def places(tmp_path_factory) -> dict[str, str]:
     (folder / "text.txt").write_text("no such picture.png\nnor this\n")
     (folder / "binary.pth").write_bytes(bytes(range(256)) * 4)
     (folder / "weights.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ")
-    names = {"empty": "empty", "text": "text.txt", "binary": "binary.pth", "safetensors": "weights.safetensors"}
+    names = {
+        "empty": "empty",
+        "text": "text.txt",
+        "binary": "binary.pth",
+        "safetensors": "weights.safetensors",
+    }
     return {name: str(folder / path) for name, path in names.items()}
 
 
@@ -148,7 +155,11 @@ def typo(key: str, rng: random.Random) -> str:
     """The key with one letter left out, doubled, exchanged or in another case."""
     place = rng.randrange(len(key))
     letter = key[place]
-    return key[:place] + rng.choice(["", letter * 2, rng.choice("abz._ -="), letter.swapcase()]) + key[place + 1 :]
+    return (
+        key[:place]
+        + rng.choice(["", letter * 2, rng.choice("abz._ -="), letter.swapcase()])
+        + key[place + 1 :]
+    )
 
 
 def mutants(places: dict[str, str], folder: Path, rng: random.Random) -> list[list[str]]:
@@ -163,13 +174,15 @@ def mutants(places: dict[str, str], folder: Path, rng: random.Random) -> list[li
     wrong += [["no-equals-sign"], ["=3"], ["a..b=3"], [".=1"]]
     wrong += [[f"{rng.choice(KEYS)}={rng.choice(WRONG_VALUES)}"] for _ in range(50)]
     wrong += [[f"{typo(rng.choice(KEYS), rng)}={rng.choice(WRONG_VALUES)}"] for _ in range(30)]
-    calls = [(["--config", name], []) for name in configs] + [([], arguments) for arguments in wrong]
+    calls = [(["--config", name], []) for name in configs] + [
+        ([], arguments) for arguments in wrong
+    ]
     runs = (f"output_dir={folder / f'run{number}'}" for number in range(len(calls)))
     return [[*config, *BASE, run, *arguments] for (config, arguments), run in zip(calls, runs)]
 
 
 def outcome(call: list[str], capsys) -> str:
-    """"trained", "refused", or what is wrong with the way it ended."""
+    """ "trained", "refused", or what is wrong with the way it ended."""
     status = 0
     try:
         run_script(lambda _: train.main(call))
@@ -186,11 +199,17 @@ def outcome(call: list[str], capsys) -> str:
     return f"exit {status}: {errors}"
 
 
-def test_three_hundred_mutants_train_or_are_refused_in_a_sentence(places, tmp_path, capsys, monkeypatch):
+def test_three_hundred_mutants_train_or_are_refused_in_a_sentence(
+    places, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     calls = mutants(places, tmp_path, random.Random(0))
     outcomes = [outcome(call, capsys) for call in calls]
-    wrong = [f"{call[len(BASE) :]}: {end}" for call, end in zip(calls, outcomes) if end not in ("trained", "refused")]
+    wrong = [
+        f"{call[len(BASE) :]}: {end}"
+        for call, end in zip(calls, outcomes)
+        if end not in ("trained", "refused")
+    ]
     assert not wrong, "\n".join(wrong)
     counts = Counter(outcomes)
     assert len(calls) == 300 and counts["trained"] >= 14 and counts["refused"] >= 150
@@ -201,6 +220,14 @@ def test_twenty_mutants_as_processes_end_without_a_traceback(places, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for call in random.Random(1).sample(mutants(places, tmp_path, random.Random(0)), 20):
         command = [sys.executable, str(ROOT / "train.py"), *call]
-        process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-        assert process.returncode in (0, 2) and "Traceback" not in process.stderr, (call, process.stderr)
-        assert process.returncode == 0 or process.stderr.splitlines()[-1].startswith("error: "), (call, process.stderr)
+        process = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
+        assert process.returncode in (0, 2) and "Traceback" not in process.stderr, (
+            call,
+            process.stderr,
+        )
+        assert process.returncode == 0 or process.stderr.splitlines()[-1].startswith("error: "), (
+            call,
+            process.stderr,
+        )

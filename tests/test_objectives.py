@@ -4,8 +4,8 @@ import pytest
 
 import train
 from engine.config import load_config
-from engine.optim import build_schedules
 from engine.logger import read_metrics
+from engine.optim import build_schedules
 
 # Views that share no colour say little about each other at first, so the teacher must be sharp for its targets to tell images apart.
 # DINO alone also needs DINO's slow EMA: at the quickstart's 0.98 the teacher outruns its centre, and all images swing to one target.
@@ -31,19 +31,29 @@ OBJECTIVES = {  # iBOT as in the paper, with its term on CLS: from patches alone
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_three_hundred_steps_learn_and_do_not_collapse(name, seed, tmp_path, capsys):
-    overrides = [*OBJECTIVES[name], f"seed={seed}", "total_steps=300", "probe.every=300", f"output_dir={tmp_path / name}"]
+    overrides = [
+        *OBJECTIVES[name],
+        f"seed={seed}",
+        "total_steps=300",
+        "probe.every=300",
+        f"output_dir={tmp_path / name}",
+    ]
     train.main(["--config", "quickstart.yaml", *overrides])
     said = capsys.readouterr().err
     records = read_metrics(tmp_path / name / "metrics.jsonl")
     knn = [record["probe/knn"] for record in records if "probe/knn" in record]
-    entropy = [record["health/teacher_entropy"] for record in records if "health/teacher_entropy" in record]
+    entropy = [
+        record["health/teacher_entropy"] for record in records if "health/teacher_entropy" in record
+    ]
     rank = records[-1]["health/effective_rank"]
     print(
         f"{name}: k-NN {knn[0]:.3f} -> {knn[-1]:.3f}, entropy {min(entropy):.2f}..{max(entropy):.2f} of ln K, rank {rank:.1f}"
     )
     assert "collapsing" not in said
     assert knn[-1] > knn[0]
-    assert 0.05 < entropy[-1] < (0.95 if seed == 0 else 0.99)  # of other seeds of DINO and iBOT the last is at 0.97 or 0.98
+    assert (
+        0.05 < entropy[-1] < (0.95 if seed == 0 else 0.99)
+    )  # of other seeds of DINO and iBOT the last is at 0.97 or 0.98
     assert rank > 2
 
 
@@ -83,7 +93,11 @@ def test_every_recipe_runs_three_steps_at_reduced_width(recipe, tmp_path):
     own_head = load_config(f"{recipe}.yaml", []).loss.ibot.prototypes is not None
     reduced = [
         *REDUCED,
-        *(["loss.ibot.prototypes=64", "loss.ibot.hidden=32", "loss.ibot.bottleneck=16"] if own_head else []),
+        *(
+            ["loss.ibot.prototypes=64", "loss.ibot.hidden=32", "loss.ibot.bottleneck=16"]
+            if own_head
+            else []
+        ),
     ]
     train.main(["--config", f"{recipe}.yaml", *reduced, f"output_dir={tmp_path / recipe}"])
     losses = [record["loss"] for record in read_metrics(tmp_path / recipe / "metrics.jsonl")]

@@ -30,11 +30,15 @@ def test_schedules_equal_the_published_arrays():
     """FACTS: DINOv3's `schedules:` block, computed with the authors' code."""
     expected = [0, 0.25, 0.5, 0.75, 1, 0.91406, 0.68906, 0.41094, 0.18594, 0.1]
     assert values(10, start=0, peak=1, end=0.1, warmup=4) == pytest.approx(expected, abs=1e-5)
-    assert values(6, start=0, peak=0, end=0.5, decay=3) == pytest.approx([0, 0.25, 0.5, 0.5, 0.5, 0.5])
+    assert values(6, start=0, peak=0, end=0.5, decay=3) == pytest.approx(
+        [0, 0.25, 0.5, 0.5, 0.5, 0.5]
+    )
 
 
 def test_linear_and_constant_shapes():
-    assert values(5, start=1, peak=1, end=0, shape="linear") == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+    assert values(5, start=1, peak=1, end=0, shape="linear") == pytest.approx(
+        [1, 0.75, 0.5, 0.25, 0]
+    )
     assert values(5, start=0, peak=2, warmup=2, shape="constant") == [0, 1, 2, 2, 2]
 
 
@@ -123,7 +127,10 @@ def test_a_frozen_last_layer_keeps_weights_and_moments():
         moved = not torch.equal(parameter, before[name])
         assert moved != ("last_layer" in name) or "mask_token" in name
         if "last_layer" in name:
-            assert optimizer.state[parameter]["step"] == 0 and not optimizer.state[parameter]["exp_avg"].any()
+            assert (
+                optimizer.state[parameter]["step"] == 0
+                and not optimizer.state[parameter]["exp_avg"].any()
+            )
 
 
 def test_teacher_is_a_separate_copy_that_follows_by_the_formula():

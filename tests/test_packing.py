@@ -3,15 +3,20 @@
 import pytest
 import torch
 
-from models.ssl_model import SSLModel
 from models.head import ProjectionHead
+from models.ssl_model import SSLModel
 from models.vit import VisionTransformer
 
 SMALL = dict(embed_dim=32, depth=3, num_heads=2, patch_size=4, image_size=16, layerscale=0.5)
 KINDS = {
     "learned positions": dict(qkv_bias=True),
     "rotary, registers, gated, norms of their own": dict(
-        positions="rope", registers=2, ffn="swiglu", mask_k_bias=True, untie_cls_norm=True, untie_local_cls_norm=True
+        positions="rope",
+        registers=2,
+        ffn="swiglu",
+        mask_k_bias=True,
+        untie_cls_norm=True,
+        untie_local_cls_norm=True,
     ),
 }
 
@@ -19,7 +24,11 @@ KINDS = {
 def crops() -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(6, 16, generator=generator) < 0.4
-    return torch.randn(6, 3, 16, 16, generator=generator), torch.randn(9, 3, 8, 12, generator=generator), masks
+    return (
+        torch.randn(6, 3, 16, 16, generator=generator),
+        torch.randn(9, 3, 8, 12, generator=generator),
+        masks,
+    )
 
 
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
@@ -30,9 +39,18 @@ def test_features_and_gradients_of_one_pass_are_those_of_two(options):
     gradients = []
     for packed in (True, False):
         model.zero_grad()
-        seen = model(images, masks, local_crops=local) if packed else [model(images, masks), model(local, local=True)]
+        seen = (
+            model(images, masks, local_crops=local)
+            if packed
+            else [model(images, masks), model(local, local=True)]
+        )
         sum((part.cls.square().sum() + part.patches.pow(3).sum()) for part in seen).backward()
-        gradients.append(([(part.cls, part.patches, part.registers) for part in seen], [p.grad for p in model.parameters()]))
+        gradients.append(
+            (
+                [(part.cls, part.patches, part.registers) for part in seen],
+                [p.grad for p in model.parameters()],
+            )
+        )
     (ours, ours_grad), (theirs, theirs_grad) = gradients
     for mine, other in zip(sum(ours, ()), sum(theirs, ())):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
@@ -57,7 +75,9 @@ def test_drop_path_takes_whole_samples_of_each_size_and_keeps_the_expectation():
         out = block(x, [None, None], shapes) - x
         for part, (samples, tokens) in zip(out.split([6 * 17, 9 * 7]), shapes):
             kept = part.unflatten(0, (samples, tokens)).abs().amax(-1) > 0
-            assert (kept == kept[:, :1]).all() and kept[:, 0].sum() == samples // 2  # all tokens of a sample, or none
+            assert (kept == kept[:, :1]).all() and kept[
+                :, 0
+            ].sum() == samples // 2  # all tokens of a sample, or none
         sums = sums + out.detach()
     assert seen[-1] == [(3, 17), (4, 7)]
     for mean, branch in zip((sums / 400).split([6 * 17, 9 * 7]), whole.split([6 * 17, 9 * 7])):
@@ -68,7 +88,9 @@ def test_the_student_sees_all_crops_in_one_pass():
     images, local, masks = crops()
     backbone = VisionTransformer(**SMALL)
     model, passes = SSLModel(backbone, ProjectionHead(32, 8, hidden=16, bottleneck=8)), []
-    backbone.blocks[0].register_forward_pre_hook(lambda module, inputs: passes.append(tuple(inputs[0].shape)))
+    backbone.blocks[0].register_forward_pre_hook(
+        lambda module, inputs: passes.append(tuple(inputs[0].shape))
+    )
     out = model(images, local, masks)
     assert passes == [(6 * 17 + 9 * 7, 32)] and out.local_logits.shape == (9, 8)
     apart = model(images, None, masks).global_logits

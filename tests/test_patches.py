@@ -10,8 +10,15 @@ import torch.nn.functional as F
 from data.annotated import Annotated
 from data.datasets import open_data
 from engine.patches import (
-    PatchBank, class_shares, confusion, extract_patches, mean_iou, mean_locality, patch_knn_segmentation,
-    patch_locality, vote,
+    PatchBank,
+    class_shares,
+    confusion,
+    extract_patches,
+    mean_iou,
+    mean_locality,
+    patch_knn_segmentation,
+    patch_locality,
+    vote,
 )  # fmt: skip
 from models.features import Features
 from models.pretrained import load_backbone
@@ -55,7 +62,9 @@ def test_votes_equal_a_loop_over_patches():
     queries = torch.randn(7, 6, generator=generator)
     found = vote(queries, PatchBank(features, shares), k=5, temperature=0.3, chunk=3)
     for query, votes in zip(queries, found):
-        ranked = sorted(((float(F.cosine_similarity(query, item, dim=0)), i) for i, item in enumerate(features)))[-5:]
+        ranked = sorted(
+            ((float(F.cosine_similarity(query, item, dim=0)), i) for i, item in enumerate(features))
+        )[-5:]
         weights = [math.exp(similarity / 0.3) for similarity, _ in ranked]
         expected = sum(weight * shares[i] for weight, (_, i) in zip(weights, ranked)) / sum(weights)
         torch.testing.assert_close(votes, expected)
@@ -65,10 +74,16 @@ def test_images_of_several_sizes_keep_their_order_and_do_not_mix():
     backbone = load_backbone("random:vit_nano?patch_size=8&image_size=32&depth=2")
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(3, 32 + 8 * (i % 3), 32, generator=generator) for i in range(7)]
-    found = list(extract_patches(backbone, [(image, i, i) for i, image in enumerate(images)], CPU, batch_size=4))
+    found = list(
+        extract_patches(
+            backbone, [(image, i, i) for i, image in enumerate(images)], CPU, batch_size=4
+        )
+    )
     assert [item.index for item in found] == list(range(7)) and found[1].grid == (5, 4)
     for item, image in zip(found, images):
-        torch.testing.assert_close(item.tokens, backbone(image[None]).patches[0].detach(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            item.tokens, backbone(image[None]).patches[0].detach(), atol=1e-5, rtol=1e-4
+        )
 
 
 def test_perfect_features_reach_what_pooled_ground_truth_reaches_and_chance_features_do_not():
@@ -80,7 +95,9 @@ def test_perfect_features_reach_what_pooled_ground_truth_reaches_and_chance_feat
         counts = counts + confusion(maps[0].argmax(0), mask)
     assert perfect["limit"] == pytest.approx(mean_iou(counts)[0])
     assert perfect["miou"] >= 0.99 * perfect["limit"] > 0.6
-    assert patch_knn_segmentation(Oracle(None), train, val, CPU)["miou"] < 0.1  # all background is 0.07
+    assert (
+        patch_knn_segmentation(Oracle(None), train, val, CPU)["miou"] < 0.1
+    )  # all background is 0.07
 
 
 def test_patch_knn_leaves_random_state_alone_and_repeats():
@@ -88,12 +105,16 @@ def test_patch_knn_leaves_random_state_alone_and_repeats():
     data = Annotated(open_data("scenes?size=6"), "mask", 32, 8, (0.5,) * 3, (0.5,) * 3)
     state = torch.get_rng_state()
     first, second = (patch_knn_segmentation(backbone, data, data, CPU, bank=60) for _ in range(2))
-    assert torch.equal(torch.get_rng_state(), state) and first == second and first["n_patches"] == 60
+    assert (
+        torch.equal(torch.get_rng_state(), state) and first == second and first["n_patches"] == 60
+    )
 
 
 def smooth(noise: float = 0.0, count: int = 4, side: int = 8) -> Features:
     generator = torch.Generator().manual_seed(0)
-    maps = F.interpolate(torch.randn(count, 16, 3, 3, generator=generator), (side, side), mode="bicubic")
+    maps = F.interpolate(
+        torch.randn(count, 16, 3, 3, generator=generator), (side, side), mode="bicubic"
+    )
     maps = maps + noise * torch.randn(maps.shape, generator=generator)
     tokens = maps.flatten(2).mT
     return Features(tokens[:, 0], tokens[:, :0], tokens, (side, side))
@@ -101,7 +122,9 @@ def smooth(noise: float = 0.0, count: int = 4, side: int = 8) -> Features:
 
 def test_locality_is_high_for_smooth_maps_and_falls_with_noise_to_a_half():
     values = [patch_locality(smooth(noise)) for noise in (0.0, 0.5, 1.5, 50.0)]
-    assert values[0] > 0.9 and values == sorted(values, reverse=True) and abs(values[-1] - 0.5) < 0.05
+    assert (
+        values[0] > 0.9 and values == sorted(values, reverse=True) and abs(values[-1] - 0.5) < 0.05
+    )
 
 
 def test_locality_equals_a_loop_over_pairs_and_ignores_a_part_common_to_all_tokens():
@@ -111,7 +134,9 @@ def test_locality_equals_a_loop_over_pairs_and_ignores_a_part_common_to_all_toke
     for a in range(25):
         distance = [max(abs(place[a][0] - y), abs(place[a][1] - x)) for y, x in place]
         cosine = [float(F.cosine_similarity(tokens[a], token, dim=0)) for token in tokens]
-        pairs = [(n, f) for n in range(25) for f in range(25) if distance[n] == 1 and distance[f] >= 2]
+        pairs = [
+            (n, f) for n in range(25) for f in range(25) if distance[n] == 1 and distance[f] >= 2
+        ]
         total += sum(cosine[n] > cosine[f] for n, f in pairs) / len(pairs) / 25
     assert patch_locality(features) == pytest.approx(total, abs=1e-3)
     shifted = Features(features.cls, features.registers, features.patches + 3.0, features.grid)

@@ -15,7 +15,9 @@ def test_a_turn_is_that_of_the_crop():
     image = torch.from_numpy(noise(3, 8, 8))
     plain = resized_crop(image, (0, 0, 8, 8), (8, 8), False)
     for turns in range(4):
-        assert torch.equal(resized_crop(image, (0, 0, 8, 8), (8, 8), False, turns), plain.rot90(turns, (1, 2)))
+        assert torch.equal(
+            resized_crop(image, (0, 0, 8, 8), (8, 8), False, turns), plain.rot90(turns, (1, 2))
+        )
         assert resized_crop(image, (0, 0, 6, 5), (4, 9), True, turns).shape == (3, 4, 9)
 
 
@@ -23,8 +25,14 @@ def test_turns_come_in_equal_parts():
     policy = replace(POLICIES["crops_only"], flip=0.0, turn=0.75)
     crops = MultiCrop(CropSpec((4, 4), (1.0, 1.0), 400), None, policy, (0.0,), (1.0,))
     image = torch.arange(16, dtype=torch.uint8).view(1, 4, 4)
-    views = (crops([image], [draw(torch.Generator().manual_seed(0), 400)])[0] * 255).round().long()[:, 0, 0, 0]
-    counts = torch.bincount(views, minlength=16)[[0, 3, 12, 15]]  # by the corner that came to the top left
+    views = (
+        (crops([image], [draw(torch.Generator().manual_seed(0), 400)])[0] * 255)
+        .round()
+        .long()[:, 0, 0, 0]
+    )
+    counts = torch.bincount(views, minlength=16)[
+        [0, 3, 12, 15]
+    ]  # by the corner that came to the top left
     assert counts.sum() == 400 and counts.min() > 70
 
 
@@ -34,7 +42,10 @@ def test_older_seeds_keep_their_views():
 
 
 def test_stain_jitter_equals_a_loop_over_pixels():
-    x, u = torch.rand(2, 3, 3, 4, dtype=torch.float64) * 0.9 + 0.1, torch.rand(2, 6, dtype=torch.float64)
+    x, u = (
+        torch.rand(2, 3, 3, 4, dtype=torch.float64) * 0.9 + 0.1,
+        torch.rand(2, 6, dtype=torch.float64),
+    )
     result = stain_jitter(x, u, 0.2)
     rows = np.array(ABSORPTION) / np.linalg.norm(ABSORPTION, axis=1, keepdims=True)
     for n in range(2):
@@ -62,5 +73,10 @@ def test_policies_take_any_channels_that_make_sense(name, channels):
         return
     for dtype in (np.uint8, np.uint16):
         global_crops, local_crops, *_ = views(dtype)
-        assert global_crops.shape == (2, channels, 16, 16) and local_crops.shape == (2, channels, 8, 8)
+        assert global_crops.shape == (2, channels, 16, 16) and local_crops.shape == (
+            2,
+            channels,
+            8,
+            8,
+        )
         assert global_crops.isfinite().all() and global_crops.abs().max() <= 2 + 1e-5

@@ -79,7 +79,9 @@ def test_the_label_is_the_class_of_the_largest_nearest_object(scenes, annotation
         areas = np.bincount(instance.ravel())[1:]
         assert areas.argmax() == 0 and found["box_labels"][0] == label
         assert label not in found["box_labels"][1:]
-        assert depth[instance == 1].mean() == min(depth[instance == k + 1].mean() for k in range(len(areas)))
+        assert depth[instance == 1].mean() == min(
+            depth[instance == k + 1].mean() for k in range(len(areas))
+        )
 
 
 def test_mask_depth_and_instance_tell_the_same_story(annotations):
@@ -149,7 +151,9 @@ def test_luminance_around_pair_points_agrees(scenes):
             centred = under(grey, points[visible]) - under(grey, points[visible]).mean()
             values.append(centred)
     matched = np.corrcoef(np.concatenate(here), np.concatenate(there))[0, 1]
-    shuffled = np.corrcoef(np.concatenate(here), np.concatenate([np.roll(v, 1) for v in there]))[0, 1]
+    shuffled = np.corrcoef(np.concatenate(here), np.concatenate([np.roll(v, 1) for v in there]))[
+        0, 1
+    ]
     assert matched > 0.7 and matched > shuffled + 0.5
 
 

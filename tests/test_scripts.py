@@ -18,7 +18,9 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_says_what_it_does_and_shows_a_command(script):
-    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and f"{script} " in done.stdout and not done.stderr
     assert re.search(rf"(python|torchrun)\s.*{script}", done.stdout)
 
@@ -26,7 +28,9 @@ def test_help_says_what_it_does_and_shows_a_command(script):
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [
+        line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")
+    ]
 
 
 def test_readme_names_only_scripts_and_configurations_that_exist():
@@ -54,18 +58,27 @@ def test_knn_ends_with_one_line_of_json(run, tmp_path, capsys):
     eval_knn.main(["--model", str(run), *DATA, "--k", "5", "20", "--output", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
-    assert len(lines) == 1 and result["task"] == "knn" and result["n_train"] == 60 and result["n_val"] == 30
+    assert (
+        len(lines) == 1
+        and result["task"] == "knn"
+        and result["n_train"] == 60
+        and result["n_val"] == 30
+    )
     assert result["k"].keys() == {"5", "20"} and result["top1"] == max(result["k"].values())
     assert json.loads((tmp_path / "knn.json").read_text()) == result
 
 
 def test_knn_in_the_loop_equals_knn_on_the_export_exactly(run, capsys):
     eval_knn.main(["--model", str(run), *DATA, "--k", "20"])
-    in_loop = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]["probe/knn"]
+    in_loop = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1][
+        "probe/knn"
+    ]
     assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(in_loop, abs=1e-6)
 
 
-@pytest.mark.parametrize("model", ["pixels?patch_size=8", "random:vit_nano?patch_size=8&image_size=32"])
+@pytest.mark.parametrize(
+    "model", ["pixels?patch_size=8", "random:vit_nano?patch_size=8&image_size=32"]
+)
 def test_baselines_are_models_too(model, capsys):
     eval_knn.main(["--model", model, *DATA, "--k", "20", "--size", "32"])
     assert 0 <= json.loads(capsys.readouterr().out)["top1"] <= 1
@@ -85,4 +98,9 @@ def test_baselines_are_models_too(model, capsys):
 def test_a_mistake_is_one_sentence_and_exit_two(arguments, words):
     command = [sys.executable, "eval_knn.py", *DATA, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr and not done.stdout
+    assert (
+        done.returncode == 2
+        and words in done.stderr
+        and "Traceback" not in done.stderr
+        and not done.stdout
+    )

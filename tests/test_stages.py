@@ -25,13 +25,30 @@ THREE = {
     "gram": {
         "steps": 4,
         "batch_size": 4,
-        "loss": {"gram": {"weight": 2, "teacher": "auto", "start": 1, "refresh": 2, "teacher_scale": 2, "distortions": False}},
-        "schedule": {"lr": 5e-3, "dino_local": {"start": 1, "peak": 0.5, "warmup": 2, "shape": "constant"}},
+        "loss": {
+            "gram": {
+                "weight": 2,
+                "teacher": "auto",
+                "start": 1,
+                "refresh": 2,
+                "teacher_scale": 2,
+                "distortions": False,
+            }
+        },
+        "schedule": {
+            "lr": 5e-3,
+            "dino_local": {"start": 1, "peak": 0.5, "warmup": 2, "shape": "constant"},
+        },
     },
     "highres": {
         "steps": 3,
         "loss": {"gram": {"weight": 1.5, "teacher": "init", "teacher_scale": 1.5}},
-        "crops": {"mix": [{"share": 1, "global_size": 48, "local_size": 16}, {"share": 1, "global_size": 40, "local_size": 20}]},
+        "crops": {
+            "mix": [
+                {"share": 1, "global_size": 48, "local_size": 16},
+                {"share": 1, "global_size": 40, "local_size": 20},
+            ]
+        },
         "schedule": {"lr": {"start": 0, "peak": 0, "end": 1e-3, "decay": 2}, "ema_momentum": 0.9},
     },
 }
@@ -43,33 +60,71 @@ def staged(tiny, tmp_path):
     path = tmp_path / "staged.yaml"
     path.write_text(yaml.safe_dump({"stages": THREE}, sort_keys=False))
     settings = [item for item in tiny if not item.startswith("total_steps")]
-    rope = ["model.positions=rope", "model.registers=2", "model.rope_rescale=2", "loss.ibot.prototypes=16"]
-    return ["--config", str(path), *settings[:-1], *rope, "checkpoint.every=1", "checkpoint.keep=99", "checkpoint.snapshot=1", settings[-1]]
+    rope = [
+        "model.positions=rope",
+        "model.registers=2",
+        "model.rope_rescale=2",
+        "loss.ibot.prototypes=16",
+    ]
+    return [
+        "--config",
+        str(path),
+        *settings[:-1],
+        *rope,
+        "checkpoint.every=1",
+        "checkpoint.keep=99",
+        "checkpoint.snapshot=1",
+        settings[-1],
+    ]
 
 
 def test_a_run_killed_at_any_step_goes_on_to_the_same_end(staged, tmp_path):
     train.main(staged)
     run = folder_of(staged)
-    assert [record["stage"] for record in metrics(run)] == ["pretrain"] * 3 + ["gram"] * 4 + ["highres"] * 3
-    assert [record["images_seen"] for record in metrics(run)] == [8, 16, 24, 28, 32, 36, 40, 48, 56, 64]
+    assert [record["stage"] for record in metrics(run)] == ["pretrain"] * 3 + ["gram"] * 4 + [
+        "highres"
+    ] * 3
+    assert [record["images_seen"] for record in metrics(run)] == [
+        8,
+        16,
+        24,
+        28,
+        32,
+        36,
+        40,
+        48,
+        56,
+        64,
+    ]
     assert ["loss/gram" in record for record in metrics(run)] == [False] * 4 + [True] * 6
     final = load_backbone(run).state_dict()
     for step in (2, 3, 4, 8):  # within a stage and at its end, before and after Gram's start
         again = tmp_path / f"again{step}"
         shutil.copytree(run, again)
-        (again / "checkpoints" / "latest").write_text(str(step))  # as a kill right after that checkpoint leaves it
+        (again / "checkpoints" / "latest").write_text(
+            str(step)
+        )  # as a kill right after that checkpoint leaves it
         for kept in (again / "snapshots").iterdir():
             if int(kept.name) > step:
                 shutil.rmtree(kept)
         train.main([*staged[:-1], f"output_dir={again}"])
         assert metrics(again) == metrics(run), step
-        assert all(torch.equal(value, final[name]) for name, value in load_backbone(again).state_dict().items())
+        assert all(
+            torch.equal(value, final[name])
+            for name, value in load_backbone(again).state_dict().items()
+        )
 
 
-def test_the_last_stage_may_grow_and_a_further_one_may_follow_and_nothing_else_changes(staged, tmp_path, capsys):
+def test_the_last_stage_may_grow_and_a_further_one_may_follow_and_nothing_else_changes(
+    staged, tmp_path, capsys
+):
     train.main(staged)
     before = metrics(folder_of(staged))
-    longer = {**THREE, "highres": {**THREE["highres"], "steps": 4}, "more": {"steps": 1, "schedule": {"lr": 1e-4}}}
+    longer = {
+        **THREE,
+        "highres": {**THREE["highres"], "steps": 4},
+        "more": {"steps": 1, "schedule": {"lr": 1e-4}},
+    }
     for stages, words in (
         ({**THREE, "gram": {**THREE["gram"], "steps": 9}}, "only the last stage may grow"),
         ({**THREE, "gram": {**THREE["gram"], "batch_size": 8}}, "stages.gram"),
@@ -83,22 +138,42 @@ def test_the_last_stage_may_grow_and_a_further_one_may_follow_and_nothing_else_c
     (tmp_path / "longer.yaml").write_text(yaml.safe_dump({"stages": longer}, sort_keys=False))
     train.main(["--config", str(tmp_path / "longer.yaml"), *staged[2:]])
     after = metrics(folder_of(staged))
-    assert after[:10] == before and [record["stage"] for record in after[10:]] == ["highres", "more"]
+    assert after[:10] == before and [record["stage"] for record in after[10:]] == [
+        "highres",
+        "more",
+    ]
 
 
 def test_total_steps_scales_the_stages_of_a_new_run(staged):
     cfg = load_config(staged[1], [*staged[2:], "total_steps=40"])
-    assert [(s.first, s.stop) for s in plan_stages(cfg, 40, build_schedules)] == [(0, 12), (12, 28), (28, 40)]
+    assert [(s.first, s.stop) for s in plan_stages(cfg, 40, build_schedules)] == [
+        (0, 12),
+        (12, 28),
+        (28, 40),
+    ]
     with pytest.raises(ConfigError, match="too few"):
         plan_stages(cfg, 2, build_schedules)
 
 
 def test_a_stage_may_start_from_another_run(tiny, tmp_path):
     train.main([*tiny, f"output_dir={tmp_path / 'other'}", "seed=5"])
-    stages = {"first": {"steps": 2}, "second": {"steps": 1, "init": str(tmp_path / "other"), "schedule": {"lr": 0}}}
+    stages = {
+        "first": {"steps": 2},
+        "second": {"steps": 1, "init": str(tmp_path / "other"), "schedule": {"lr": 0}},
+    }
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"stages": stages}))
-    train.main(["--config", str(tmp_path / "s.yaml"), *(item for item in tiny if "total_steps" not in item), "schedule.weight_decay=0"])
-    ours, theirs = load_backbone(folder_of(tiny)).state_dict(), load_backbone(tmp_path / "other").state_dict()
+    train.main(
+        [
+            "--config",
+            str(tmp_path / "s.yaml"),
+            *(item for item in tiny if "total_steps" not in item),
+            "schedule.weight_decay=0",
+        ]
+    )
+    ours, theirs = (
+        load_backbone(folder_of(tiny)).state_dict(),
+        load_backbone(tmp_path / "other").state_dict(),
+    )
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
@@ -130,7 +205,13 @@ SOURCES = ("ema", "init", "auto", "RUN@step", "MODEL")
 
 def gram_overrides(source, refresh, most, scale, distortions, start, model, run) -> list[str]:
     teacher = {"RUN@step": f"{run}@2", "MODEL": model}.get(source, source)
-    keys = {"weight": 1, "teacher": teacher, "start": start, "teacher_scale": scale, "distortions": str(distortions).lower()}
+    keys = {
+        "weight": 1,
+        "teacher": teacher,
+        "start": start,
+        "teacher_scale": scale,
+        "distortions": str(distortions).lower(),
+    }
     keys |= {"refresh": refresh} if refresh else {}
     keys |= {"max_refreshes": most} if most else {}
     return [f"loss.gram.{key}={value}" for key, value in keys.items()]
@@ -160,9 +241,22 @@ def runs_ten_steps(combination, tiny, earlier):
     source, refresh, most, scale, distortions, start = combination
     init = [f"init={earlier}"] if source == "init" else []
     gram = gram_overrides(*combination, model=earlier / "teacher", run=earlier)
-    train.main([*tiny[:-1], "total_steps=10", "batch_size=4", "checkpoint.every=10", "checkpoint.snapshot=2", *init, *gram, tiny[-1]])
+    train.main(
+        [
+            *tiny[:-1],
+            "total_steps=10",
+            "batch_size=4",
+            "checkpoint.every=10",
+            "checkpoint.snapshot=2",
+            *init,
+            *gram,
+            tiny[-1],
+        ]
+    )
     records = metrics(folder_of(tiny))
-    assert len(records) == 10 and ["loss/gram" in record for record in records] == [step >= start for step in range(10)]
+    assert len(records) == 10 and ["loss/gram" in record for record in records] == [
+        step >= start for step in range(10)
+    ]
     assert all(np.isfinite(record["loss"]) for record in records)
 
 
@@ -172,7 +266,9 @@ def test_gram_keys_combine(combination, tiny, earlier):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("combination", [item for item in COMBINATIONS if item not in SOME], ids=str)
+@pytest.mark.parametrize(
+    "combination", [item for item in COMBINATIONS if item not in SOME], ids=str
+)
 def test_every_allowed_combination_of_the_gram_keys_runs(combination, tiny, earlier):
     runs_ten_steps(combination, tiny, earlier)
 
@@ -202,16 +298,29 @@ def test_what_gram_cannot_do_is_one_sentence(overrides, words, tiny, capsys):
 
 
 def test_start_and_refreshes_are_honoured():
-    settings = load_config(None, ["loss.gram.teacher=init", "loss.gram.start=2", "loss.gram.refresh=3", "loss.gram.max_refreshes=2", "init=x"]).loss.gram
+    settings = load_config(
+        None,
+        [
+            "loss.gram.teacher=init",
+            "loss.gram.start=2",
+            "loss.gram.refresh=3",
+            "loss.gram.max_refreshes=2",
+            "init=x",
+        ],
+    ).loss.gram
     ema = torch.nn.Linear(1, 1)
     torch.nn.init.constant_(ema.weight, 0.0)
-    gram = GramTeacher(settings, 10, 40, ema, snapshot=lambda: copy.deepcopy(ema), load=None, choose=None)
+    gram = GramTeacher(
+        settings, 10, 40, ema, snapshot=lambda: copy.deepcopy(ema), load=None, choose=None
+    )
     seen = []
     for step in range(10, 30):
         seen.append(None if gram.at(step) is None else float(gram.at(step).weight.detach()))
         torch.nn.init.constant_(ema.weight, float(step + 1))  # the teacher after `step + 1` updates
         gram.follow(step + 1)
-    assert seen == [None] * 2 + [0.0] * 3 + [15.0] * 3 + [18.0] * 12  # refreshed after 3 and 6 steps from the start, no more
+    assert (
+        seen == [None] * 2 + [0.0] * 3 + [15.0] * 3 + [18.0] * 12
+    )  # refreshed after 3 and 6 steps from the start, no more
 
 
 def test_a_gram_teacher_equal_to_the_student_costs_nothing(tiny, earlier):
@@ -227,7 +336,17 @@ def test_a_gram_teacher_equal_to_the_student_costs_nothing(tiny, earlier):
 def test_auto_takes_the_snapshot_with_the_best_locality_and_says_so(tiny, capsys):
     import json
 
-    train.main([*tiny[:-1], "checkpoint.snapshot=1", "loss.gram.weight=1", "loss.gram.teacher=auto", "loss.gram.start=3", "schedule.lr=1e-2", tiny[-1]])
+    train.main(
+        [
+            *tiny[:-1],
+            "checkpoint.snapshot=1",
+            "loss.gram.weight=1",
+            "loss.gram.teacher=auto",
+            "loss.gram.start=3",
+            "schedule.lr=1e-2",
+            tiny[-1],
+        ]
+    )
     choice = json.loads((folder_of(tiny) / "gram_choice.json").read_text())
     assert list(choice["locality"]) == ["1", "2", "3"]
     assert choice["locality"][str(choice["chosen"])] == max(choice["locality"].values())
@@ -244,9 +363,14 @@ def test_gram_crops_are_the_global_crops_in_another_size_and_without_their_colou
 
     crops = CropsConfig(global_size=32, local_size=16, local_count=1, flip=0.5, policy="crops_only")
     data, options = open_data("scenes?size=8"), {"batch_size": 4, "seed": 0}
-    of = {kind: StepDataset(data, views_from(crops, [0.5], [0.5], 8, None, kind), **options)[0] for kind in (None, Gram, Plain)}
+    of = {
+        kind: StepDataset(data, views_from(crops, [0.5], [0.5], 8, None, kind), **options)[0]
+        for kind in (None, Gram, Plain)
+    }
     assert of[None].gram_crops is None and torch.equal(of[None].global_crops, of[Gram].global_crops)
-    assert of[Gram].gram_crops.shape == (8, 3, 64, 64) and torch.equal(of[Plain].gram_crops, of[None].global_crops)
+    assert of[Gram].gram_crops.shape == (8, 3, 64, 64) and torch.equal(
+        of[Plain].gram_crops, of[None].global_crops
+    )
     small = torch.nn.functional.interpolate(of[Gram].gram_crops, 32, mode="area")
     assert (small - of[None].global_crops).abs().mean() < 0.05  # the same place, mirrored alike
     colourful = CropsConfig(global_size=32, local_size=16, local_count=1)
@@ -258,7 +382,12 @@ def test_sizes_are_drawn_by_their_shares_and_alike_on_every_rank():
     mix = [SizeConfig(3, 32, 16), SizeConfig(1, 48, 16)]
     views = views_from(CropsConfig(mix=mix, local_count=1), [0.5], [0.5], 8)
     ranks = [
-        StepDataset(open_data("scenes?size=8"), views, batch_size=2, seed=0, rank=rank, world_size=2) for rank in range(2)
+        StepDataset(
+            open_data("scenes?size=8"), views, batch_size=2, seed=0, rank=rank, world_size=2
+        )
+        for rank in range(2)
     ]
     sizes = [[dataset[step].global_crops.shape[-1] for step in range(40)] for dataset in ranks]
-    assert sizes[0] == sizes[1] and 4 <= sizes[0].count(48) <= 18  # 10 expected of 40; 3 deviations are 8
+    assert (
+        sizes[0] == sizes[1] and 4 <= sizes[0].count(48) <= 18
+    )  # 10 expected of 40; 3 deviations are 8

@@ -35,8 +35,12 @@ def ending(call: list[str], capsys) -> tuple[int, list[str]]:
 # ----------------------------------------------------------------- memory
 
 SHORT = {
-    "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total ..."),
-    "cublas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cuda": lambda: torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total ..."
+    ),
+    "cublas": lambda: RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    ),
     "mps": lambda: RuntimeError("MPS backend out of memory (MPS allocated: 18.01 GB, ..."),
     "numpy": lambda: MemoryError("Unable to allocate 4.00 TiB for an array with shape ..."),
     "cpu": lambda: torch.empty(2**58, dtype=torch.uint8),  # raises by itself
@@ -61,8 +65,12 @@ class Scarce:
 
 @pytest.mark.parametrize("what", ["cuda", "cublas", "mps", "numpy", "cpu"])
 def test_out_of_memory_is_a_sentence_that_says_what_to_lower(what, tiny, capsys):
-    status, said = ending([*tiny, f"data.train=python:tests.test_survival:Scarce?what={what}"], capsys)
-    assert status == 2 and said[-1].startswith("error: out of memory; lower batch_size or micro_batch_size"), said
+    status, said = ending(
+        [*tiny, f"data.train=python:tests.test_survival:Scarce?what={what}"], capsys
+    )
+    assert status == 2 and said[-1].startswith(
+        "error: out of memory; lower batch_size or micro_batch_size"
+    ), said
 
 
 def test_out_of_memory_in_the_model_is_the_same_sentence(tiny, capsys, monkeypatch):
@@ -71,20 +79,30 @@ def test_out_of_memory_in_the_model_is_the_same_sentence(tiny, capsys, monkeypat
 
     monkeypatch.setattr(train, "compute_losses", forward)
     status, said = ending(tiny, capsys)
-    assert status == 2 and sum("error:" in line for line in said) == 1 and "checkpointing=blocks" in said[-1]
+    assert (
+        status == 2
+        and sum("error:" in line for line in said) == 1
+        and "checkpointing=blocks" in said[-1]
+    )
 
 
 @pytest.mark.parametrize("what", ["numpy", "cpu", "cuda"])
 def test_out_of_memory_in_a_worker_says_to_have_fewer(what, tiny, capsys):
     data = f"data.train=python:tests.test_survival:Scarce?what={what}&where=worker"
     status, said = ending([*tiny, data, "data.workers=1"], capsys)
-    assert status == 2 and said[-1].startswith("error: out of memory in a loader process; lower data.workers"), said
+    assert status == 2 and said[-1].startswith(
+        "error: out of memory in a loader process; lower data.workers"
+    ), said
 
 
 def test_a_worker_that_is_killed_is_a_sentence(tiny, capsys):
     data = "data.train=python:tests.test_survival:Scarce?what=kill&where=worker"
     status, said = ending([*tiny, data, "data.workers=1"], capsys)
-    assert status == 1 and "a loader process died" in said[-1] and "lower data.workers or batch_size" in said[-1], said
+    assert (
+        status == 1
+        and "a loader process died" in said[-1]
+        and "lower data.workers or batch_size" in said[-1]
+    ), said
     assert not any("Traceback" in line for line in said)
 
 
@@ -143,7 +161,9 @@ def test_the_scale_of_fp16_survives_a_checkpoint_and_may_be_absent_from_an_old_o
     load_checkpoint(tmp_path, 1, training_state(other, *fresh, resumed))
     assert resumed.state_dict() == scaler.state_dict() and resumed.get_scale() == 4.0
     assert resumed.state_dict()["_growth_tracker"] == 2
-    load_checkpoint(tmp_path, 1, training_state(*parts(), torch.amp.GradScaler("cpu", enabled=False)))  # not asked for
+    load_checkpoint(
+        tmp_path, 1, training_state(*parts(), torch.amp.GradScaler("cpu", enabled=False))
+    )  # not asked for
 
 
 def test_saving_waits_for_nothing_and_counts_only_when_all_is_written(tmp_path):
@@ -198,21 +218,41 @@ def test_fp16_that_no_scale_can_save_ends_the_run(capsys):
     student, _, _, optimizer = parts()
     scaler = torch.amp.GradScaler("cpu")
     finite = FiniteSteps(optimizer, scaler, torch.device("cpu"))
-    with pytest.raises(RunFailed, match=f"not finite for {IN_A_ROW_FP16} steps up to step {IN_A_ROW_FP16}: dino"):
+    with pytest.raises(
+        RunFailed, match=f"not finite for {IN_A_ROW_FP16} steps up to step {IN_A_ROW_FP16}: dino"
+    ):
         for step in range(1, IN_A_ROW_FP16 + 10):
             loss = student(torch.ones(1, 3)).sum() * float("nan")
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            finite.step({"dino": loss.detach(), "loss": loss.detach(), "grad_norm": student.weight.grad.norm()})
+            finite.step(
+                {
+                    "dino": loss.detach(),
+                    "loss": loss.detach(),
+                    "grad_norm": student.weight.grad.norm(),
+                }
+            )
             finite.report(step)
     assert student.weight.isfinite().all()
 
 
 def test_fp16_on_two_ranks_is_fp16_on_one(tiny, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "train.py",
+    ]
     half = [*tiny, "precision=fp16", "schedule.lr=1e-3", "total_steps=12"]
     done = subprocess.run(
-        [*command, *half], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [*command, *half],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     train.main([*half, f"output_dir={tmp_path / 'one'}"])
@@ -274,14 +314,18 @@ def wandb_of(run: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_mirror_without_its_package_is_refused_before_anything_is_made_or_removed(name, tiny, capsys, monkeypatch):
+def test_a_mirror_without_its_package_is_refused_before_anything_is_made_or_removed(
+    name, tiny, capsys, monkeypatch
+):
     train.main([*tiny, "total_steps=2"])
     before = {path: path.stat().st_mtime_ns for path in folder_of(tiny).rglob("*")}
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, name, None)
     capsys.readouterr()
     status, said = ending([*tiny, f"mirrors=[{name}]", "overwrite=true"], capsys)
-    assert status == 2 and said == [f"error: mirrors: [{name}] needs the package {name}: pip install {name}"]
+    assert status == 2 and said == [
+        f"error: mirrors: [{name}] needs the package {name}: pip install {name}"
+    ]
     assert before == {path: path.stat().st_mtime_ns for path in folder_of(tiny).rglob("*")}
     status, said = ending([*tiny, f"mirrors=[{name}]", f"output_dir={folder_of(tiny)}2"], capsys)
     assert status == 2 and not Path(f"{folder_of(tiny)}2").exists()
@@ -292,16 +336,25 @@ def test_wandb_gets_what_metrics_jsonl_has_and_a_resumed_run_is_the_same_one(tin
     train.main([*tiny, "total_steps=4", "mirrors=[wandb]"])
     first, *logged = wandb_of(folder_of(tiny))
     assert (
-        first["init"]["project"] == "nanodino" and first["init"]["name"] == "run" and first["init"]["resume"] == "allow"
+        first["init"]["project"] == "nanodino"
+        and first["init"]["name"] == "run"
+        and first["init"]["resume"] == "allow"
     )
     again = logged.pop(2)
     assert again == first and re.fullmatch("[0-9a-f]{12}", first["init"]["id"])
     for record, line in zip(logged, read_metrics(folder_of(tiny) / "metrics.jsonl"), strict=True):
-        numbers = {name: value for name, value in line.items() if value is not None and not isinstance(value, str)}
+        numbers = {
+            name: value
+            for name, value in line.items()
+            if value is not None and not isinstance(value, str)
+        }
         assert record["step"] == line["step"] and record["data"] == pytest.approx(numbers, rel=1e-5)
     train.main([*tiny, "total_steps=2", "mirrors=[wandb]", "overwrite=true"])
     (fresh, *rest) = wandb_of(folder_of(tiny))
-    assert fresh["init"]["id"] != first["init"]["id"] and [record["step"] for record in rest] == [1, 2]
+    assert fresh["init"]["id"] != first["init"]["id"] and [record["step"] for record in rest] == [
+        1,
+        2,
+    ]
 
 
 def test_wandb_that_is_logged_out_says_so(tiny, wandb, capsys):
@@ -312,7 +365,9 @@ def test_wandb_that_is_logged_out_says_so(tiny, wandb, capsys):
         and said[-1].startswith("error: mirrors: [wandb]: api_key not configured")
         and "wandb login" in said[-1]
     )
-    assert not (folder_of(tiny) / "metrics.jsonl").exists() or not read_metrics(folder_of(tiny) / "metrics.jsonl")
+    assert not (folder_of(tiny) / "metrics.jsonl").exists() or not read_metrics(
+        folder_of(tiny) / "metrics.jsonl"
+    )
 
 
 def test_tensorboard_gets_what_metrics_jsonl_has_and_a_resumed_run_doubles_nothing(tiny):
@@ -320,11 +375,25 @@ def test_tensorboard_gets_what_metrics_jsonl_has_and_a_resumed_run_doubles_nothi
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for steps in (3, 4):
-        train.main([*tiny, f"total_steps={steps}", "schedule.lr=1e-3", "mirrors=[tensorboard]", "checkpoint.every=3"])
+        train.main(
+            [
+                *tiny,
+                f"total_steps={steps}",
+                "schedule.lr=1e-3",
+                "mirrors=[tensorboard]",
+                "checkpoint.every=3",
+            ]
+        )
     events = EventAccumulator(str(folder_of(tiny) / "tensorboard")).Reload()
     lines = read_metrics(folder_of(tiny) / "metrics.jsonl")
-    assert {"loss", "loss/dino", "health/teacher_kl", "grad_norm", "lr"} <= set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4] == [line["step"] for line in lines]
+    assert {"loss", "loss/dino", "health/teacher_kl", "grad_norm", "lr"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert (
+        [event.step for event in events.Scalars("loss")]
+        == [1, 2, 3, 4]
+        == [line["step"] for line in lines]
+    )
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(
         [line["loss"] for line in lines], rel=1e-5
     )

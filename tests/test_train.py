@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 import train
 from data.loader import stage_loader
-from losses.centering import build_centering
 from engine.config import load_config
-from engine.optim import build_schedules
 from engine.logger import read_metrics
+from engine.optim import build_schedules
 from engine.stages import plan_stages
+from losses.centering import build_centering
 from models.pretrained import load_backbone
 
 ROOT = Path(__file__).parent.parent
@@ -72,8 +72,15 @@ def test_a_run_leaves_what_the_readme_promises(tiny):
     ):
         assert (run / name).exists(), name
     for folder in ("teacher", "best", "snapshots/4"):
-        names = {path.name for path in (run / folder).iterdir()} - {"extra.safetensors"}  # the mask token
-        assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "heads.safetensors"}
+        names = {path.name for path in (run / folder).iterdir()} - {
+            "extra.safetensors"
+        }  # the mask token
+        assert names == {
+            "config.json",
+            "model.safetensors",
+            "preprocessor_config.json",
+            "heads.safetensors",
+        }
     assert json.loads((run / "teacher/config.json").read_text())["model_type"] == "vit"
     assert not [path for path in run.rglob("*") if "unfinished" in path.name]
     records = metrics(run)
@@ -91,10 +98,18 @@ def test_a_run_leaves_what_the_readme_promises(tiny):
         "weight_decay",
         "ema_momentum",
     }
-    expected |= {"teacher_temp", "grad_norm", "health/teacher_entropy", "health/effective_rank", "health/feature_std"}
+    expected |= {
+        "teacher_temp",
+        "grad_norm",
+        "health/teacher_entropy",
+        "health/effective_rank",
+        "health/feature_std",
+    }
     assert expected <= records[1].keys() and records[4]["images_seen"] == 32
     assert load_config(str(run / "config.yaml"), []).batch_size == 8
-    assert "torch" in (run / "config.yaml").read_text().split("output_dir")[0]  # the versions stand in the header
+    assert (
+        "torch" in (run / "config.yaml").read_text().split("output_dir")[0]
+    )  # the versions stand in the header
 
 
 def test_the_saved_teacher_is_the_teacher_and_not_the_student(tiny):
@@ -103,7 +118,9 @@ def test_the_saved_teacher_is_the_teacher_and_not_the_student(tiny):
     cfg = load_config(None, tiny)
     initial = train.build_student(cfg, masked=True).backbone.state_dict()
     saved = load_backbone(str(folder_of(tiny))).state_dict()
-    assert saved.keys() == initial.keys()  # with momentum 1 the teacher never moves; the student did
+    assert (
+        saved.keys() == initial.keys()
+    )  # with momentum 1 the teacher never moves; the student did
     assert all(torch.equal(saved[name], initial[name]) for name in saved)
     assert load_backbone(str(folder_of(tiny))).preprocessing.size == (32, 32)
 
@@ -142,7 +159,9 @@ def test_a_longer_run_prolongs_a_finished_one_exactly(tiny, tmp_path, capsys):
     assert "finished" in capsys.readouterr().err
     train.main([*tiny, *constant, f"output_dir={tmp_path / 'parts'}", "total_steps=6"])
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
-    whole, parts = (load_file(tmp_path / name / "teacher" / "model.safetensors") for name in ("whole", "parts"))
+    whole, parts = (
+        load_file(tmp_path / name / "teacher" / "model.safetensors") for name in ("whole", "parts")
+    )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -177,11 +196,18 @@ def test_a_changed_key_is_refused_by_name_and_overwrite_starts_afresh(tiny):
 
 @pytest.mark.parametrize("micro", [4, 2])
 def test_accumulation_is_exact(tiny, tmp_path, micro):
-    shared = ["loss.koleo.group=2", "schedule.lr.start=1e-3", "loss.dino.centering=sinkhorn", "loss.ibot.centering=ema"]
+    shared = [
+        "loss.koleo.group=2",
+        "schedule.lr.start=1e-3",
+        "loss.dino.centering=sinkhorn",
+        "loss.ibot.centering=ema",
+    ]
     train.main([*tiny, *shared, f"output_dir={tmp_path / 'whole'}"])
     train.main([*tiny, *shared, f"output_dir={tmp_path / 'parts'}", f"micro_batch_size={micro}"])
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=2e-5)
-    whole, parts = (load_file(tmp_path / name / "teacher" / "model.safetensors") for name in ("whole", "parts"))
+    whole, parts = (
+        load_file(tmp_path / name / "teacher" / "model.safetensors") for name in ("whole", "parts")
+    )
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], atol=1e-5, rtol=1e-4)
 
@@ -189,7 +215,16 @@ def test_accumulation_is_exact(tiny, tmp_path, micro):
 def test_two_ranks_give_the_losses_of_one_process(tiny, tmp_path):
     shared = ["loss.dino.centering=sinkhorn", "loss.ibot.centering=ema", "schedule.lr.start=1e-3"]
     train.main([*tiny, *shared, f"output_dir={tmp_path / 'one'}"])
-    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *tiny, *shared]
+    arguments = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "train.py",
+        *tiny,
+        *shared,
+    ]
     done = command(*arguments, f"output_dir={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
@@ -205,14 +240,25 @@ def test_a_checkpoint_of_one_process_is_gone_on_with_by_two_ranks(tiny, tmp_path
     ]
     train.main([*tiny, *constant, f"output_dir={tmp_path / 'one'}"])
     train.main([*tiny, *constant, f"output_dir={tmp_path / 'both'}", "total_steps=2"])
-    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py", *tiny, *constant]
+    arguments = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "train.py",
+        *tiny,
+        *constant,
+    ]
     done = command(*arguments, f"output_dir={tmp_path / 'both'}")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
 
 
 def test_a_flat_folder_of_odd_sizes_without_labels_trains(tiny, images):
-    train.main([*tiny, f"data.train={images}", "crops.global_size=[32, 48]", "crops.local_size=[16, 24]"])
+    train.main(
+        [*tiny, f"data.train={images}", "crops.global_size=[32, 48]", "crops.local_size=[16, 24]"]
+    )
     assert len(losses(folder_of(tiny))) == 4
 
 
@@ -251,9 +297,17 @@ def test_every_key_of_the_configuration_is_read(tiny, monkeypatch):
 
     from engine import config
 
-    classes = [cls for cls in vars(config).values() if dataclasses.is_dataclass(cls) and isinstance(cls, type)]
-    classes = [cls for cls in classes if not cls.__name__.startswith("Distill")]  # tests/test_distill.py reads them
-    classes = [cls for cls in classes if not cls.__name__.startswith("Distill")]  # which distill.py reads
+    classes = [
+        cls
+        for cls in vars(config).values()
+        if dataclasses.is_dataclass(cls) and isinstance(cls, type)
+    ]
+    classes = [
+        cls for cls in classes if not cls.__name__.startswith("Distill")
+    ]  # tests/test_distill.py reads them
+    classes = [
+        cls for cls in classes if not cls.__name__.startswith("Distill")
+    ]  # which distill.py reads
     read = set()
 
     def spy(self, name):
@@ -261,9 +315,23 @@ def test_every_key_of_the_configuration_is_read(tiny, monkeypatch):
             read.add((type(self).__name__, name))
         return object.__getattribute__(self, name)
 
-    probes = ["probe.every=4", "probe.patches=true", "probe.train=scenes?size=30", "probe.val=scenes?split=val&size=10"]
-    own_head = ["loss.ibot.prototypes=16", "loss.ibot.hidden=16", "loss.ibot.bottleneck=8", "loss.ibot.layers=2"]
-    gram = ["loss.gram.weight=1", "loss.gram.teacher=ema", "crops.mix=[{global_size: 32, local_size: 16}]"]
+    probes = [
+        "probe.every=4",
+        "probe.patches=true",
+        "probe.train=scenes?size=30",
+        "probe.val=scenes?split=val&size=10",
+    ]
+    own_head = [
+        "loss.ibot.prototypes=16",
+        "loss.ibot.hidden=16",
+        "loss.ibot.bottleneck=8",
+        "loss.ibot.layers=2",
+    ]
+    gram = [
+        "loss.gram.weight=1",
+        "loss.gram.teacher=ema",
+        "crops.mix=[{global_size: 32, local_size: 16}]",
+    ]
     gram += ["crops.guided=0.5", "crops.guided_share=0.5"]
     for number, extra in enumerate((probes, own_head, gram)):
         cfg = load_config(None, [*tiny, *extra, f"output_dir={folder_of(tiny)}{number}"])
@@ -309,20 +377,43 @@ def test_no_gradient_reaches_the_teacher(tiny):
 
 
 def test_init_starts_from_weights_heads_and_normalisation_of_a_run(tiny, tmp_path, capsys):
-    train.main([*tiny, f"output_dir={tmp_path / 'first'}", "data.mean=[0.1,0.2,0.3]", "data.std=[0.5,0.6,0.7]"])
+    train.main(
+        [
+            *tiny,
+            f"output_dir={tmp_path / 'first'}",
+            "data.mean=[0.1,0.2,0.3]",
+            "data.std=[0.5,0.6,0.7]",
+        ]
+    )
     still = ["schedule.lr=0", "schedule.weight_decay=0", "total_steps=1"]
     train.main([*tiny, *still, f"init={tmp_path / 'first'}", f"output_dir={tmp_path / 'second'}"])
     for name in ("model", "heads"):
-        first, second = (load_file(tmp_path / run / "teacher" / f"{name}.safetensors") for run in ("first", "second"))
+        first, second = (
+            load_file(tmp_path / run / "teacher" / f"{name}.safetensors")
+            for run in ("first", "second")
+        )
         assert all(torch.equal(first[key], second[key]) for key in first)
     assert load_config(str(tmp_path / "second" / "config.yaml"), []).data.mean == [0.1, 0.2, 0.3]
     assert "head tensors come along" in capsys.readouterr().err
-    train.main([*tiny, *still, f"init={tmp_path / 'first'}", f"output_dir={tmp_path / 'second'}", "total_steps=2"])  # goes on
+    train.main(
+        [
+            *tiny,
+            *still,
+            f"init={tmp_path / 'first'}",
+            f"output_dir={tmp_path / 'second'}",
+            "total_steps=2",
+        ]
+    )  # goes on
 
 
 def test_init_of_another_backbone_is_refused_with_the_settings_that_differ(tiny):
     with pytest.raises(ValueError, match="patch_size 4"):
-        train.main([*tiny, "init=random:vit_nano?embed_dim=32&depth=2&num_heads=2&patch_size=4&image_size=32"])
+        train.main(
+            [
+                *tiny,
+                "init=random:vit_nano?embed_dim=32&depth=2&num_heads=2&patch_size=4&image_size=32",
+            ]
+        )
     with pytest.raises(ValueError, match="embed_dim 128"):
         train.main([*tiny, "init=random:vit_nano?patch_size=8"])
 

@@ -59,7 +59,13 @@ def test_crops_are_crop_major_and_a_function_of_image_and_table():
 
 
 @pytest.mark.parametrize(
-    "size, scale", [((60, 100), (0.08, 1.0)), ((30, 200), (0.4, 1.0)), ((28, 28), (0.05, 0.4)), ((200, 20), (0.3, 1.0))]
+    "size, scale",
+    [
+        ((60, 100), (0.08, 1.0)),
+        ((30, 200), (0.4, 1.0)),
+        ((28, 28), (0.05, 0.4)),
+        ((200, 20), (0.3, 1.0)),
+    ],
 )
 def test_boxes_are_distributed_as_random_resized_crop(size, scale):
     n = 2000
@@ -73,7 +79,12 @@ def test_boxes_are_distributed_as_random_resized_crop(size, scale):
     free = (room > 4).all(1)  # enough of it on both axes: then one says nothing about the other
     if free.sum() > n / 2:
         assert abs(np.corrcoef((ours[free, :2] / room[free]).T)[0, 1]) < 0.1
-    measures = [lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]]
+    measures = [
+        lambda b: b[:, 2] * b[:, 3],
+        lambda b: b[:, 3] / b[:, 2],
+        lambda b: b[:, 0],
+        lambda b: b[:, 1],
+    ]
     for measure in measures:
         a, b = np.sort(measure(ours)), np.sort(measure(theirs))
         at = np.concatenate([a, b])
@@ -98,7 +109,7 @@ def test_flip_mirrors_a_crop():
 
 def one_by_one(image: Tensor, u: Tensor, policy: AugmentPolicy, blur_p: float, solarize_p: float):
     """The same views, an image at a time, by torchvision's functions."""
-    between = lambda low, high, t: low + (high - low) * t.item()  # noqa: E731
+    between = lambda low, high, t: low + (high - low) * t.item()
     strengths = (policy.brightness, policy.contrast, policy.saturation)
     factors = [between(1 - s, 1 + s, t) for s, t in zip(strengths, u[augment.FACTORS])]
     factors.append(between(-policy.hue, policy.hue, u[augment.FACTORS][3]))
@@ -139,16 +150,33 @@ SINGLE = {
 @pytest.mark.parametrize("operation", SINGLE)
 def test_photometry_equals_torchvision_image_by_image(operation, channels):
     nothing = dict(
-        flip=0, jitter=0, brightness=0, contrast=0, saturation=0, hue=0, grayscale=0, blur=(0, 0, 0), solarize=0
+        flip=0,
+        jitter=0,
+        brightness=0,
+        contrast=0,
+        saturation=0,
+        hue=0,
+        grayscale=0,
+        blur=(0, 0, 0),
+        solarize=0,
     )
     policy = AugmentPolicy(**(nothing | SINGLE[operation]))
     n = 40 if operation == "all" else 6
     crops, u = noise(n, channels, 12, 17), draw(seeded(5), n)
     ours = photometric(
-        crops, u, policy, torch.full((n,), policy.blur[0]), torch.full((n,), policy.solarize), [0.3] * channels, [0.2]
+        crops,
+        u,
+        policy,
+        torch.full((n,), policy.blur[0]),
+        torch.full((n,), policy.solarize),
+        [0.3] * channels,
+        [0.2],
     )
     expected = torch.stack(
-        [one_by_one(crop / 255, row, policy, policy.blur[0], policy.solarize) for crop, row in zip(crops, u)]
+        [
+            one_by_one(crop / 255, row, policy, policy.blur[0], policy.solarize)
+            for crop, row in zip(crops, u)
+        ]
     )
     # Solarisation jumps at 0.5: a pixel there may fall on either side.
     close = (ours * 0.2 + 0.3 - expected).abs() < 2e-4
@@ -172,7 +200,10 @@ def test_blur_and_solarisation_differ_between_views():
     images, tables = [noise(3, 40, 40)], [draw(seeded(0), 5)]
 
     def changed(**options):
-        plain, other = (multi_crop(policy=policy)(images, tables)[:2] for policy in (PLAIN, replace(PLAIN, **options)))
+        plain, other = (
+            multi_crop(policy=policy)(images, tables)[:2]
+            for policy in (PLAIN, replace(PLAIN, **options))
+        )
         return [not torch.equal(a, b) for pair in zip(plain, other) for a, b in zip(*pair)]
 
     assert changed(solarize=1.0) == [False, True, False, False, False]

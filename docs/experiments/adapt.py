@@ -20,7 +20,12 @@ import matplotlib.pyplot as plt
 FOLDER = Path("runs/adapt")
 SCENES = ("scenes?split=train&size=8000", "scenes?split=val&size=4000")
 KINDS = ("before", "naive", "continue")
-FALL = ["schedule.lr.end=1e-6", "schedule.lr.shape=cosine", "schedule.ema_momentum.shape=cosine", "schedule.ema_momentum.end=0.996"]
+FALL = [
+    "schedule.lr.end=1e-6",
+    "schedule.lr.shape=cosine",
+    "schedule.ema_momentum.shape=cosine",
+    "schedule.ema_momentum.end=0.996",
+]
 NAIVE = [  # DINOv2's rate, temperature and EMA for batches of 1,024, as its configuration has them, and many new prototypes
     "schedule.lr.peak=4e-3",
     "schedule.lr.end=4e-3",
@@ -39,7 +44,9 @@ CURE = [  # what the model was trained with, and a rate that the old images allo
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("dir", help="of Fashion-MNIST")
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flags.add_argument("--steps", type=int, default=600)
@@ -49,17 +56,27 @@ def main() -> None:
     half, quarter, careful = (FOLDER / f"{name}.yaml" for name in ("half", "quarter", "careful"))
     FOLDER.mkdir(parents=True, exist_ok=True)
     for path, weight in ((half, 1), (quarter, 3)):
-        path.write_text(f'- {{data: "{new}", weight: {weight}}}\n- {{data: "scenes?split=train&size=8000", weight: 1}}\n')
+        path.write_text(
+            f'- {{data: "{new}", weight: {weight}}}\n- {{data: "scenes?split=train&size=8000", weight: 1}}\n'
+        )
     configs = Path("configs").resolve()
     careful.write_text(f"base: [{configs}/quickstart.yaml, {configs}/continue.yaml]\n")
     results = {kind: {"scenes": [], "fashion": []} for kind in KINDS}
     for seed in arguments.seeds:
         long = FOLDER / f"long-{seed}"
         runs = {kind: FOLDER / f"{kind}-{seed}" for kind in KINDS}
-        quickstart, mixed = "configs/quickstart.yaml", [f"data.train={half}", "guard.action=null", "probe.every=0"]
+        quickstart, mixed = (
+            "configs/quickstart.yaml",
+            [f"data.train={half}", "guard.action=null", "probe.every=0"],
+        )
         train(quickstart, long, seed, *mixed, "total_steps=3000")
         train(quickstart, runs["before"], seed, *mixed, f"init={long}", "total_steps=2400", *FALL)
-        start = [f"init={runs['before']}", f"total_steps={arguments.steps}", "guard.action=null", "probe.every=0"]
+        start = [
+            f"init={runs['before']}",
+            f"total_steps={arguments.steps}",
+            "guard.action=null",
+            "probe.every=0",
+        ]
         train(quickstart, runs["naive"], seed, *start, f"data.train={new}", *NAIVE)
         train(str(careful), runs["continue"], seed, *start, f"data.train={quarter}", *CURE)
         for kind, run in runs.items():
@@ -71,12 +88,31 @@ def main() -> None:
 
 
 def train(config: str, run: Path, seed: int, *changes: str) -> None:
-    command = [sys.executable, "train.py", "--config", config, f"output_dir={run}", f"seed={seed}", *changes]
+    command = [
+        sys.executable,
+        "train.py",
+        "--config",
+        config,
+        f"output_dir={run}",
+        f"seed={seed}",
+        *changes,
+    ]
     subprocess.run(command, check=True)
 
 
 def knn(model: Path, images: str, val: str) -> float:
-    command = [sys.executable, "eval_knn.py", "--model", str(model), "--train", images, "--val", val, "--k", "20"]
+    command = [
+        sys.executable,
+        "eval_knn.py",
+        "--model",
+        str(model),
+        "--train",
+        images,
+        "--val",
+        val,
+        "--k",
+        "20",
+    ]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)["k"]["20"]
 
@@ -85,11 +121,19 @@ def draw(results: dict, path: Path) -> None:
     """A line a seed: what either way of going on makes of the same model."""
     figure, panels = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
     order = {"naive": "naively", "before": "before", "continue": "continue.yaml"}
-    for panel, (domain, title) in zip(panels, {"fashion": "Fashion-MNIST (new)", "scenes": "scenes (old)"}.items()):
+    for panel, (domain, title) in zip(
+        panels, {"fashion": "Fashion-MNIST (new)", "scenes": "scenes (old)"}.items()
+    ):
         values = [results[kind][domain] for kind in order]
         panel.axhline(mean(results["before"][domain]), color="0.8", linewidth=1)
         panel.plot(list(order.values()), values, color="0.6", marker="o", markersize=4, linewidth=1)
-        panel.plot(list(order.values()), [mean(seeds) for seeds in values], color="#1f5fa8", marker="o", linewidth=2)
+        panel.plot(
+            list(order.values()),
+            [mean(seeds) for seeds in values],
+            color="#1f5fa8",
+            marker="o",
+            linewidth=2,
+        )
         panel.set(title=title, ylabel="k-NN accuracy")
     figure.savefig(path, dpi=150)
 

@@ -22,13 +22,15 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-import bench  # noqa: E402
-from engine.config import load_config  # noqa: E402
-from engine.flops import synchronize  # noqa: E402
+import bench
+from engine.config import load_config
+from engine.flops import synchronize
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("which", choices=("dinov3", "dino"))
     flags.add_argument("checkout", type=Path, help="of the authors' repository")
     flags.add_argument("--images", help="dino: a folder of folders of JPEG files")
@@ -36,14 +38,21 @@ def main() -> None:
     flags.add_argument("--steps", type=int, default=25)
     flags.add_argument("--workers", type=int, default=16)
     flags.add_argument("--arch", default="vit_large")
-    flags.add_argument("--sizes", type=int, nargs=3, default=(256, 112, 8), metavar=("GLOBAL", "LOCAL", "LOCALS"))
+    flags.add_argument(
+        "--sizes", type=int, nargs=3, default=(256, 112, 8), metavar=("GLOBAL", "LOCAL", "LOCALS")
+    )
     flags.add_argument("--prototypes", type=int, default=65536)
     arguments = flags.parse_args()
     if arguments.which == "dino" and not arguments.images:
         flags.error("dino reads JPEG files; give --images")
     compare = {"dinov3": compare_steps, "dino": compare_pipelines}[arguments.which]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    print(json.dumps({"against": arguments.which, "device": device, "torch": torch.__version__} | compare(arguments)))
+    print(
+        json.dumps(
+            {"against": arguments.which, "device": device, "torch": torch.__version__}
+            | compare(arguments)
+        )
+    )
 
 
 def compare_steps(arguments: argparse.Namespace) -> dict:
@@ -51,10 +60,22 @@ def compare_steps(arguments: argparse.Namespace) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size, local, locals_ = arguments.sizes
     heads = [f"loss.{head}.prototypes={arguments.prototypes}" for head in ("dino", "ibot")]
-    shape = [f"crops.global_size={size}", f"crops.local_size={local}", f"crops.local_count={locals_}", f"batch_size={arguments.batch}"]
+    shape = [
+        f"crops.global_size={size}",
+        f"crops.local_size={local}",
+        f"crops.local_count={locals_}",
+        f"batch_size={arguments.batch}",
+    ]
     plain = [] if device.type == "cuda" else ["precision=fp32"]
-    data = [f"data.train=scenes?size={2 * arguments.batch}", "data.workers=0", f"loss.koleo.group={arguments.batch}"]
-    cfg = load_config("dinov3_vitl16.yaml", [f"model.arch={arguments.arch}", *shape, *heads, *data, *plain, f"device={device.type}"])
+    data = [
+        f"data.train=scenes?size={2 * arguments.batch}",
+        "data.workers=0",
+        f"loss.koleo.group={arguments.batch}",
+    ]
+    cfg = load_config(
+        "dinov3_vitl16.yaml",
+        [f"model.arch={arguments.arch}", *shape, *heads, *data, *plain, f"device={device.type}"],
+    )
     workload = bench.Workload(cfg, bench.chosen_stage(cfg, None), device)
     workload.warm_up(2)
     batch = workload.next_batch()
@@ -71,7 +92,9 @@ def compare_steps(arguments: argparse.Namespace) -> dict:
             if number:  # the first round compiles
                 seconds[name].append((time.perf_counter() - start) / max(1, arguments.steps // 5))
     ours, authors = (median(seconds[name]) for name in steps)
-    peak, source = bench.peak_flops(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    peak, source = bench.peak_flops(
+        device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    )
     return {
         "batch": arguments.batch, "ours_ms": round(1e3 * ours, 1), "theirs_ms": round(1e3 * authors, 1),
         "ratio": round(authors / ours, 3), "mfu": round(sum(workload.flops.values()) / ours / peak, 3), "peak_from": source,
@@ -81,11 +104,10 @@ def compare_steps(arguments: argparse.Namespace) -> dict:
 def authors_step(arguments: argparse.Namespace, ours: object, batch: object, device: torch.device):
     """A step of their SSLMetaArch on the same crops and masks, as their train.py makes it."""
     sys.path.insert(0, str(arguments.checkout))
-    from omegaconf import OmegaConf
-
     from dinov3 import distributed as theirs
     from dinov3.configs import get_default_config
     from dinov3.train.ssl_meta_arch import SSLMetaArch
+    from omegaconf import OmegaConf
 
     cuda = device.type == "cuda"
     if cuda:
@@ -134,24 +156,62 @@ def authors_step(arguments: argparse.Namespace, ours: object, batch: object, dev
 def compare_pipelines(arguments: argparse.Namespace) -> dict:
     """DINO v1 from files to weights: their main_dino.py as it is, then ours, each alone on the machine."""
     shared = ["--nproc_per_node", "1", "--standalone"]
-    call = [sys.executable, "-m", "torch.distributed.run", *shared, "main_dino.py", "--arch", "vit_small", "--data_path", str(Path(arguments.images).resolve())]
-    call += ["--batch_size_per_gpu", str(arguments.batch), "--num_workers", str(arguments.workers), "--output_dir", "/tmp/authors_dino", "--epochs", "100"]
+    call = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *shared,
+        "main_dino.py",
+        "--arch",
+        "vit_small",
+        "--data_path",
+        str(Path(arguments.images).resolve()),
+    ]
+    call += [
+        "--batch_size_per_gpu",
+        str(arguments.batch),
+        "--num_workers",
+        str(arguments.workers),
+        "--output_dir",
+        "/tmp/authors_dino",
+        "--epochs",
+        "100",
+    ]
     found: list[tuple[float, float]] = []
-    with subprocess.Popen(call, cwd=arguments.checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        call, cwd=arguments.checkout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         tail: list[str] = []
         for line in process.stdout:
             tail = [*tail[-20:], line]
             if times := re.search(r"time: ([\d.]+)\s+data: ([\d.]+)", line):
                 found.append((float(times[1]), float(times[2])))
-            if len(found) > 1 + arguments.steps // 10:  # a line every ten steps, of a running mean; the first starts up
+            if (
+                len(found) > 1 + arguments.steps // 10
+            ):  # a line every ten steps, of a running mean; the first starts up
                 process.terminate()
                 break
     if len(found) < 2:
         sys.exit("main_dino.py gave no times:\n" + "".join(tail))
     theirs, wait = found[-1]
-    call = [sys.executable, "bench.py", "--config", "dino_vits16.yaml", f"data.train=folder:{Path(arguments.images).resolve()}", "--warmup", "10"]
-    call += [f"batch_size={arguments.batch}", f"data.workers={arguments.workers}", "--steps", str(arguments.steps)]
-    ours = json.loads(subprocess.run(call, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    call = [
+        sys.executable,
+        "bench.py",
+        "--config",
+        "dino_vits16.yaml",
+        f"data.train=folder:{Path(arguments.images).resolve()}",
+        "--warmup",
+        "10",
+    ]
+    call += [
+        f"batch_size={arguments.batch}",
+        f"data.workers={arguments.workers}",
+        "--steps",
+        str(arguments.steps),
+    ]
+    ours = json.loads(
+        subprocess.run(call, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    )
     return {
         "batch": arguments.batch, "ours": ours["images_per_second"], "theirs": round(arguments.batch / theirs, 1),
         "ratio": round(ours["images_per_second"] * theirs / arguments.batch, 3),

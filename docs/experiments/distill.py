@@ -15,24 +15,51 @@ from pathlib import Path
 from statistics import mean, stdev
 
 FOLDER = Path("runs/distilled")
-PROBE = ("--train", "scenes?split=train&size=2000", "--val", "scenes?split=val&size=1000", "--k", "20")
+PROBE = (
+    "--train",
+    "scenes?split=train&size=2000",
+    "--val",
+    "scenes?split=val&size=1000",
+    "--k",
+    "20",
+)
 STUDENTS = {  # as in distill_quickstart.yaml; a convolution has no mask token, and its stride of 32 wants larger local crops
     "half": ["model.embed_dim=64", "model.num_heads=2"],
-    "convnext": ["model.arch=timm:test_convnext2", "crops.global_size=64", "crops.local_size=32", "loss.ibot.weight=0"],
+    "convnext": [
+        "model.arch=timm:test_convnext2",
+        "crops.global_size=64",
+        "crops.local_size=32",
+        "loss.ibot.weight=0",
+    ],
 }
 STOPPED = 3  # exit status of a run whose time is over
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     flags.add_argument("overrides", nargs="*", metavar="key=value", help="for distill.py")
     arguments = flags.parse_args()
     results: dict[str, list[float]] = {}
     for seed in arguments.seeds:
         teacher, distilled = Path(f"runs/long-{seed}"), FOLDER / f"students-{seed}"
-        run("train.py", "--config", "configs/quickstart.yaml", f"output_dir={teacher}", f"seed={seed}", "total_steps=2700")
-        keys = [f"output_dir={distilled}", f"seed={seed}", f"distill.teacher={teacher}", "probe.every=0", *arguments.overrides]
+        run(
+            "train.py",
+            "--config",
+            "configs/quickstart.yaml",
+            f"output_dir={teacher}",
+            f"seed={seed}",
+            "total_steps=2700",
+        )
+        keys = [
+            f"output_dir={distilled}",
+            f"seed={seed}",
+            f"distill.teacher={teacher}",
+            "probe.every=0",
+            *arguments.overrides,
+        ]
         start = time.perf_counter()
         run("distill.py", "--config", "configs/distill_quickstart.yaml", *keys)
         timed = FOLDER / f"seconds-{seed}"
@@ -42,11 +69,30 @@ def main() -> None:
         results.setdefault("teacher", []).append(knn(teacher))
         for name, model in STUDENTS.items():
             scratch = FOLDER / f"{name}-{seed}"
-            length = ["total_steps=100000", f"time_limit={seconds / 3600:.5f}", "probe.every=0", "checkpoint.every=100000"]
-            run("train.py", "--config", "configs/quickstart.yaml", f"output_dir={scratch}", f"seed={seed}", *length, *model)
+            length = [
+                "total_steps=100000",
+                f"time_limit={seconds / 3600:.5f}",
+                "probe.every=0",
+                "checkpoint.every=100000",
+            ]
+            run(
+                "train.py",
+                "--config",
+                "configs/quickstart.yaml",
+                f"output_dir={scratch}",
+                f"seed={seed}",
+                *length,
+                *model,
+            )
             results.setdefault(f"{name}, distilled", []).append(knn(distilled / "students" / name))
             results.setdefault(f"{name}, from scratch", []).append(knn(scratch))
-        print(seed, round(seconds), {name: values[-1] for name, values in results.items()}, file=sys.stderr, flush=True)
+        print(
+            seed,
+            round(seconds),
+            {name: values[-1] for name, values in results.items()},
+            file=sys.stderr,
+            flush=True,
+        )
     (FOLDER / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     for name, values in results.items():
         spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""

@@ -20,7 +20,9 @@ KINDS = {"random": [], "guided": ["crops.guided=0.8", "crops.guided_share=0.1"]}
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     flags.add_argument("overrides", nargs="*", metavar="key=value", help="for both")
     arguments = flags.parse_args()
@@ -28,9 +30,21 @@ def main() -> None:
     for seed in arguments.seeds:
         for kind, keys in KINDS.items():
             run = Path(f"runs/quickstart-{seed}") if kind == "random" else FOLDER / f"{kind}-{seed}"
-            call("train.py", "--config", "configs/quickstart.yaml", f"output_dir={run}", f"seed={seed}", *keys, *arguments.overrides)
-            attention = call("eval_dense.py", "localization", "--model", run, "--val", VAL, "--size", 96)["attention"]
-            metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            call(
+                "train.py",
+                "--config",
+                "configs/quickstart.yaml",
+                f"output_dir={run}",
+                f"seed={seed}",
+                *keys,
+                *arguments.overrides,
+            )
+            attention = call(
+                "eval_dense.py", "localization", "--model", run, "--val", VAL, "--size", 96
+            )["attention"]
+            metrics = [
+                json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+            ]
             accuracy = [line["probe/knn"] for line in metrics if "probe/knn" in line][-1]
             results[kind].append({"k-NN": accuracy} | {name: attention[name] for name in METRICS})
             print(seed, kind, results[kind][-1], file=sys.stderr, flush=True)
@@ -44,7 +58,12 @@ def main() -> None:
 
 def call(script: str, *arguments) -> dict:
     """The last line of the script's output, as JSON where it is."""
-    done = subprocess.run([sys.executable, script, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     return json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip().startswith("{") else {}
 
 
