@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import distill
-from data.datasets import open_data
 from data.loader import Batch, stage_loader
+from data.sources.specs import open_data
 from engine import distributed, optim
 from engine.cli import config_parser, print_result, run_script
 from engine.config import (
@@ -39,16 +39,16 @@ from engine.config import (
     micro_batch_size,
     with_statistics,
 )
-from engine.flops import FlopClock, peak_flops, synchronize
 from engine.logger import memory_gib
-from engine.memory import forget_peak, memory_table
 from engine.settings import find_config, read_yaml
 from engine.stages import Stage, plan_stages
+from engine.start import build_student, load_initial
 from engine.students import student_configs, uses_heads, what_is_cut
+from evals.flops import FlopClock, peak_flops, synchronize
+from evals.memory import forget_peak, memory_table
 from losses.centering import build_centering
 from models.lora import tune
 from models.ssl_model import make_teacher, update_ema
-from models.start import build_student, load_initial
 from train import compute_losses, teacher_targets
 
 PHASES = ("data_wait", "augmentation", "teacher", "forward", "loss", "backward", "optimizer", "ema")

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.datasets import ImageData, open_data
 from data.loader import Batch, stage_loader
+from data.sources.specs import ImageData, open_data
 from data.taught import Sight, Taught, exchanged, rank_share, sight_from, with_masks
 from engine import checkpoint, distributed, optim
 from engine.cli import config_parser, run_script
@@ -44,6 +44,7 @@ from engine.logger import BadImages, notice
 from engine.run import Cadence, Run
 from engine.settings import ConfigError, provenance, refuse_changes, to_yaml
 from engine.stages import Stage, plan_stages
+from engine.start import build_student, load_initial
 from engine.students import (
     Entry,
     StopRequest,
@@ -67,7 +68,6 @@ from losses.gram import downsample_patches
 from models.distill import MatchingStudent, Teacher, load_teacher
 from models.lora import tune
 from models.ssl_model import count_parameters, make_teacher, update_ema
-from models.start import build_student, load_initial
 from train import Targets, balance, compute_losses, metrics, teacher_outputs
 
 

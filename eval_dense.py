@@ -26,15 +26,16 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.annotated import Annotated, clip, kinds_of, pair
-from data.datasets import open_data
 from data.images import ImageData
 from data.loader import default_workers
-from engine import correspondence, localization
+from data.sources.specs import open_data
 from engine.cli import evaluation_parser, print_result, run_script
-from engine.dense import DEPTH, SEGMENTATION, linear_depth, linear_segmentation
 from engine.distributed import choose_device
-from engine.patches import LastLayers, Sliding, extract_patches, patch_knn_segmentation
-from models.pretrained import load_backbone
+from evals import localization
+from evals import matching as correspondence
+from evals.dense import DEPTH, SEGMENTATION, linear_depth, linear_segmentation
+from evals.patches import LastLayers, Sliding, extract_patches, patch_knn_segmentation
+from models.weights.load import load_backbone
 
 SCALES = (0.75, 1.0, 1.25, 1.5)  # --multi-scale; each also mirrored
 

@@ -29,12 +29,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.corruptions import Copies
-from data.datasets import ImageData, open_data, open_labelled
 from data.loader import EvalDataset, default_workers
+from data.sources.specs import ImageData, open_data, open_labelled
 from engine import distributed
 from engine.cli import evaluation_parser, preparation, print_result, run_script
-from engine.probes import extract_features, knn_accuracy, retrieval_map, whitening
-from models.pretrained import load_backbone
+from evals.knn import extract_features, knn_accuracy, retrieval_map, whitening
+from models.weights.load import load_backbone
 
 GEM = 4  # exponent of the generalised mean (DINO's copy detection)
 SHOWN = {

@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from data.augment import POLICIES, CropSpec, MultiCrop
 from data.corruptions import CORRUPTIONS, SEVERITIES, Corrupted
-from data.datasets import ImageData, match_classes, open_data, open_labelled
 from data.loader import EvalDataset, Views, default_workers, make_loader
+from data.sources.specs import ImageData, match_classes, open_data, open_labelled
 from engine import distributed
 from engine.cli import evaluation_parser, preparation, print_result, run_script
-from engine.linear import (
+from evals.knn import extract_features
+from evals.linear import (
     BATCH_SIZE,
     LEARNING_RATES,
     Head,
@@ -44,8 +45,7 @@ from engine.linear import (
     fit_heads,
     logistic_probe,
 )
-from engine.probes import extract_features
-from models.pretrained import load_backbone
+from models.weights.load import load_backbone
 
 DINO_BATCH, DINO_EPOCHS, DINO_LR = 1024, 100, 0.001
 LARGE = 1 << 32  # bytes of cached features from which on they are kept in half precision

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from engine.cli import print_result, run_script
 from models.features import Preprocessing
-from models.pretrained import find_weights, load_backbone
-from models.writing import FORMATS, write_backbone
+from models.weights.load import find_weights, load_backbone
+from models.weights.save import FORMATS, write_backbone
 
 OPENED_BY = {
     "hf": 'transformers.AutoModel.from_pretrained("FOLDER")\ntransformers.AutoImageProcessor.from_pretrained("FOLDER")',

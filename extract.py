@@ -29,14 +29,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.datasets import ImageData, open_data
 from data.loader import EvalDataset, default_workers
 from data.pictures import UnreadableImage
+from data.sources.specs import ImageData, open_data
 from engine.cli import evaluation_parser, preparation, print_result, run_script
 from engine.distributed import choose_device
 from engine.logger import notice
 from models.features import Features
-from models.pretrained import load_backbone
+from models.weights.load import load_backbone
 
 KINDS = {
     "cls": lambda features: features.cls,

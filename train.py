@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from data.annotated import Annotated, has_masks
 from data.augment import channel_statistics, multi_crop_from
-from data.datasets import ImageData, open_data, open_labelled
 from data.loader import Batch, EvalDataset, first_readable, stage_loader
+from data.sources.specs import ImageData, open_data, open_labelled
 from engine import checkpoint, distributed, optim
 from engine.cli import config_parser, run_script
 from engine.config import (
@@ -39,13 +39,15 @@ from engine.finite import FiniteSteps
 from engine.gram import build_gram_teacher
 from engine.guard import build_guard
 from engine.health import CollapseWatch, health
-from engine.inloop import probe_teacher, report_teacher
 from engine.logger import BadImages, notice
-from engine.patches import mean_locality
 from engine.run import Cadence, Run
 from engine.settings import provenance, refuse_changes, to_yaml
 from engine.stages import Stage, plan_stages
+from engine.start import build_student, load_initial, start_from
 from engine.validation import size_pair
+from evals.figures import draw_curves
+from evals.inloop import probe_teacher, report_teacher
+from evals.patches import mean_locality
 from losses.centering import Centering, build_centering
 from losses.dino import multicrop_dino_loss
 from losses.gram import downsample_patches, gram_loss
@@ -61,8 +63,7 @@ from models.ssl_model import (
     make_teacher,
     update_ema,
 )
-from models.start import build_student, load_initial, start_from
-from models.writing import save_model
+from models.weights.save import save_model
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -364,6 +365,7 @@ def teacher_outputs(
         "export": export,
         "report": report,
         "probe": probe if probed else None,
+        "curves": draw_curves,
         "locality": lambda of: mean_locality(of, prepare(images), device),
     }
 

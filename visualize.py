@@ -29,15 +29,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.augment import channel_statistics, multi_crop_from, normalize, resize, to_unit
-from data.datasets import ImageData, open_data
 from data.guided import guidance_from
 from data.loader import EvalDataset
 from data.masking import draw_masks
 from data.pictures import UnreadableImage
+from data.sources.specs import ImageData, open_data
 from engine.cli import preparation, print_result, run_script
 from engine.config import TrainConfig, load_config
 from engine.distributed import choose_device
-from engine.figures import (
+from engine.logger import notice, read_metrics
+from engine.validation import size_pair
+from evals.figures import (
     draw_curves,
     draw_embedding,
     draw_groups,
@@ -47,8 +49,7 @@ from engine.figures import (
     mark,
     pack,
 )
-from engine.logger import notice, read_metrics
-from engine.maps import (
+from evals.maps import (
     PCABasis,
     Picture,
     attention_image,
@@ -65,8 +66,7 @@ from engine.maps import (
     save_basis,
     to_picture,
 )  # fmt: skip
-from engine.validation import size_pair
-from models.pretrained import load_backbone
+from models.weights.load import load_backbone
 
 LONGEST = 16  # times the short side: a strip of one pixel by thousands would become millions
 THUMBNAIL = 128  # pixels

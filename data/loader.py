@@ -26,11 +26,11 @@ from data.augment import (
     resize,
     to_unit,
 )
-from data.datasets import ImageData, UnreadableImage, open_data
 from data.device import Cut, cut_out, pack
 from data.guided import Guidance, guidance_from, require_marks
 from data.masking import MaskSpec, draw_masks
-from data.mixture import Mixture
+from data.sources.mixture import Mixture
+from data.sources.specs import ImageData, UnreadableImage, open_data
 from engine import distributed
 
 EPOCH_ORDER, VIEWS, MASKS, SIZES = range(

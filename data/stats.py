@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from data.augment import to_unit
-from data.datasets import ImageData, UnreadableImage, open_data
+from data.sources.specs import ImageData, UnreadableImage, open_data
 
 
 class ImageStats(Dataset):

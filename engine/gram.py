@@ -11,7 +11,6 @@ from torch import nn
 from engine import distributed
 from engine.checkpoint import write_atomically
 from engine.distributed import Whole
-from engine.figures import draw_curves
 from engine.logger import notice
 from engine.optim import span_steps
 
@@ -107,7 +106,9 @@ def build_gram_teacher(
 
     def choose(step: int) -> str:
         run.settle()  # the newest snapshot may still be on its way
-        return best_snapshot(run.folder, step, lambda spec: run.locality(load(spec)))
+        return best_snapshot(
+            run.folder, step, lambda spec: run.locality(load(spec)), run.curves
+        )
 
     def find(spec: str) -> nn.Module:
         run.settle()
@@ -134,7 +135,12 @@ def _shapes(backbone: nn.Module) -> dict:
     return {name: tensor.shape for name, tensor in backbone.state_dict().items()}
 
 
-def best_snapshot(run: Path, step: int, measure: Callable[[str], float]) -> str:
+def best_snapshot(
+    run: Path,
+    step: int,
+    measure: Callable[[str], float],
+    curves: Callable[[Path, dict[str, list[dict]]], None],
+) -> str:
     """RUN@STEP of the snapshot up to `step` with the largest measure; the curve goes to RUN/gram_choice.json and .png.
 
     Raises:
@@ -162,5 +168,5 @@ def best_snapshot(run: Path, step: int, measure: Callable[[str], float]) -> str:
         curve = [
             {"step": kept_step, "probe/locality": value} for kept_step, value in values.items()
         ]
-        draw_curves(run / "gram_choice.png", {"snapshots": curve})
+        curves(run / "gram_choice.png", {"snapshots": curve})
     return f"{run}@{best}"

@@ -20,7 +20,6 @@ from torch import nn
 from engine import checkpoint, distributed
 from engine.checkpoint import CheckpointWriter
 from engine.cli import StoppedEarly
-from engine.figures import draw_curves
 from engine.guard import Guard
 from engine.health import CollapseWatch
 from engine.logger import BadImages, Logger, notice, read_metrics, require_mirrors
@@ -121,6 +120,7 @@ class Run:
         report: Callable[[], Callable[[Path], None]],
         probe: Callable[[], dict[str, float]] | None,
         locality: Callable[[nn.Module], float],
+        curves: Callable[[Path, dict[str, list[dict]]], None],
         refresh: Callable[[], None],
         watch: CollapseWatch,
         guard: Guard | None = None,
@@ -134,17 +134,13 @@ class Run:
             report: takes some of the teacher's features, and returns what draws them into a PNG.
             probe: measures the teacher, on all ranks together.
             locality: measures the patches of any backbone without labels.
+            curves: draws the records of some runs, by their names, into a PNG.
             refresh: gathers the teacher where it is sharded; called by all ranks before any of these.
             watch: says when what is logged looks like collapse.
             guard: says when a probe has fallen below step 0, and which one makes weights the best.
         """
-        self.state, self.export, self.report, self.probe, self.locality = (
-            state,
-            export,
-            report,
-            probe,
-            locality,
-        )
+        self.state, self.export, self.report, self.curves = state, export, report, curves
+        self.probe, self.locality = probe, locality
         self.refresh, self.watch, self.guard = refresh, watch, guard or Guard()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
@@ -266,7 +262,7 @@ class Run:
         def write() -> None:
             for folder in folders:
                 checkpoint.save_folder(folder, export)
-            draw_curves(self.folder / "curves.png", {self.folder.name: records})
+            self.curves(self.folder / "curves.png", {self.folder.name: records})
             report(self.folder / "report.png")
 
         self.writer.also(write)

@@ -1,5 +1,5 @@
 """Networks, and `load_backbone`, which is all that a notebook needs."""
 
-from models.pretrained import load_backbone
+from models.weights.load import load_backbone
 
 __all__ = ["load_backbone"]

@@ -8,10 +8,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from models.dialects import HF_DINOV3_KEY_BIAS, META_ROTARY, Dialect, find_dialect, strip
 from models.features import check_choice
 from models.layers import make_ffn
 from models.vit import PRESETS
+from models.weights.dialects import HF_DINOV3_KEY_BIAS, META_ROTARY, Dialect, find_dialect, strip
 
 # timm's names of the models that are built like ours; others stay timm's.
 TIMM_VIT = r"vit_\w+_patch\d+(_reg\d)?_(\d+|dinov2|dinov3(_qkvb)?)"

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models.dialects import Dialect
+from models.weights.dialects import Dialect
 
 # Depths and widths of timm's names, which DINOv3 took over.
 SIZES = {

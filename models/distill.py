@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from models.features import Features
 from models.head import ProjectionHead
-from models.pretrained import load_backbone, load_heads
+from models.weights.load import load_backbone, load_heads
 
 
 @dataclass

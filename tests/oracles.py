@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from data.annotated import Annotated
 from data.images import ImageData
-from data.scenes import Scenes
+from data.scenes.scenes import Scenes
 from models.features import Features, Preprocessing
 
 PATCH = 8

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 
-from data.datasets import open_data
+from data.sources.specs import open_data
 from engine import distributed
 from engine.cli import run_script
 

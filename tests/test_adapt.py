@@ -15,10 +15,10 @@ import data.stats
 import eval_knn
 import export
 import train
-from data.datasets import open_data
+from data.sources.specs import open_data
 from engine.config import load_config
 from engine.settings import ConfigError
-from models.pretrained import load_backbone
+from models.weights.load import load_backbone
 from tests import conftest
 from tests.test_train import folder_of, metrics
 

@@ -17,10 +17,10 @@ import train
 from data.augment import draw
 from data.loader import stage_loader
 from engine.config import load_config
-from engine.flops import FlopClock, peak_flops
-from engine.memory import memory_table
+from engine.start import build_student
+from evals.flops import FlopClock, peak_flops
+from evals.memory import memory_table
 from models.ssl_model import count_parameters
-from models.start import build_student
 
 ROOT = Path(__file__).parent.parent
 FEW = ["--steps", "3", "--warmup", "1"]

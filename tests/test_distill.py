@@ -25,10 +25,10 @@ from engine.students import Entry, divide_ranks, student_configs
 from losses.distill import matching_loss, standardize
 from models.distill import Teacher, head_from, load_teacher
 from models.head import LAST_LAYERS, ProjectionHead
-from models.pretrained import load_backbone
 from models.ssl_model import SSLModel, build_ssl_model, save_heads
 from models.vit import build_backbone
-from models.writing import write_backbone
+from models.weights.load import load_backbone
+from models.weights.save import write_backbone
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parent.parent

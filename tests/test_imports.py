@@ -8,34 +8,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("models", "losses", "data", "engine")
-SCRIPTS = [path.stem for path in ROOT.glob("*.py") if path.stem != "conftest"]
-FILES = [path for folder in PACKAGES for path in (ROOT / folder).glob("*.py")] + [
-    ROOT / f"{name}.py" for name in SCRIPTS
+ROOMS = ("models", "losses", "data", "engine", "evals")
+TOP = {path.stem for path in ROOT.glob("*.py")} - {"conftest"}
+SCRIPTS = TOP - {"errors"}
+FILES = [
+    *(path for room in ROOMS for path in (ROOT / room).rglob("*.py")),
+    *(ROOT / f"{name}.py" for name in TOP),
 ]
-# What each package may import besides the standard library and itself.
+# What the files of a room may import besides the standard library, the room itself and errors.py.
 ALLOWED = {
     "models": {"torch", "timm", "safetensors", "huggingface_hub"},
     "losses": {"torch"},
     "data": {
-        "torch",
-        "torchvision",
-        "numpy",
-        "PIL",
-        "yaml",
-        "engine.distributed",
-        "tifffile",
-        "datasets",
-    },  # the last two where asked for
+        *("torch", "torchvision", "numpy", "PIL", "yaml", "engine.distributed"),
+        *("tifffile", "datasets"),  # where such data is asked for
+    },
     "engine": {
-        "torch",
-        "numpy",
-        "PIL",
-        "matplotlib",
-        "tqdm",
-        "yaml",
-        "wandb",
-    },  # the last where asked for
+        *("torch", "numpy", "tqdm", "yaml", "models", "data"),
+        *("wandb", "safetensors"),  # where asked for
+    },
+    "evals": {"torch", "numpy", "PIL", "matplotlib", "tqdm", "models", "data", "engine"},
 }
 STEPS_ARE_TAKEN_FROM = {"distill": {"train"}, "bench": {"train", "distill"}}
 
@@ -52,31 +44,30 @@ def imports_of(path: Path) -> set[str]:
     return names - {"engine"}
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_packages_import_only_what_they_may(package):
-    for path in (ROOT / package).glob("*.py"):
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_they_may(room):
+    for path in (ROOT / room).rglob("*.py"):
         for name in imports_of(path):
             root = name.split(".")[0]
-            allowed = (
+            assert (
                 root in sys.stdlib_module_names
-                or root == package
-                or ALLOWED[package] & {root, name}
-            )
-            assert allowed, f"{path.name} imports {name}"
+                or root in (room, "errors")
+                or ALLOWED[room] & {root, name}
+            ), f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_scripts_import_no_scripts_but_the_step():
     for path in FILES:
-        taken = imports_of(path) & set(SCRIPTS)
+        taken = imports_of(path) & SCRIPTS
         assert taken <= STEPS_ARE_TAKEN_FROM.get(path.stem if path.parent == ROOT else "", set()), (
             path.name
         )
 
 
-def test_only_scripts_import_the_configuration():
-    for path in FILES:
-        if path.parent != ROOT:
-            assert "engine.config" not in imports_of(path) or path.name == "config.py", path.name
+def test_models_losses_and_data_do_not_know_the_configuration():
+    for room in ("models", "losses", "data"):
+        for path in (ROOT / room).rglob("*.py"):
+            assert "engine.config" not in imports_of(path), path.name
 
 
 def test_importing_every_module_changes_no_global_state():
@@ -105,7 +96,7 @@ assert state() == before, "an import left a trace"
 def test_files_and_functions_stay_short():
     for path in FILES:
         text = path.read_text()
-        assert len(text.splitlines()) <= 450, f"{path.name} is past 450 lines: a room is missing"
+        assert len(text.splitlines()) <= 600, f"{path.name} is past 600 lines: a room is missing"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 assert node.end_lineno - node.lineno < 80, (

@@ -19,7 +19,7 @@ from engine.logger import read_metrics
 from engine.optim import build_schedules
 from engine.stages import plan_stages
 from losses.centering import build_centering
-from models.pretrained import load_backbone
+from models.weights.load import load_backbone
 
 ROOT = Path(__file__).parent.parent
 TIMING = {"images_per_second", "data_wait_fraction", "memory_gib"}

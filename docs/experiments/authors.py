@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import bench
 from engine.config import load_config
-from engine.flops import synchronize
+from evals.flops import synchronize
 
 
 def main() -> None:

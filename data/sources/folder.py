@@ -1,0 +1,159 @@
+"""Image files in a folder or named by a list."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from data.guided import Marks
+from data.images import SPLITS, ImageData, number_classes
+from data.pictures import EXTENSIONS, read_image
+
+
+class FileImages(ImageData):
+    """Image files.
+
+    Args:
+        names: class names, or None where there is none.
+        reading: keywords of `read_image`.
+        size: first so many.
+        marks: boxes or masks of some of the files.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        files: list[str],
+        names: list[str | None] | None,
+        reading: dict,
+        size: int | None = None,
+        marks: Marks | None = None,
+    ):
+        self.root, self.reading, self.marks = root, reading, marks
+        # Bytes in one array: a list of strings would be copied into every worker as it is read.
+        self.files = np.array([os.fsencode(file) for file in files[:size]])
+        if names is not None:
+            # Of all files: the first few must number their classes as all of them do.
+            labels, self.classes = number_classes(names)
+            self.labels = None if labels is None else labels[:size]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def image(self, index: int) -> Tensor:
+        return read_image(self.name(index), **self.reading)
+
+    def name(self, index: int) -> str:
+        return str(self.root / os.fsdecode(self.files[index]))
+
+    def annotations(self, index: int) -> dict:
+        return (
+            super().annotations(index)
+            if self.marks is None
+            else self.marks.of(os.fsdecode(self.files[index]))
+        )
+
+
+def open_folder(
+    root: Path,
+    reading: dict,
+    split: str | None = None,
+    size: int | None = None,
+    labels: str | None = None,
+    marks: str | None = None,
+) -> FileImages:
+    """All images below a folder; see the grammar in data/sources/specs.py."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {str(root)!r}")
+    if split is not None:
+        folders = [root / name for name in SPLITS.get(split, (split,))]
+        below = root
+        root = next((folder for folder in folders if folder.is_dir()), None)
+        if root is None:
+            raise FileNotFoundError(f"no folder {split!r} in {str(below)!r} for split={split}")
+    files = sorted(_walk(root))
+    if not files:
+        raise FileNotFoundError(
+            f"no image in {str(root)!r}; extensions are {' '.join(sorted(EXTENSIONS))}"
+        )
+    if labels is None:
+        names = [file.partition("/")[0] if "/" in file else None for file in files]
+    else:
+        rows = _read_csv(_beside(root, labels), ("file", "label"))
+        label_of = {Path(row["file"]).as_posix(): row["label"] or None for row in rows}
+        names = [label_of.get(file) for file in files]
+        if not any(names):
+            raise ValueError(
+                f"{labels!r} names no image of {str(root)!r}; its column file holds paths relative to that folder"
+            )
+    return FileImages(root, files, names, reading, size, _read_marks(root, marks, files))
+
+
+def _beside(root: Path, given: str) -> Path:
+    path = Path(given).expanduser()
+    return path if path.exists() else root / path
+
+
+def _read_marks(root: Path, given: str | None, files: list[str]) -> Marks | None:
+    if given is None:
+        return None
+    path = _beside(root, given)
+    marks = Marks(_read_csv(path, ("file",)), path.parent)
+    if not any(file in marks for file in files):
+        raise ValueError(
+            f"{given!r} marks no image of {str(root)!r}; its column file holds paths as in the data"
+        )
+    return marks
+
+
+def _walk(root: Path):
+    """Paths relative to root, with forward slashes; hidden files and folders are passed over."""
+    for folder, below, files in os.walk(root, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".")]
+        relative = Path(folder).relative_to(root)
+        for file in files:
+            if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith("."):
+                yield (relative / file).as_posix()
+
+
+def open_list(
+    path: Path, reading: dict, size: int | None = None, marks: str | None = None
+) -> FileImages:
+    """The images that a .txt or .csv names, or the one image at that path."""
+    names = None
+    if path.suffix.lower() in EXTENSIONS:
+        files = [path.name]
+    elif path.suffix.lower() == ".csv":
+        rows = _read_csv(path, ("file",))
+        files = [row["file"] for row in rows]
+        names = [row.get("label") or None for row in rows]
+    elif path.suffix.lower() == ".txt":
+        lines = _open_text(path).read().splitlines()
+        files = [line.strip() for line in lines if line.strip()]
+    else:
+        raise ValueError(f"{str(path)!r} is no list of images: a list ends in .txt or .csv")
+    if not files:
+        raise FileNotFoundError(f"{str(path)!r} lists no image")
+    return FileImages(
+        path.parent, files, names, reading, size, _read_marks(path.parent, marks, files)
+    )
+
+
+def _open_text(path: Path):
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}")
+    # utf-8-sig: spreadsheets write a byte order mark; surrogateescape: file names may be any bytes.
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    with _open_text(path) as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(
+                f"{str(path)!r} has no column {missing[0]!r}; its first line must name the columns {', '.join(columns)}"
+            )
+        return list(reader)

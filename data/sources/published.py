@@ -1,0 +1,245 @@
+"""Published data sets: any torchvision.datasets class, and the Hugging Face hub."""
+
+import inspect
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.datasets
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.images import SPLITS, ImageData
+from data.pictures import (
+    UnreadableImage,
+    error_text,
+    finish,
+    picture_to_tensor,
+    read_image,
+    read_open_file,
+)
+
+
+class TorchvisionImages(ImageData):
+    """A torchvision data set. One that holds its images as an array is read without going through
+    PIL, which is most of the cost of a 28-pixel image."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        name: str,
+        channels: int | None = 3,
+        size: int | None = None,
+        window: tuple[float, float] | None = None,
+    ):
+        self.title, self.channels, self.window = name, channels, window
+        self.pixels = _pixels_of(dataset)
+        self.dataset = dataset if self.pixels is None else None
+        self.length = len(dataset) if size is None else min(size, len(dataset))
+        labels = labels_of(dataset)
+        if labels is not None:
+            self.labels = labels[: self.length]
+            classes = getattr(dataset, "classes", None)
+            if classes is not None:
+                self.classes = [c if isinstance(c, str) else ", ".join(c) for c in classes]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def image(self, index: int) -> Tensor:
+        if self.pixels is not None:
+            return finish(self.pixels[index], self.name(index), self.channels, self.window)
+        try:
+            picture = self.dataset[index][0]
+        except Exception as error:  # whatever a decoder makes of broken bytes
+            raise UnreadableImage(self.name(index), error_text(error)) from error
+        return finish(
+            picture_to_tensor(picture, self.channels), self.name(index), self.channels, self.window
+        )
+
+    def name(self, index: int) -> str:
+        return f"{self.title}/{index}"
+
+
+def open_torchvision(
+    kind: str,
+    root: Path,
+    channels: int | None,
+    *,
+    split: str | None = None,
+    download: bool = False,
+    **options,
+) -> TorchvisionImages:
+    """See the grammar in data/sources/specs.py; options are those of TorchvisionImages."""
+    dataset = _construct(kind, root, split, download)
+    return TorchvisionImages(dataset, f"{kind}/{split}" if split else kind, channels, **options)
+
+
+def torchvision_classes() -> dict[str, type]:
+    """Classes that open with a folder and at most a split, by snake-case name."""
+    classes = {}
+    for name in torchvision.datasets.__all__:
+        cls = getattr(torchvision.datasets, name)
+        parameters = inspect.signature(cls).parameters.values()
+        needed = {p.name for p in parameters if p.default is p.empty and p.kind != p.VAR_KEYWORD}
+        if "root" in needed and needed <= {"root", "split"}:
+            snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+            classes[snake.lower()] = cls
+    return classes
+
+
+def _construct(kind: str, root: Path, split: str | None, download: bool) -> Dataset:
+    cls = torchvision_classes()[kind]
+    parameters = inspect.signature(cls).parameters
+    if download and "download" not in parameters:
+        raise ValueError(f"{kind} cannot be downloaded by torchvision; fetch it by hand")
+    # Said even where it is False: two of the classes would download by default.
+    options = {"download": download} if "download" in parameters else {}
+    refused = None
+    for choice in _split_choices(kind, parameters, split):
+        try:
+            return cls(str(root), **choice, **options)
+        except ValueError as error:
+            refused = error  # an unknown split
+        except (RuntimeError, OSError, ImportError) as error:
+            if download or not re.search("not found|no such file", str(error), re.IGNORECASE):
+                raise ValueError(f"cannot open {kind}:{root}: {error_text(error)}") from error
+            hint = "; add download=1 to fetch it" if "download" in parameters else ""
+            raise FileNotFoundError(f"no {cls.__name__} data in {str(root)!r}{hint}") from error
+    raise ValueError(f"{kind}: {error_text(refused)}") from refused
+
+
+def _split_choices(kind: str, parameters, split: str | None) -> list[dict]:
+    """Constructor arguments that mean that split, in the order to try them."""
+    if split is None:
+        if parameters.get("split") is not None and parameters["split"].default is inspect._empty:
+            raise ValueError(f"{kind} needs a split: {kind}:DIR?split=NAME")
+        return [{}]
+    if "split" in parameters:
+        return [{"split": name} for name in SPLITS.get(split, (split,))]
+    if "train" in parameters:
+        if split not in SPLITS:
+            raise ValueError(f"{kind} has no split {split!r}; choose from {', '.join(SPLITS)}")
+        return [{"train": split == "train"}]
+    raise ValueError(f"{kind} has no splits; leave split={split} out")
+
+
+def _pixels_of(dataset: Dataset) -> Tensor | None:
+    """(n, C, H, W) uint8 of a data set that holds its images in memory, else None."""
+    data = getattr(dataset, "data", None)
+    if not isinstance(data, (np.ndarray, Tensor)) or len(data) != len(dataset):
+        return None
+    pixels = torch.as_tensor(data)
+    if pixels.dtype != torch.uint8:
+        return None
+    if pixels.ndim == 3:
+        return pixels[:, None]
+    if pixels.ndim == 4 and pixels.shape[-1] in (1, 3):
+        return pixels.permute(0, 3, 1, 2)
+    return pixels if pixels.ndim == 4 and pixels.shape[1] in (1, 3) else None
+
+
+def labels_of(dataset: Dataset) -> np.ndarray | None:
+    """(n,) int64 class ids, from whichever attribute the class keeps them in; else None."""
+    for name in ("targets", "labels", "_labels", "y", "_samples"):
+        values = getattr(dataset, name, None)
+        if values is None or len(values) != len(dataset):
+            continue
+        if name == "_samples":  # pairs of a path and a label
+            values = [sample[1] for sample in values]
+        labels = np.asarray(values)
+        if labels.ndim == 1 and labels.dtype.kind in "iu" and (labels >= 0).any():
+            return labels.astype(np.int64)
+    return None
+
+
+class HubImages(ImageData):
+    """A data set of the package `datasets`; images are decoded here, so that none loses bits or ends the run.
+
+    Args:
+        dataset: with a column of images.
+        reading: keywords of `read_image`.
+        image, label: columns; None: the first of images, the first of class labels.
+
+    Raises:
+        ValueError: if there is no such column.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        title: str,
+        reading: dict,
+        image: str | None = None,
+        label: str | None = None,
+        size: int | None = None,
+    ):
+        import datasets
+
+        self.title, self.reading = title, reading
+        features = dataset.features
+        self.column = image or next(
+            (name for name, kind in features.items() if isinstance(kind, datasets.Image)), None
+        )
+        label = label or next(
+            (name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None
+        )
+        for name, key in ((self.column, "image"), (label, "label")):
+            if (name is None and key == "image") or (name is not None and name not in features):
+                raise ValueError(
+                    f"{title} has no column {name or 'of images'}; {key}=NAME is one of {', '.join(features)}"
+                )
+        self.dataset = dataset.select(range(min(size or len(dataset), len(dataset))))
+        if label is not None:
+            self.labels = np.array(
+                [-1 if k is None else k for k in self.dataset[label]], dtype=np.int64
+            )
+            self.classes = getattr(features[label], "names", None)
+        if isinstance(features[self.column], datasets.Image):
+            self.dataset = self.dataset.cast_column(self.column, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def image(self, index: int) -> Tensor:
+        stored = self.dataset[index][self.column]
+        stored = stored if isinstance(stored, dict) else {"bytes": stored}
+        if isinstance(stored.get("bytes"), bytes):
+            return read_open_file(io.BytesIO(stored["bytes"]), self.name(index), **self.reading)
+        if not stored.get("path"):
+            raise UnreadableImage(self.name(index), "the row holds no image")
+        return read_image(stored["path"], **self.reading)
+
+    def name(self, index: int) -> str:
+        return f"{self.title}/{index}"
+
+
+def open_hub(
+    path: str, reading: dict, split: str | None = None, config: str | None = None, **options
+) -> HubImages:
+    """`org/name` on the hub, or a folder: one that `save_to_disk` wrote, or files in a layout of the hub."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            "data of the kind hf needs the package datasets: pip install datasets"
+        ) from error
+    place = Path(path).expanduser()
+    saved = any((place / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    try:
+        found = (
+            datasets.load_from_disk(str(place)) if saved else datasets.load_dataset(path, config)
+        )
+    except Exception as error:  # of the network, of the hub, of files
+        raise ValueError(f"cannot open hf:{path}: {error_text(error)}") from error
+    if isinstance(found, dict):
+        chosen = next((name for name in SPLITS.get(split, (split,)) if name in found), None)
+        if chosen is None:
+            given = "needs a split" if split is None else f"has no split {split!r}"
+            raise ValueError(f"hf:{path} {given}; split= is one of {', '.join(found)}")
+        found = found[chosen]
+    elif split is not None:
+        raise ValueError(f"hf:{path} has no splits; leave split={split} out")
+    return HubImages(found, f"hf:{path}/{split}" if split else f"hf:{path}", reading, **options)
