@@ -123,11 +123,14 @@ def test_operations_of_a_linear_layer_are_those_of_three_products():
 
 
 def test_operations_of_fused_attention_are_those_of_its_two_products():
-    q = torch.randn(2, 4, 10, 8)
+    q = torch.randn(2, 4, 10, 8, requires_grad=True)
+    product = 2 * 2 * 4 * 10 * 10 * 8
     with FlopClock() as clock:
-        F.scaled_dot_product_attention(q, q, q)
-        clock.mark("attention")
-    assert clock.phases == {"attention": 2 * 2 * 2 * 4 * 10 * 10 * 8}
+        attended = F.scaled_dot_product_attention(q, q, q)
+        clock.mark("forward")
+        attended.sum().backward()
+        clock.mark("backward")
+    assert clock.phases == {"forward": 2 * product, "backward": 4 * product}
 
 
 def test_the_peak_of_a_processor_is_what_a_large_product_reaches():

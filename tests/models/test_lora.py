@@ -116,9 +116,8 @@ def test_merged_equals_unmerged(build, targets):
     adapted = joined(trained(model)(images()))
     assert (adapted - before).norm() > 0.02 * before.norm()
     plain = merged_copy(model)
-    assert (joined(plain(images())) - adapted).abs().max() <= 1e-6 * adapted.abs().max().clamp(
-        min=1
-    )
+    rounding = 4e-6  # of float32, which depends on the processor; the products in float64 decide below
+    assert (joined(plain(images())) - adapted).abs().max() <= rounding * adapted.abs().max()
     assert torch.equal(joined(model(images())), adapted)  # the copy left it alone
     exact = joined(model.double()(images().double()))
     assert (
