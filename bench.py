@@ -44,6 +44,7 @@ from engine.settings import find_config, read_yaml
 from engine.stages import Stage, plan_stages
 from engine.start import build_student, load_initial
 from engine.students import student_configs, uses_heads, what_is_cut
+from errors import UserError
 from evals.flops import FlopClock, peak_flops, synchronize
 from evals.memory import forget_peak, memory_table
 from losses.centering import build_centering
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_intermixed_args(argv)
     for name, least in (("steps", 1), ("warmup", 1)):
         if getattr(arguments, name) < least:
-            raise ValueError(f"--{name} is {getattr(arguments, name)}; it must be at least {least}")
+            raise UserError(f"--{name} is {getattr(arguments, name)}; it must be at least {least}")
     if arguments.config and any(
         "distill" in layer for layer in read_yaml(find_config(arguments.config))
     ):
@@ -148,14 +149,14 @@ def split_changes(text: str) -> list[str]:
 def chosen_stage(cfg: TrainConfig, name: str | None) -> Stage:
     """
     Raises:
-        ValueError: if there is no stage of that name.
+        UserError: if there is no stage of that name.
     """
     stages = {
         stage.name: stage
         for stage in plan_stages(cfg, None if cfg.stages else STEPS, optim.build_schedules)
     }
     if name is not None and name not in stages:
-        raise ValueError(
+        raise UserError(
             f"--stage is {name}; this configuration has {', '.join(map(str, cfg.stages or ['no stages']))}"
         )
     return stages[name] if name else next(iter(stages.values()))
@@ -330,7 +331,7 @@ def measure_students(arguments: argparse.Namespace) -> None:
         ValueError: for flags that have no meaning here.
     """
     if arguments.compare or arguments.profile or arguments.memory or arguments.stage:
-        raise ValueError(
+        raise UserError(
             "of a distillation only the steps are measured: leave --compare, --profile, --memory and --stage out"
         )
     start, cfg = (
@@ -393,8 +394,10 @@ class Students:
         teacher = distill.open_teacher(cfg).to(device)
         heads = uses_heads(cfg, teacher)
         self.autocast, _ = distributed.choose_precision(cfg.precision, device)
-        look = distill.teachers_sight(cfg, teacher, device)
-        self.teach = partial(distill.taught, teacher, heads, look, cfg.micro_batch_size)
+        look = distill.teacher_crop_adapter(cfg, teacher, device)
+        self.teach = partial(
+            distill.with_teacher_features, teacher, heads, look, cfg.micro_batch_size
+        )
         stages = plan_stages(cfg, None if cfg.stages else STEPS, optim.build_schedules)
         images = open_data(cfg.data.train, cfg.data.channels)
         entries = student_configs(cfg)

@@ -25,9 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.distillation import (
+    CropAdapter,
+    DistillationBatch,
+    crop_adapter,
+    exchanged,
+    rank_share,
+    with_masks,
+)
 from data.loader import Batch, stage_loader
 from data.sources.specs import ImageData, open_data
-from data.taught import Sight, Taught, exchanged, rank_share, sight_from, with_masks
 from engine import checkpoint, distributed, optim
 from engine.cli import config_parser, run_script
 from engine.config import (
@@ -42,7 +49,7 @@ from engine.guard import build_guard
 from engine.health import CollapseWatch
 from engine.logger import BadImages, notice
 from engine.run import Cadence, Run
-from engine.settings import ConfigError, provenance, refuse_changes, to_yaml
+from engine.settings import provenance, refuse_changes, to_yaml
 from engine.stages import Stage, plan_stages
 from engine.start import build_student, load_initial
 from engine.students import (
@@ -62,6 +69,7 @@ from engine.students import (
     what_is_cut,
 )
 from engine.validation import size_pair
+from errors import UserError
 from losses.centering import build_centering
 from losses.distill import matching_losses, matching_targets
 from losses.gram import downsample_patches
@@ -86,7 +94,7 @@ def distill(cfg: DistillTrainConfig, device: torch.device) -> None:
     images = open_data(cfg.data.train, cfg.data.channels)
     stages = plan_stages(cfg, length_in_steps(cfg, len(images)), optim.build_schedules)
     check_run(cfg, stages, distributed.world_size())
-    look = teachers_sight(cfg, teacher, device)
+    look = teacher_crop_adapter(cfg, teacher, device)
 
     layout = divide_ranks(entries, distributed.world_size())
     group = distributed.split_ranks(list(layout.values())) if layout else None
@@ -103,12 +111,14 @@ def distill(cfg: DistillTrainConfig, device: torch.device) -> None:
         if first_step < stage.stop:
             with distributed.within(group):
                 active = [student for student in students if student.enters(number)]
-            teach = partial(taught, teacher, heads, look, stage.cfg.micro_batch_size)
+            teach = partial(with_teacher_features, teacher, heads, look, stage.cfg.micro_batch_size)
             first = max(first_step, stage.first)
             distill_stage(what_is_cut(stage, heads), first, teach, active, group, stop, device)
 
 
-def teachers_sight(cfg: DistillTrainConfig, teacher: Teacher, device: torch.device) -> Sight:
+def teacher_crop_adapter(
+    cfg: DistillTrainConfig, teacher: Teacher, device: torch.device
+) -> CropAdapter:
     """How the teacher sees the crops: at its size, with its own mean and std. Checks that it takes them."""
     size = cfg.distill.teacher_size
     patch_grid(
@@ -117,7 +127,7 @@ def teachers_sight(cfg: DistillTrainConfig, teacher: Teacher, device: torch.devi
         device,
         f"the teacher {cfg.distill.teacher}",
     )
-    return sight_from(
+    return crop_adapter(
         cfg, teacher.backbone.preprocessing, cfg.data.channels, device, global_size=size
     )
 
@@ -125,7 +135,7 @@ def teachers_sight(cfg: DistillTrainConfig, teacher: Teacher, device: torch.devi
 def distill_stage(
     stage: Stage,
     first_step: int,
-    teach: Callable[[Batch], Taught],
+    teach: Callable[[Batch], DistillationBatch],
     students: list["Student"],
     group: Any,
     stop: StopRequest,
@@ -181,7 +191,7 @@ class Student:
             cfg, stages[-1].stop, optim.build_schedules if heads else matching_schedules
         )
         if [stage.stop for stage in self.stages] != [stage.stop for stage in stages]:
-            raise ConfigError(
+            raise UserError(
                 f"distill.students.{self.name}.stages are other stages than those of the run"
             )
         self.cuts = [
@@ -218,16 +228,16 @@ class Student:
         notice(f"{self.name}, {cfg.model.arch}: {count_parameters(model.backbone):,} parameters")
         self.model, self.ema = model.to(device), make_teacher(model.to(device))
         sizes = {name: getattr(cfg.crops, name) for name in ("global_size", "local_size")}
-        self.sight = sight_from(self.base, cfg.data, cfg.data.channels, device, **sizes)
+        self.sight = crop_adapter(self.base, cfg.data, cfg.data.channels, device, **sizes)
         sizes = {self.sight.size(size_pair(cut.global_size)) for cut in self.cuts}
         if self.heads and cfg.crops.local_count:
             sizes |= {self.sight.size(size_pair(cut.local_size), local=True) for cut in self.cuts}
         whose = f"distill.students.{self.name}"
         self.grids = {size: patch_grid(self.ema.backbone, size, device, whose) for size in sizes}
-        whole = distributed.Whole(self.ema, cfg.strategy, device, cfg.precision)
+        unsharded = distributed.UnshardedTeacher(self.ema, cfg.strategy, device, cfg.precision)
         compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
         distributed.prepare(self.model, cfg.checkpointing, compiled)
-        whole.place(self.model), whole.place(self.ema)
+        unsharded.place(self.model), unsharded.place(self.ema)
         self.centering = (
             build_centering(cfg.loss, self.terms) if self.heads else nn.ModuleDict()
         ).to(device)
@@ -242,10 +252,10 @@ class Student:
                 self.model, self.ema, self.centering, self.optimizer, self.scaler
             ),
             bad_images=BadImages(self.run.folder, len(images), cfg.data.max_bad),
-            refresh=whole.refresh,
+            refresh=unsharded.refresh,
             watch=CollapseWatch(cfg.health.on_collapse),
             guard=build_guard(cfg),
-            **teacher_outputs(cfg, images, whole.module, device),
+            **teacher_outputs(cfg, images, unsharded.module, device),
         )
         return True
 
@@ -271,7 +281,7 @@ class Student:
         self.finite = FiniteSteps(self.optimizer, self.scaler, self.device)
         return True
 
-    def step(self, step: int, batch: Taught, places: range) -> Callable[[], dict]:
+    def step(self, step: int, batch: DistillationBatch, places: range) -> Callable[[], dict]:
         """Numbered as in train.py; the teacher has looked already. Returns what is to be logged, if it is."""
         cfg, stage, now = self.stage.cfg, self.stage, self.stage.now(step)
         distributed.seed_step(cfg.seed, step)
@@ -336,9 +346,9 @@ class Student:
 
 
 @torch.no_grad()
-def taught(
-    teacher: Teacher, heads: bool, look: Sight, micro_batch: int | None, batch: Batch
-) -> Taught:
+def with_teacher_features(
+    teacher: Teacher, heads: bool, look: CropAdapter, micro_batch: int | None, batch: Batch
+) -> DistillationBatch:
     """The batch with what the teacher says of its global crops, so many images at a time."""
     views = len(batch.global_crops) // len(batch.images)
     parts = look(batch.global_crops).split((micro_batch or len(batch.images)) * views)
@@ -346,13 +356,15 @@ def taught(
     cls, patches = (
         torch.cat([getattr(part, name) for part in seen]) for name in ("cls", "patches")
     )
-    return Taught(**vars(batch), teacher_cls=cls, teacher_patches=patches, grid=seen[0].grid)
+    return DistillationBatch(
+        **vars(batch), teacher_cls=cls, teacher_patches=patches, grid=seen[0].grid
+    )
 
 
 @torch.no_grad()
 def head_targets(
     teacher: Teacher,
-    micro_batches: list[Taught],
+    micro_batches: list[DistillationBatch],
     centering: nn.ModuleDict,
     teacher_temp: float,
     grid: tuple[int, int],
@@ -375,7 +387,7 @@ def head_targets(
     ]
 
 
-def on_grid(crops: Taught, grid: tuple[int, int]) -> Tensor:
+def on_grid(crops: DistillationBatch, grid: tuple[int, int]) -> Tensor:
     """(G·B, N, E') of the teacher's patches, where the student has its own."""
     return (
         crops.teacher_patches
@@ -386,7 +398,7 @@ def on_grid(crops: Taught, grid: tuple[int, int]) -> Tensor:
 
 def open_teacher(cfg: DistillTrainConfig) -> Teacher:
     if cfg.distill.teacher is None:
-        raise ConfigError(
+        raise UserError(
             "who teaches? give distill.teacher, a MODEL: a run, released weights, timm:NAME"
         )
     try:

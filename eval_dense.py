@@ -31,6 +31,7 @@ from data.loader import default_workers
 from data.sources.specs import open_data
 from engine.cli import evaluation_parser, print_result, run_script
 from engine.distributed import choose_device
+from errors import UserError
 from evals import localization
 from evals import matching as correspondence
 from evals.dense import DEPTH, SEGMENTATION, linear_depth, linear_segmentation
@@ -145,11 +146,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check(arguments: argparse.Namespace) -> argparse.Namespace:
     if arguments.resize is not None:
-        raise ValueError(
+        raise UserError(
             "--resize is for a centre crop, and dense probes keep whole images; give the short side by --size"
         )
     if arguments.size is not None and (len(arguments.size) > 2 or min(arguments.size) < 1):
-        raise ValueError("--size takes the short side, or height and width, in pixels")
+        raise UserError("--size takes the short side, or height and width, in pixels")
     positive = (
         "batch_size",
         "layers",
@@ -168,12 +169,12 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
         value = getattr(arguments, name, None)
         values = value if isinstance(value, list) else [value]
         if value is not None and min(values) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
     span = getattr(arguments, "span", None)
     if span is not None and span[0] >= span[1]:
-        raise ValueError(f"--span is {span[0]:g} {span[1]:g}; the first must be the smaller")
+        raise UserError(f"--span is {span[0]:g} {span[1]:g}; the first must be the smaller")
     if getattr(arguments, "head", "") == "knn" and arguments.multi_scale:
-        raise ValueError("--multi-scale goes with --head linear only")
+        raise UserError("--multi-scale goes with --head linear only")
     return arguments
 
 
@@ -260,7 +261,7 @@ def matching(
     seen, thresholds = seen_through(arguments, backbone), arguments.thresholds
     there = kinds_of(val)
     if not {"pair", "keypoints"} & set(there):
-        raise ValueError(
+        raise UserError(
             f"{val.name(0)} has neither pairs of views nor keypoints; `scenes` has both"
         )
     result = {"recall": None, "keypoints": None}
@@ -343,7 +344,7 @@ def objects(arguments, backbone, data: ImageData, device: torch.device) -> Itera
     """Tokens, attention and truth of each image, as `localize` takes them."""
     known = [kind for kind in ("boxes", "instance", "mask") if kind in kinds_of(data)]
     if not known:
-        raise ValueError(f"{data.name(0)} has neither boxes nor masks of objects")
+        raise UserError(f"{data.name(0)} has neither boxes nor masks of objects")
     images = prepared(arguments, backbone, data, known)
     for item in tqdm_if_terminal(
         extract_patches(backbone, images, device, **loading(arguments, device)), len(data)

@@ -33,6 +33,7 @@ from data.loader import EvalDataset, default_workers
 from data.sources.specs import ImageData, open_data, open_labelled
 from engine import distributed
 from engine.cli import evaluation_parser, preparation, print_result, run_script
+from errors import UserError
 from evals.knn import extract_features, knn_accuracy, retrieval_map, whitening
 from models.weights.load import load_backbone
 
@@ -110,7 +111,7 @@ def by_truth(
     """Relevant and ignored as a file says for each query; names of files, with or without extension.
 
     Raises:
-        ValueError: if the file is of another form or names what is not there.
+        UserError: if the file is of another form or names what is not there.
     """
     try:
         truth = json.loads(path.read_text())
@@ -120,14 +121,14 @@ def by_truth(
             for query, entry in truth.items()
         }
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f'{path} is not {{"query": {{"easy": [names], "hard": [names], "junk": [names]}}}}'
         ) from error
     place = {Path(name).stem: index for index, name in enumerate(names_of(train))}
     queries = [Path(name).stem for name in names_of(val)]
     unknown = [name for query in queries for name in lists.get(query, ()) if name not in place]
     if unknown or not set(queries) & set(lists):
-        raise ValueError(
+        raise UserError(
             f"{path} names {unknown[0]!r}, which --train lacks"
             if unknown
             else f"{path} has no query of --val"
@@ -213,7 +214,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         or arguments.batch_size < 1
         or min(arguments.scales) <= 0
     ):
-        raise ValueError(
+        raise UserError(
             "--k and --batch-size must be at least 1, --temperature and --scales more than 0"
         )
     if (
@@ -222,7 +223,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         or arguments.whiten
         and not (arguments.retrieval or arguments.copies)
     ):
-        raise ValueError(
+        raise UserError(
             "--truth is for --retrieval, --whiten for --retrieval and --copies; add one of them"
         )
     return arguments

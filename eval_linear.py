@@ -31,6 +31,7 @@ from data.loader import EvalDataset, Views, default_workers, make_loader
 from data.sources.specs import ImageData, match_classes, open_data, open_labelled
 from engine import distributed
 from engine.cli import evaluation_parser, preparation, print_result, run_script
+from errors import UserError
 from evals.knn import extract_features
 from evals.linear import (
     BATCH_SIZE,
@@ -127,7 +128,7 @@ class Probe:
             "SC_PHYS_PAGES"
         ) * os.sysconf("SC_PAGE_SIZE"):
             gib = size * dtype.itemsize / 2**30
-            raise ValueError(
+            raise UserError(
                 f"the features of {len(items)} images of {name} take {gib:.0f} GiB of memory; give --stream"
             )
         progress = partial(
@@ -210,7 +211,7 @@ def further_set(probe: Probe, classifier: Callable, train: ImageData, spec: str)
     data = open_data(spec, probe.backbone.in_channels)
     labels = match_classes(train, data)
     if labels is None:
-        raise ValueError(
+        raise UserError(
             f"{spec} has no labels; --also needs folders named by class, or a labelled data set"
         )
     data.labels = labels
@@ -281,11 +282,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("batch_size", "steps", "shots"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if min(arguments.lr or [1]) <= 0 or arguments.seed < 0:
-        raise ValueError("--lr must be more than 0, --seed at least 0")
+        raise UserError("--lr must be more than 0, --seed at least 0")
     if arguments.protocol == "logreg" and (arguments.stream or arguments.lr or arguments.steps):
-        raise ValueError(
+        raise UserError(
             "--protocol logreg fits all images at once; --stream, --lr and --steps are for the others"
         )
     return arguments

@@ -19,6 +19,7 @@ import yaml
 from torch import Tensor, nn
 
 from engine.cli import print_result, run_script
+from errors import UserError
 from models.features import Preprocessing
 from models.weights.load import find_weights, load_backbone
 from models.weights.save import FORMATS, write_backbone
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.format == "onnx":
         size = tuple(arguments.size or preprocessing.size)
         if len(size) > 2 or min(size) < 1:
-            raise ValueError(
+            raise UserError(
                 f"--size is {' '.join(map(str, size))}; give one number, or height and width, in pixels"
             )
         result |= write_onnx(
@@ -115,15 +116,15 @@ def write_onnx(
 
     Raises:
         ImportError: if what torch.onnx needs is not installed.
-        ValueError: if the export fails, or onnxruntime computes something else.
+        UserError: if the export fails, or onnxruntime computes something else.
     """
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
-            raise ImportError(
+            raise UserError(
                 f"--format onnx needs the package {package}, which is not installed: pip install onnx onnxscript"
             )
     if opset < 18:
-        raise ValueError(f"--opset is {opset}; it must be at least 18")
+        raise UserError(f"--opset is {opset}; it must be at least 18")
     folder.mkdir(parents=True, exist_ok=True)
     path, model = folder / "model.onnx", Outputs(backbone).eval()
     images = torch.randn(
@@ -148,7 +149,7 @@ def write_onnx(
                 external_data=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ValueError(f"torch.onnx cannot export this backbone: {error}") from error
+        raise UserError(f"torch.onnx cannot export this backbone: {error}") from error
     images = (
         torch.cat([images, images.flip(-1)]) if dynamic_batch else images
     )  # another number than it was traced with
@@ -175,7 +176,7 @@ def onnx_error(path: Path, model: nn.Module, images: Tensor) -> float | None:
     ]
     error = max(((theirs - ours).abs().max() / ours.abs().max()).item() for theirs, ours in pairs)
     if not error < 1e-3:
-        raise ValueError(
+        raise UserError(
             f"{path}: onnxruntime deviates from this backbone by {error:.1e} of the largest number, more than 1e-3"
         )
     return error

@@ -35,6 +35,7 @@ from data.sources.specs import ImageData, open_data
 from engine.cli import evaluation_parser, preparation, print_result, run_script
 from engine.distributed import choose_device
 from engine.logger import notice
+from errors import UserError
 from models.features import Features
 from models.weights.load import load_backbone
 
@@ -58,9 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     if arguments.output is None:
-        raise ValueError("--output is missing; name the folder for the arrays and their index")
+        raise UserError("--output is missing; name the folder for the arrays and their index")
     if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
+        raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
 
     began = time.perf_counter()
     device = choose_device(arguments.device)
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
                 for kind, writer in writers.items():
                     writer.append(KINDS[kind](features))
     if not rows:
-        raise ValueError(
+        raise UserError(
             f"none of the {len(data)} images of {arguments.data} could be read; one of them: {bad[0]}"
         )
     shapes = {kind: writer.close() for kind, writer in writers.items()}
@@ -139,13 +140,13 @@ class Writer:
         """values: (B, ...), the same shape each time but for B.
 
         Raises:
-            ValueError: if they are not finite, in the type of the file.
+            UserError: if they are not finite, in the type of the file.
         """
         with np.errstate(over="ignore"):  # said below
             values = values.float().cpu().numpy().astype(self.dtype)
         if not np.isfinite(values).all():
             name = self.path.stem
-            raise ValueError(
+            raise UserError(
                 f"{name} features are not finite in {self.dtype}; check the model, or take float32"
             )
         if self.array is None:
@@ -176,7 +177,7 @@ def check_space(folder: Path, writers: dict[str, Writer], features: Features, im
     size = numbers * images * np.dtype(next(iter(writers.values())).dtype).itemsize
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise ValueError(
+        raise UserError(
             f"{size / 1e9:.1f} GB of features do not fit into {folder}, where {free / 1e9:.1f} GB are free; "
             "--dtype float16 halves them, size=N in --data takes fewer images"
         )

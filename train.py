@@ -99,11 +99,11 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     sizes = f"{count_parameters(student.backbone):,} parameters, {count_parameters(student):,} with the heads"
     notice(f"{cfg.model.arch}: {sizes}")
     teacher = make_teacher(student)
-    whole = distributed.Whole(teacher, cfg.strategy, device, cfg.precision)
+    unsharded = distributed.UnshardedTeacher(teacher, cfg.strategy, device, cfg.precision)
     distributed.prepare(
         student, cfg.checkpointing, device.type == "cuda" if cfg.compile is None else cfg.compile
     )
-    whole.place(student), whole.place(teacher)
+    unsharded.place(student), unsharded.place(teacher)
     centering = build_centering(cfg.loss, terms).to(device)
     current = [stage for stage in stages if stage.first < max(run.start_step, 1)][
         -1
@@ -117,10 +117,10 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     run.start(
         checkpoint.training_state(student, teacher, centering, optimizer, scaler),
         bad_images=BadImages(run.folder, len(images), cfg.data.max_bad),
-        refresh=whole.refresh,
+        refresh=unsharded.refresh,
         watch=watch,
         guard=build_guard(cfg),
-        **teacher_outputs(cfg, images, whole.module, device),
+        **teacher_outputs(cfg, images, unsharded.module, device),
     )
     for stage in stages:
         if run.start_step < stage.stop:
@@ -131,7 +131,9 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
                     student, teacher, centering, optimizer, scaler
                 )
             current = stage
-            train_stage(stage, run, student, teacher, whole, centering, optimizer, autocast, scaler)
+            train_stage(
+                stage, run, student, teacher, unsharded, centering, optimizer, autocast, scaler
+            )
 
 
 def train_stage(
@@ -139,7 +141,7 @@ def train_stage(
     run: Run,
     student: SSLModel,
     teacher: SSLModel,
-    whole: distributed.Whole,
+    unsharded: distributed.UnshardedTeacher,
     centering: nn.ModuleDict,
     optimizer: torch.optim.Optimizer,
     autocast: Callable,
@@ -153,7 +155,7 @@ def train_stage(
         teacher.load_state_dict(student.state_dict())
         optim.forget(optimizer)
     gram_teacher = build_gram_teacher(
-        stage, run, whole, lambda spec: load_initial(spec, cfg.data.channels).to(device)
+        stage, run, unsharded, lambda spec: load_initial(spec, cfg.data.channels).to(device)
     )
     loader = stage_loader(stage, first_step, student.backbone.patch_size, device)
     parallel = distributed.wrap(

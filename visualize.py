@@ -39,6 +39,7 @@ from engine.config import TrainConfig, load_config
 from engine.distributed import choose_device
 from engine.logger import notice, read_metrics
 from engine.validation import size_pair
+from errors import UserError
 from evals.figures import (
     draw_curves,
     draw_embedding,
@@ -76,7 +77,7 @@ MANY = 400  # images of which thumbnails would only hide each other
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     if arguments.output.suffix != ".png":
-        raise ValueError(f"--output is {arguments.output}; give a name that ends in .png")
+        raise UserError(f"--output is {arguments.output}; give a name that ends in .png")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     details = TASKS[arguments.task](arguments)
     print_result({"task": arguments.task, **details, "output": str(arguments.output)})
@@ -196,7 +197,7 @@ def load_images(
         prepare: makes of a data set the function from index to image; by default (channels, H, W) in the stored type.
     """
     if count < 1 or not specs:
-        raise ValueError(
+        raise UserError(
             f"--count is {count} and --images names {len(specs)}; give at least 1 of both"
         )
     found, reason = 0, None
@@ -212,7 +213,7 @@ def load_images(
             found += 1
             yield spec, data, index, image
     if not found:
-        raise ValueError(
+        raise UserError(
             f"none of the images of {' '.join(specs)} could be read; the last: {reason}"
         )
 
@@ -223,7 +224,7 @@ def open_model(arguments: argparse.Namespace) -> tuple[nn.Module, torch.device, 
     backbone = load_backbone(arguments.model).to(device)
     size = min(backbone.preprocessing.size) if arguments.size is None else arguments.size
     if size < backbone.patch_size:
-        raise ValueError(f"--size is {size}; the model's patches are {backbone.patch_size} pixels")
+        raise UserError(f"--size is {size}; the model's patches are {backbone.patch_size} pixels")
     return backbone, device, size
 
 
@@ -240,7 +241,7 @@ def prepared(
         original = tuple(image.shape[-2:])
         if max(original) > LONGEST * min(original):
             height, width = original
-            raise ValueError(
+            raise UserError(
                 f"{name} is {width} x {height} pixels; the longest that is drawn is 1 : {LONGEST}"
             )
         image = fit(image, size, backbone.patch_size, wanted.interpolation)
@@ -312,7 +313,7 @@ def choose_bases(tokens: list[Tensor], arguments: argparse.Namespace) -> list[PC
         return [basis] * len(tokens)
     basis = load_basis(arguments.basis)
     if len(basis.mean) != tokens[0].shape[1]:
-        raise ValueError(
+        raise UserError(
             f"{arguments.basis} was made from tokens of {len(basis.mean)} numbers; "
             f"those of {arguments.model} have {tokens[0].shape[1]}"
         )
@@ -400,7 +401,7 @@ def parse_point(text: str) -> tuple[float, float]:
     try:
         x, y = (float(part) for part in text.split(","))
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"--points has {text!r}; give X,Y in pixels of the original image, such as 120,80"
         ) from error
     return x, y
@@ -417,12 +418,12 @@ def patch_at(
     """Row and column of the patch at a point (x, y) of the original (H, W); None is the centre.
 
     Raises:
-        ValueError: if the point lies outside the image.
+        UserError: if the point lies outside the image.
     """
     height, width = original
     x, y = (width / 2, height / 2) if point is None else point
     if not (0 <= x < width and 0 <= y < height):
-        raise ValueError(
+        raise UserError(
             f"the point {x:g},{y:g} is outside of {name}, which is {width} x {height} pixels"
         )
     resized, kept = fitted_size(original, size, patch_size)
@@ -439,7 +440,7 @@ def patch_at(
 def embedding(arguments: argparse.Namespace) -> dict:
     backbone, device, size = open_model(arguments)
     if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
+        raise UserError(f"--batch-size is {arguments.batch_size}; it must be at least 1")
     wanted = preparation(backbone.preprocessing, None, None if arguments.size is None else [size])
     images = squares(arguments, wanted)
     features, names, thumbnails = [], [], []
@@ -496,9 +497,9 @@ def tsne_map(features: Tensor) -> tuple[np.ndarray, tuple[str, str]]:
         from sklearn.manifold import TSNE
     except ImportError as error:
         wanted = "--method tsne needs scikit-learn: pip install scikit-learn"
-        raise ImportError(f"{wanted} ({error}); --method pca needs nothing") from error
+        raise UserError(f"{wanted} ({error}); --method pca needs nothing") from error
     if len(features) < 4:
-        raise ValueError(
+        raise UserError(
             f"--method tsne needs at least 4 images, not {len(features)}; --method pca takes any number"
         )
     perplexity = min(30.0, (len(features) - 1) / 3)

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from data.augment import normalize, resize, to_unit
 from data.images import ImageData, Recolored
 from data.pictures import fit_channels
+from errors import UserError
 
 
 class Annotated(Dataset):
@@ -28,7 +29,7 @@ class Annotated(Dataset):
         flip: images, but no annotations, are mirrored left to right.
 
     Raises:
-        ValueError: if the data has no such annotation (asked of its first image).
+        UserError: if the data has no such annotation (asked of its first image).
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Annotated(Dataset):
         notes = self.data.annotations(index) if self.kinds else {}
         missing = [kind for kind in self.kinds if kind not in notes]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{self.data.name(index)} has no {missing[0]}; it has {', '.join(notes) or 'nothing'}"
             )
         found = {kind: torch.from_numpy(np.ascontiguousarray(notes[kind])) for kind in self.kinds}
@@ -98,7 +99,7 @@ def pair(data: ImageData, index: int) -> tuple[Tensor, Tensor, np.ndarray, np.nd
     """Two views with matching points, as `Scenes.pair` gives them, in the channels that the data was opened with.
 
     Raises:
-        ValueError: if this kind of data has no pairs.
+        UserError: if this kind of data has no pairs.
     """
     source = _with(data, "pair", "pairs of views with matching points")
     image_a, image_b, *points = source.pair(index)
@@ -109,7 +110,7 @@ def clip(data: ImageData, index: int) -> tuple[Tensor, np.ndarray]:
     """Frames and instances, as `Scenes.clip` gives them, in the channels that the data was opened with.
 
     Raises:
-        ValueError: if this kind of data has no clips.
+        UserError: if this kind of data has no clips.
     """
     frames, instances = _with(data, "clip", "clips with instance masks").clip(index)
     return torch.stack([_recolor(data, frame, index) for frame in frames]), instances
@@ -121,7 +122,7 @@ def _source(data: ImageData) -> ImageData:
 
 def _with(data: ImageData, method: str, words: str) -> Any:
     if not hasattr(_source(data), method):
-        raise ValueError(f"{data.name(0)} comes without {words}; `scenes` has them")
+        raise UserError(f"{data.name(0)} comes without {words}; `scenes` has them")
     return _source(data)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from data.colors import OPERATIONS, gaussian_blur, luminance, normalize, sent
 from data.guided import steered
 from data.stains import stain_jitter
+from errors import UserError
 
 # Columns of the table.
 TRIES = 10
@@ -197,12 +198,12 @@ def photometric(
         (n, C, h, w) float32, normalised.
 
     Raises:
-        ValueError: if mean or std fit neither one channel nor C, or stains are to be changed and C is not 3.
+        UserError: if mean or std fit neither one channel nor C, or stains are to be changed and C is not 3.
     """
     channels = crops.shape[1]
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
-            raise ValueError(f"{name} has {len(values)} values for images of {channels} channels")
+            raise UserError(f"{name} has {len(values)} values for images of {channels} channels")
     x = crops.float().div_(255) if crops.dtype == torch.uint8 else crops.float().clone()
     if policy.stain > 0:
         stains = sent(u[:, STAINS], x.device)
@@ -267,7 +268,7 @@ class MultiCrop:
         gram_distorted: bool = False,
     ):
         if policy.stain > 0 and len(mean) not in (1, 3):
-            raise ValueError(
+            raise UserError(
                 f"stains (the policy histology) are those of three colours, not of {len(mean)} channels"
             )
         self.specs = [s for s in (global_spec, local_spec) if s is not None and s.count > 0]
@@ -414,9 +415,7 @@ def multi_crop_from(
         ValueError: for an unknown policy.
     """
     if crops.policy not in POLICIES:
-        raise ValueError(
-            f"unknown crops.policy {crops.policy!r}; choose from {', '.join(POLICIES)}"
-        )
+        raise UserError(f"unknown crops.policy {crops.policy!r}; choose from {', '.join(POLICIES)}")
     given = {item.name: getattr(crops, item.name, None) for item in fields(AugmentPolicy)}
     given = {
         name: tuple(value) if isinstance(value, list) else value

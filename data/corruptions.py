@@ -17,6 +17,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from data.augment import CropSpec, crop_boxes, draw, normalize, resized_crop
 from data.loader import EvalDataset
+from errors import UserError
 
 SEVERITIES = (1, 2, 3, 4, 5)
 CORRUPTION, COPY = range(2)  # purposes of random numbers
@@ -65,7 +66,7 @@ def corrupt(image: Tensor, name: str, severity: int, generator: torch.Generator)
         ValueError: for an unknown corruption or severity.
     """
     if name not in CORRUPTIONS or severity not in SEVERITIES:
-        raise ValueError(
+        raise UserError(
             f"corruption {name!r} of severity {severity!r}; there are {', '.join(CORRUPTIONS)}, severity 1 to 5"
         )
     function, strengths = CORRUPTIONS[name]

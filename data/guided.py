@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data.pictures import read_image
+from errors import UserError
 
 GUIDES, MARKED = range(
     24, 26
@@ -130,12 +131,12 @@ def annotations_of(data: Any, index: int) -> dict:
 def require_marks(data: Any, spec: str) -> None:
     """
     Raises:
-        ValueError: if no source of the data has boxes or masks.
+        UserError: if no source of the data has boxes or masks.
     """
     for source in getattr(data, "sources", [data]):
         if {"boxes", "mask"} & annotations_of(source, 0).keys():
             return
-    raise ValueError(
+    raise UserError(
         f"crops.guided is set, but {spec} has neither boxes nor masks; give a folder or list ?marks=FILE.csv with the "
         f"columns file, {', '.join(BOX)} or file, mask"
     )
@@ -181,7 +182,7 @@ def _box(row: dict[str, str]) -> list[float]:
     except (KeyError, TypeError, ValueError):
         box = []
     if not box or not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
-        raise ValueError(
+        raise UserError(
             f"{row} marks nothing; give {', '.join(BOX)} in pixels with x0 < x1 and y0 < y1, or mask"
         )
     return box

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.pictures import fit_channels
+from errors import UserError
 
 # What a data set may call the split that is asked for, best first.
 SPLITS = {
@@ -36,7 +37,7 @@ class ImageData(Dataset):
 
     def annotations(self, index: int) -> dict:
         """Boxes, masks, depth or keypoints, of the kinds of data that have them."""
-        raise ValueError(f"{self.name(index)} has no annotations beyond its class; `scenes` has")
+        raise UserError(f"{self.name(index)} has no annotations beyond its class; `scenes` has")
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.image(index), -1 if self.labels is None else int(self.labels[index])

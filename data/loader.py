@@ -32,6 +32,7 @@ from data.masking import MaskSpec, draw_masks
 from data.sources.mixture import Mixture
 from data.sources.specs import ImageData, UnreadableImage, open_data
 from engine import distributed
+from errors import UserError
 
 EPOCH_ORDER, VIEWS, MASKS, SIZES = range(
     4
@@ -151,7 +152,7 @@ class StepDataset(Dataset):
         on_device: items are `RawBatch`, whose crops are made on the device that it is moved to.
 
     Raises:
-        ValueError: if the batch cannot be shared evenly, or there is no image.
+        UserError: if the batch cannot be shared evenly, or there is no image.
     """
 
     def __init__(
@@ -167,9 +168,9 @@ class StepDataset(Dataset):
         on_device: bool = False,
     ):
         if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch size {batch_size} is not a multiple of {world_size} ranks")
+            raise UserError(f"batch size {batch_size} is not a multiple of {world_size} ranks")
         if len(data) == 0:
-            raise ValueError("the data set holds no images")
+            raise UserError("the data set holds no images")
         self.data, self.views = data, tuple(views)
         self.batch_size, self.seed, self.shift, self.on_device = batch_size, seed, shift, on_device
         self.share = batch_size // world_size
@@ -237,7 +238,7 @@ class StepDataset(Dataset):
                 if image is not None:
                     break
             else:
-                raise ValueError(
+                raise UserError(
                     f"none of the {len(indices)} images of a batch could be read; one of them: {errors[index]}"
                 )
             if error := errors.get(int(indices[place])):

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from errors import UserError
+
 MIN_BLOCK = 4  # patches
 MAX_SHARE = 0.5  # of the grid, largest block
 ASPECT = (0.3, 1 / 0.3)  # block height / width
@@ -38,11 +40,11 @@ def block_mask(
         (h, w) bool, True = hidden.
 
     Raises:
-        ValueError: if the grid has fewer than `count` patches.
+        UserError: if the grid has fewer than `count` patches.
     """
     height, width = grid
     if not 0 <= count <= height * width:
-        raise ValueError(f"cannot hide {count} patches of a {height}x{width} grid")
+        raise UserError(f"cannot hide {count} patches of a {height}x{width} grid")
     mask = np.zeros(grid, dtype=bool)
     hidden = 0
     while hidden < count:

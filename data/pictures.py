@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from errors import UserError
+
 ARRAYS = {".npy", ".npz"}
 EXTENSIONS = {
     ".jpg",
@@ -181,11 +183,11 @@ def array_to_tensor(array: np.ndarray, channels: int | None = None) -> Tensor:
         ValueError: for another number of axes, no values, or values that are no numbers.
     """
     if array.ndim not in (2, 3) or 0 in array.shape:
-        raise ValueError(
+        raise UserError(
             f"an array of shape {array.shape} is no image; shapes are (H, W), (H, W, C) and (C, H, W)"
         )
     if array.dtype.kind not in "buif":
-        raise ValueError(f"an array of {array.dtype} is no image")
+        raise UserError(f"an array of {array.dtype} is no image")
     if array.dtype.kind == "f":
         array = array.astype(np.float32)
     elif array.dtype.newbyteorder("=") not in (np.bool_, np.uint8, np.uint16):
@@ -202,7 +204,7 @@ def _decode(file: BinaryIO, channels: int | None, page: int | None) -> Tensor:
     start = file.read(26)
     file.seek(0)
     if not start:
-        raise ValueError("empty file")
+        raise UserError("empty file")
     if start.startswith(b"\x93NUMPY"):
         return array_to_tensor(_read_npy(file), channels)
     if start.startswith(b"PK\x03\x04"):
@@ -225,7 +227,7 @@ def _read_deep_png(file: BinaryIO) -> Tensor:
     try:
         from torchvision.io import decode_image
     except ImportError as error:
-        raise ImportError(
+        raise UserError(
             "16-bit colours in a PNG need a torchvision that has io.decode_image; TIFF does not"
         ) from error
     with warnings.catch_warnings():
@@ -234,7 +236,7 @@ def _read_deep_png(file: BinaryIO) -> Tensor:
         try:
             return decode_image(encoded, apply_exif_orientation=True)
         except RuntimeError as error:  # names a line of C++
-            raise ValueError("broken or truncated 16-bit PNG") from error
+            raise UserError("broken or truncated 16-bit PNG") from error
 
 
 def _without_alpha(image: Tensor, channels: int | None) -> Tensor:
@@ -244,7 +246,7 @@ def _without_alpha(image: Tensor, channels: int | None) -> Tensor:
 def _refuse_huge(height: int, width: int) -> None:
     if Image.MAX_IMAGE_PIXELS and height * width > 2 * Image.MAX_IMAGE_PIXELS:
         limit = 2 * Image.MAX_IMAGE_PIXELS
-        raise ValueError(
+        raise UserError(
             f"{height} x {width} pixels are more than {limit} (twice PIL.Image.MAX_IMAGE_PIXELS)"
         )
 
@@ -270,7 +272,7 @@ def _read_npz(file: BinaryIO) -> np.ndarray:
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if name.endswith(".npy")]
         if len(names) != 1 and "image.npy" not in names:
-            raise ValueError(
+            raise UserError(
                 f"holds {len(names)} arrays; an image is the only one, or the one called 'image'"
             )
         with archive.open(names[0] if len(names) == 1 else "image.npy") as member:
@@ -334,7 +336,7 @@ def _read_pages_with_tifffile(
     try:
         import tifffile
     except ImportError as error:
-        raise ImportError(
+        raise UserError(
             "deep colours or many bands in a TIFF need the package tifffile: pip install tifffile"
         ) from error
     with tifffile.TiffFile(file) as tiff:
@@ -343,7 +345,7 @@ def _read_pages_with_tifffile(
         for number in _chosen_pages(len(tiff.pages), grey, page):
             axes, array = tiff.pages[number].axes, tiff.pages[number].asarray()
             if axes not in ("YX", "YXS", "SYX"):
-                raise ValueError(f"has the axes {axes}; an image has height, width and bands")
+                raise UserError(f"has the axes {axes}; an image has height, width and bands")
             array = (
                 array[None]
                 if axes == "YX"
@@ -361,7 +363,7 @@ def _chosen_pages(count: int, all_alike: bool, page: int | None) -> range:
     if page is None:
         return range(count if all_alike else 1)
     if page >= count:
-        raise ValueError(f"has no page {page}, counted from 0; there are {count}")
+        raise UserError(f"has no page {page}, counted from 0; there are {count}")
     return range(page, page + 1)
 
 

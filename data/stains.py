@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data.colors import sent
+from errors import UserError
 
 # Absorption of red, green and blue by haematoxylin, eosin and DAB (Ruifrok and Johnston 2001, table 1).
 ABSORPTION = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
@@ -23,10 +24,10 @@ def stain_jitter(x: Tensor, u: Tensor, strength: float) -> Tensor:
         u: (n, 6) uniform numbers: three factors, three shifts.
 
     Raises:
-        ValueError: if the images have another number of channels than three.
+        UserError: if the images have another number of channels than three.
     """
     if x.shape[1] != 3:
-        raise ValueError(
+        raise UserError(
             f"stains (the policy histology) are those of three colours, not of {x.shape[1]} channels"
         )
     rows = torch.nn.functional.normalize(torch.tensor(ABSORPTION, dtype=x.dtype), dim=1)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from data.augment import to_unit
 from data.sources.specs import ImageData, UnreadableImage, open_data
+from errors import UserError
 
 
 class ImageStats(Dataset):
@@ -50,7 +51,7 @@ def collect(data: ImageData, images: int = 10_000, workers: int = 0) -> dict:
         read, `bad` that could not be, and the smallest and the largest `height` and `width`.
 
     Raises:
-        ValueError: if no image can be read, or they differ in their number of channels.
+        UserError: if no image can be read, or they differ in their number of channels.
     """
     chosen = (
         np.random.default_rng(0).permutation(len(data))[:images]
@@ -64,10 +65,10 @@ def collect(data: ImageData, images: int = 10_000, workers: int = 0) -> dict:
         if number % 1000 == 0:
             print(f"{number} of {len(chosen)} images", file=sys.stderr)
     if not rows:
-        raise ValueError(f"none of {len(bad)} images can be read; the first: {bad[0]}")
+        raise UserError(f"none of {len(bad)} images can be read; the first: {bad[0]}")
     counts = sorted({len(row[0]) for row in rows})
     if len(counts) > 1:
-        raise ValueError(
+        raise UserError(
             f"images have {' and '.join(map(str, counts))} channels; --channels brings them to one number"
         )
     mean, square, low, high = (np.array([row[k] for row in rows]) for k in range(4))
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     start = time.perf_counter()
     if arguments.images < 1:
-        raise ValueError(f"--images is {arguments.images}; it must be at least 1")
+        raise UserError(f"--images is {arguments.images}; it must be at least 1")
     stats = collect(
         open_data(arguments.data, arguments.channels), arguments.images, arguments.workers
     )
@@ -129,6 +130,6 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:  # a user's mistake: one sentence, exit 2
+    except (UserError, OSError) as error:  # a user's mistake: one sentence, exit 2
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

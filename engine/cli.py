@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from engine.distributed import RankLost
+from errors import UserError
 
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 3
 NO_MEMORY = (
@@ -42,7 +43,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except StoppedEarly as error:
         print(sentence(error), file=sys.stderr)
         sys.exit(STOPPED)
-    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
         failed = isinstance(error, (RunFailed, RankLost))
         known = failed or not isinstance(error, RuntimeError) or memory_is_short(error)
         if not known and "DataLoader worker" not in str(error):
@@ -99,7 +100,7 @@ class ConfigParser(argparse.ArgumentParser):
     """Its mistakes end as all others do: -evice=cpu, say, is one sentence and no usage."""
 
     def error(self, message: str) -> None:
-        raise ValueError(f"{message}; --help says what there is")
+        raise UserError(f"{message}; --help says what there is")
 
 
 def config_parser(description: str) -> argparse.ArgumentParser:
@@ -151,19 +152,19 @@ def preparation(preprocessing: Any, resize: int | None, size: list[int] | None) 
     """How to prepare images: the model's own preprocessing, unless --resize or --size say otherwise.
 
     Raises:
-        ValueError: if a size is not positive, or --size has more than two numbers.
+        UserError: if a size is not positive, or --size has more than two numbers.
     """
     values = vars(preprocessing).copy()
     if size is not None:
         if len(size) > 2 or min(size) < 1:
-            raise ValueError(
+            raise UserError(
                 f"--size is {' '.join(map(str, size))}; give one number, or height and width, in pixels"
             )
         values["size"] = (size[0], size[-1])
         values["resize"] = max(size)  # the whole image, unless --resize says otherwise
     if resize is not None:
         if resize < 1:
-            raise ValueError(f"--resize is {resize}; it must be at least 1 pixel")
+            raise UserError(f"--resize is {resize}; it must be at least 1 pixel")
         values["resize"] = resize
     return values
 

@@ -11,7 +11,6 @@ from functools import reduce
 from typing import Any, Literal, Union
 
 from engine.settings import (
-    ConfigError,
     build,
     find_config,
     free,
@@ -23,6 +22,7 @@ from engine.settings import (
 )
 from engine.stages import stage_configs
 from engine.validation import require, validate, validate_gram_teacher
+from errors import UserError
 
 Span = Union[int, str]  # a number of steps, or a share of the run such as "10%"
 Size = Union[int, list[int]]  # pixels; a number, or [height, width]
@@ -454,7 +454,7 @@ def length_in_steps(cfg: TrainConfig, images: int) -> int | None:
     if cfg.epochs is None and cfg.images is None:
         if cfg.stages:
             return None
-        raise ConfigError("how long? give total_steps, epochs or images")
+        raise UserError("how long? give total_steps, epochs or images")
     wanted = cfg.images if cfg.images is not None else cfg.epochs * images
     return max(1, round(wanted / cfg.batch_size))
 
@@ -502,7 +502,7 @@ def load_config(
     """Defaults of the `schema`, then the YAML file with its bases, then `key=value` overrides; validated.
 
     Raises:
-        ConfigError: one sentence naming the key, what was given and what is allowed.
+        UserError: one sentence naming the key, what was given and what is allowed.
     """
     layers = read_yaml(find_config(config)) if config else []
     layers += [parse_override(argument) for argument in overrides]

@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from errors import UserError
+
 LOST = (
     "imed out",
     "Connection closed",
@@ -40,7 +42,7 @@ def choose_device(name: str) -> torch.device:
     """`auto` takes CUDA, then MPS, then the CPU.
 
     Raises:
-        ValueError: if the device asked for is not there.
+        UserError: if the device asked for is not there.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -51,7 +53,7 @@ def choose_device(name: str) -> torch.device:
         name = next(kind for kind, there in available.items() if there)
     if not available.get(name.split(":")[0], False):
         kinds = ", ".join(kind for kind, there in available.items() if there)
-        raise ValueError(f"device {name} is not available here; give one of {kinds}, or auto")
+        raise UserError(f"device {name} is not available here; give one of {kinds}, or auto")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
@@ -309,7 +311,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     )
 
 
-class Whole:
+class UnshardedTeacher:
     """A module to look at, export and draw from. Made before the module is placed; `module` is the module itself, or where it
     is then sharded a copy which `refresh` fills, on all ranks together."""
 

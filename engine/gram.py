@@ -10,9 +10,10 @@ from torch import nn
 
 from engine import distributed
 from engine.checkpoint import write_atomically
-from engine.distributed import Whole
+from engine.distributed import UnshardedTeacher
 from engine.logger import notice
 from engine.optim import span_steps
+from errors import UserError
 
 
 class GramTeacher:
@@ -43,7 +44,7 @@ class GramTeacher:
             resumed_at: the step at which a run goes on within the stage; its weights are about to be loaded.
 
         Raises:
-            ValueError: if `refresh` asks for another architecture.
+            UserError: if `refresh` asks for another architecture.
         """
         self.settings, self.ema, self.load, self.choose = settings, ema, load, choose
         self.start = first + span_steps(settings.start, stop - first)
@@ -63,7 +64,7 @@ class GramTeacher:
             and self.backbone is not None
             and _shapes(self.backbone) != _shapes(ema)
         ):
-            raise ValueError(
+            raise UserError(
                 f"loss.gram.refresh copies the teacher into the Gram teacher, but {settings.teacher} is another architecture"
             )
 
@@ -92,12 +93,12 @@ class GramTeacher:
 
 
 def build_gram_teacher(
-    stage: Any, run: Any, whole: Whole, load: Callable[[str], nn.Module]
+    stage: Any, run: Any, unsharded: UnshardedTeacher, load: Callable[[str], nn.Module]
 ) -> GramTeacher | None:
     """The one of a stage (engine.stages) of a run (engine.run), as far as the run has come; None without the Gram term.
 
     Args:
-        whole: the EMA teacher.
+        unsharded: the EMA teacher.
         load: a backbone from a MODEL.
     """
     if "gram" not in stage.schedules:
@@ -106,19 +107,19 @@ def build_gram_teacher(
 
     def choose(step: int) -> str:
         run.settle()  # the newest snapshot may still be on its way
-        return best_snapshot(
-            run.folder, step, lambda spec: run.locality(load(spec)), run.curves
-        )
+        return best_snapshot(run.folder, step, lambda spec: run.locality(load(spec)), run.curves)
 
     def find(spec: str) -> nn.Module:
         run.settle()
-        return whole.place(_frozen(load(f"{run.folder}{spec}" if spec.startswith("@") else spec)))
+        return unsharded.place(
+            _frozen(load(f"{run.folder}{spec}" if spec.startswith("@") else spec))
+        )
 
     def snapshot() -> nn.Module:
-        whole.refresh()
-        return whole.place(_frozen(copy.deepcopy(whole.module.backbone)))
+        unsharded.refresh()
+        return unsharded.place(_frozen(copy.deepcopy(unsharded.module.backbone)))
 
-    settings, ema = stage.cfg.loss.gram, whole.source.backbone
+    settings, ema = stage.cfg.loss.gram, unsharded.source.backbone
     gram_teacher = GramTeacher(
         settings, stage.first, stage.stop, ema, snapshot, find, choose, resumed
     )
@@ -144,7 +145,7 @@ def best_snapshot(
     """RUN@STEP of the snapshot up to `step` with the largest measure; the curve goes to RUN/gram_choice.json and .png.
 
     Raises:
-        ValueError: if the run keeps no snapshot yet.
+        UserError: if the run keeps no snapshot yet.
     """
     kept = sorted(
         int(path.name)
@@ -152,7 +153,7 @@ def best_snapshot(
         if path.name.isdigit() and int(path.name) <= step
     )
     if not kept:
-        raise ValueError(
+        raise UserError(
             f"loss.gram.teacher: auto finds no snapshot in {run} up to step {step}; lower checkpoint.snapshot"
         )
     values = {kept_step: measure(f"{run}@{kept_step}") for kept_step in kept}

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.cli import RunFailed
 from engine.logger import notice
+from errors import UserError
 
 REMEDIES = (
     "lower schedule.lr.peak, raise schedule.ema_momentum, let the heads warm up on a frozen backbone "
@@ -56,12 +57,12 @@ class Guard:
 
         Raises:
             RunFailed: with the sentence, if the action is "stop".
-            ValueError: if it is to act, and the probe of step 0 does not measure its key.
+            UserError: if it is to act, and the probe of step 0 does not measure its key.
         """
         if step == 0:
             self.initial = values.get(self.key)
             if self.action and self.initial is None:
-                raise ValueError(
+                raise UserError(
                     f"guard.probe: the probe of step 0 gave no {self.key}; choose another, or guard.action=null"
                 )
         value = values.get(self.key)

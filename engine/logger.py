@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from engine import distributed
+from errors import UserError
 
 
 def notice(text: str) -> None:
@@ -64,7 +65,7 @@ class WandbMirror:
                 **options, reinit="create_new"
             )  # distill.py has several in a process
         except Exception as error:  # of its own kinds: no account, no network
-            raise ValueError(
+            raise UserError(
                 f"mirrors: [wandb]: {error}; run `wandb login`, or set WANDB_MODE=offline"
             ) from error
 
@@ -87,7 +88,7 @@ def require_mirrors(names: Sequence[str]) -> None:
         try:
             importlib.import_module(MIRRORS[name].package)
         except ImportError:
-            raise ImportError(
+            raise UserError(
                 f"mirrors: [{name}] needs the package {name}: pip install {name}"
             ) from None
 
@@ -256,6 +257,6 @@ class BadImages:
         with self.path.open("a") as file:
             file.writelines(f"{name}\t{reason}\n" for name, reason in new.items())
         if len(self.seen) > self.limit:
-            raise ValueError(
+            raise UserError(
                 f"{len(self.seen)} images could not be read, more than data.max_bad {self.limit}; they are listed in {self.path}"
             )

@@ -23,6 +23,7 @@ from engine.cli import StoppedEarly
 from engine.guard import Guard
 from engine.health import CollapseWatch
 from engine.logger import BadImages, Logger, notice, read_metrics, require_mirrors
+from errors import UserError
 
 LEFT_BY_A_RUN = (
     "config.yaml",
@@ -89,7 +90,7 @@ class Run:
             overwrite: removes what an earlier run left, and nothing else.
         """
         if self.folder.is_file():
-            raise ValueError(f"output_dir {self.folder} is a file; give a folder")
+            raise UserError(f"output_dir {self.folder} is a file; give a folder")
         if overwrite and distributed.is_main():
             for name in LEFT_BY_A_RUN:
                 path = self.folder / name

@@ -16,11 +16,9 @@ from typing import Any, Literal, Union
 
 import yaml
 
+from errors import UserError
+
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
-
-
-class ConfigError(ValueError):
-    """A mistake in a configuration, told in one sentence."""
 
 
 def free(default: Any) -> Any:
@@ -41,7 +39,7 @@ def find_config(name: str) -> Path:
         if path.is_file():
             return path
     known = ", ".join(sorted(path.name for path in CONFIG_FOLDER.glob("*.yaml")))
-    raise ConfigError(f"no configuration {name}: give a path or one of {known}")
+    raise UserError(f"no configuration {name}: give a path or one of {known}")
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[dict]:
@@ -52,16 +50,16 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[dict]:
         above: the files whose base this is.
     """
     if path.resolve() in above:
-        raise ConfigError(f"{path} is its own base, by way of {', '.join(map(str, above))}")
+        raise UserError(f"{path} is its own base, by way of {', '.join(map(str, above))}")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (
         yaml.YAMLError,
         ValueError,
     ) as error:  # ValueError: no text, or `2020-99-99` and `!!float x`
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold keys and values")
+        raise UserError(f"{path} must hold keys and values")
     bases, layers = values.pop("base", None), []
     for base in bases if isinstance(bases, list) else [] if bases is None else [bases]:
         beside = path.parent / str(base)
@@ -74,7 +72,7 @@ def parse_override(argument: str) -> dict:
     """ "a.b=1" as {"a": {"b": 1}}."""
     key, equals, text = argument.partition("=")
     if not equals or not key:
-        raise ConfigError(
+        raise UserError(
             f"cannot read {argument!r}: write key=value, for example optim.clip_grad=1.0"
         )
     try:
@@ -115,7 +113,7 @@ def write_out(cls: type, values: Any, path: str = "") -> Any:
     """
     values = cls.shorthand(values) if hasattr(cls, "shorthand") else values
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} is a section, not the value {values!r}")
+        raise UserError(f"{path} is a section, not the value {values!r}")
     inner = {key: _without_none(hint) for key, hint in typing.get_type_hints(cls).items()}
     written = {}
     for key, value in values.items():
@@ -137,13 +135,13 @@ def build(
         default: an instance that gives what `values` leaves out; that of `cls()` otherwise.
     """
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} is a section, not the value {values!r}")
+        raise UserError(f"{path} is a section, not the value {values!r}")
     hints, root, default = typing.get_type_hints(cls), root or cls, default or cls()
     arguments = {}
     for key, value in values.items():
         full = f"{path}.{key}" if path else str(key)
         if key not in hints:
-            raise ConfigError(f"unknown key {full}{_suggestion(root, str(key), path)}")
+            raise UserError(f"unknown key {full}{_suggestion(root, str(key), path)}")
         inner = _without_none(hints[key])
         if dataclasses.is_dataclass(inner) and value is not None:
             arguments[key] = build(inner, value, full, getattr(default, key), root)
@@ -203,17 +201,17 @@ def convert(value: Any, hint: Any, name: str) -> Any:
             else value
         )
         if value not in options:
-            raise ConfigError(
+            raise UserError(
                 f"{name} is {value!r}; it must be one of {', '.join(map(str, options))}"
             )
         return value
     if origin is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{name} is {value!r}; it must hold names and their keys")
+            raise UserError(f"{name} is {value!r}; it must hold names and their keys")
         return value
     if origin is list:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{name} is {value!r}; it must be a list such as [0.1, 0.5]")
+            raise UserError(f"{name} is {value!r}; it must be a list such as [0.1, 0.5]")
         return [convert(item, options[0], name) for item in value]
     if dataclasses.is_dataclass(hint):
         return build(hint, value, name, root=hint)
@@ -228,7 +226,7 @@ def _convert_union(value: Any, options: tuple, name: str) -> Any:
         if option is not type(None):
             try:
                 return convert(value, option, name)
-            except ConfigError as error:
+            except UserError as error:
                 errors.append(error)
     raise errors[0]
 
@@ -256,7 +254,7 @@ def _convert_scalar(value: Any, hint: type, name: str) -> Any:
                 else int(value)
             )
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-    raise ConfigError(f"{name} is {value!r}; it must be {words}")
+    raise UserError(f"{name} is {value!r}; it must be {words}")
 
 
 # ----------------------------------------------------------------- back to YAML, and what may change
@@ -294,7 +292,7 @@ def changed_keys(old: Any, new: Any, path: str = "", all_fields: bool = False) -
 
 
 def refuse_changes(cfg: Any, saved: Path) -> None:
-    """Raises ConfigError if `cfg` would change the result of the run whose configuration stands in `saved`."""
+    """Raises UserError if `cfg` would change the result of the run whose configuration stands in `saved`."""
     old = build(
         type(cfg), reduce(merge, (write_out(type(cfg), layer) for layer in read_yaml(saved)), {})
     )
@@ -304,7 +302,7 @@ def refuse_changes(cfg: Any, saved: Path) -> None:
             f"total_steps ({old.total_steps} -> {cfg.total_steps}; a run with stages grows by its last stage)"
         )
     if changes:
-        raise ConfigError(
+        raise UserError(
             f"{saved.parent} was begun with other settings: {', '.join(changes)}; give the old ones, another output_dir, or overwrite=true"
         )
 

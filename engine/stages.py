@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.optim import span_steps
-from engine.settings import ConfigError, build, changed_keys, merge, to_dict, write_out
+from engine.settings import build, changed_keys, merge, to_dict, write_out
+from errors import UserError
 
 Schedules = dict[str, Callable[[int], float]]
 
@@ -47,33 +48,33 @@ def stage_configs(cfg: Any) -> Iterator[tuple[str | None, int | None, Any]]:
     """(name, steps, configuration) of each stage; (None, None, cfg) where the run has no `stages`.
 
     Raises:
-        ConfigError: for a stage without steps, and for keys that a stage cannot override.
+        UserError: for a stage without steps, and for keys that a stage cannot override.
     """
     if cfg.stages is None:
         yield None, None, cfg
         return
     if not cfg.stages:
-        raise ConfigError("stages is empty; give at least one stage, or leave it out")
+        raise UserError("stages is empty; give at least one stage, or leave it out")
     base = to_dict(cfg) | {"stages": None, "init": None}
     for name, keys in cfg.stages.items():
         keys = dict(keys) if isinstance(keys, dict) else {}
         steps = keys.pop("steps", None)
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ConfigError(
+            raise UserError(
                 f"stages.{name}.steps is {steps!r}; it must be a number of steps, at least 1"
             )
         try:
             keys = write_out(type(cfg), keys)
             stage = build(type(cfg), merge(_without_schedules(base, keys), keys))
-        except ConfigError as error:
-            raise ConfigError(f"stages.{name}: {error}") from None
+        except UserError as error:
+            raise UserError(f"stages.{name}: {error}") from None
         for change in changed_keys(replace(cfg, stages=None, init=None), stage, all_fields=True):
             if not change.startswith(ALLOWED):
-                raise ConfigError(
+                raise UserError(
                     f"stages.{name} cannot change {change}; a stage may change {', '.join(ALLOWED)}"
                 )
         if stage.init and stage.tune.mode == "lora":
-            raise ConfigError(
+            raise UserError(
                 f"stages.{name} has an init of its own and tune.mode=lora; load it in a stage before, or as the run's init"
             )
         yield name, steps, stage
@@ -107,12 +108,12 @@ def plan_stages(
     stages, first, images = [], 0, 0
     for (name, _, stage), stop in zip(parts, ends):
         if stop <= first:
-            raise ConfigError(
+            raise UserError(
                 f"{total_steps} steps are too few for {len(parts)} stages: stages.{name} would have none"
             )
         start = span_steps(stage.loss.gram.start, stop - first)
         if start >= stop - first:
-            raise ConfigError(
+            raise UserError(
                 f"loss.gram.start {start} is not before the end, after {stop - first} steps"
             )
         stages.append(Stage(name, stage, first, stop, images, schedules(stage, stop - first)))

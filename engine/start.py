@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from errors import UserError
 from models.ssl_model import SSLModel, build_ssl_model
 from models.vit import build_backbone
 from models.weights.load import load_backbone, load_heads
@@ -68,7 +69,7 @@ def start_from(model: SSLModel, initial: nn.Module, spec: str | Path) -> None:
     error.
 
     Raises:
-        ValueError: if the two backbones are not the same function of their weights, with the settings that differ.
+        UserError: if the two backbones are not the same function of their weights, with the settings that differ.
     """
     own, given = model.backbone.config, initial.config
     names = [name for name in given if name not in FREE and own.get(name) != given[name]]
@@ -76,9 +77,7 @@ def start_from(model: SSLModel, initial: nn.Module, spec: str | Path) -> None:
         names.remove("layerscale")  # an initial value, which the weights replace
     if names:
         settings = ", ".join(f"{name} {given[name]} (here {own.get(name)})" for name in names)
-        raise ValueError(
-            f"{spec} is another backbone than model: says; the weights have {settings}"
-        )
+        raise UserError(f"{spec} is another backbone than model: says; the weights have {settings}")
     tensors = initial.state_dict()
     if model.backbone.config.get("mask_token") is False:
         tensors.pop("mask_token", None)

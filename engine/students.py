@@ -23,7 +23,6 @@ from engine.optim import build_schedules
 from engine.settings import (
     CONFIG_FOLDER,
     ONE_OF,
-    ConfigError,
     build,
     changed_keys,
     merge,
@@ -36,6 +35,7 @@ from engine.settings import (
 )
 from engine.stages import Schedules
 from engine.validation import size_pair
+from errors import UserError
 
 # What a student may have of its own: what the others, who see the same images at the same steps, do not depend on.
 ALLOWED = (
@@ -61,12 +61,12 @@ def student_configs(cfg: Any) -> list[Entry]:
     """The run's configuration with each student's keys laid over it; a student that is null is left out.
 
     Raises:
-        ConfigError: without students, and for keys that a student cannot override.
+        UserError: without students, and for keys that a student cannot override.
     """
     given = {str(name): keys for name, keys in cfg.distill.students.items() if keys is not None}
     if not given:
         example = "distill.students.small.model.arch=vit_small"
-        raise ConfigError(f"distill.students is empty; give at least one, for example {example}")
+        raise UserError(f"distill.students is empty; give at least one, for example {example}")
     alone = dataclasses.replace(cfg, distill=dataclasses.replace(cfg.distill, students={}))
     return [_entry(alone, name, keys) for name, keys in given.items()]
 
@@ -74,32 +74,32 @@ def student_configs(cfg: Any) -> list[Entry]:
 def _entry(alone: Any, name: str, keys: Any) -> Entry:
     where = f"distill.students.{name}"
     if not isinstance(keys, dict):
-        raise ConfigError(
+        raise UserError(
             f"{where} is {keys!r}; it must hold keys and values, such as {{model: {{arch: vit_small}}}}"
         )
     keys = dict(keys)
     share = keys.pop("share", 1)
     if isinstance(share, bool) or not isinstance(share, (int, float)) or share <= 0:
-        raise ConfigError(f"{where}.share is {share!r}; it must be a number above 0")
+        raise UserError(f"{where}.share is {share!r}; it must be a number above 0")
     if not name or Path(name).name != name:
-        raise ConfigError(f"{where}: a student's name is that of its folder")
+        raise UserError(f"{where}: a student's name is that of its folder")
     base = to_dict(alone)
     lengths = {
         length: base[length] for length in ONE_OF
     }  # which a student's part of a stage leaves alone
     try:
         own = build(type(alone), merge(base, write_out(type(alone), keys)) | lengths)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     for change in changed_keys(alone, own, all_fields=True):
         if not change.startswith(ALLOWED):
-            raise ConfigError(
+            raise UserError(
                 f"{where} cannot change {change}; a student may change {', '.join(ALLOWED)}"
             )
     for kind in ("global_size", "local_size"):
         size, cut = getattr(own.crops, kind), getattr(alone.crops, kind)
         if any(side > whole for side, whole in zip(size_pair(size), size_pair(cut))):
-            raise ConfigError(
+            raise UserError(
                 f"{where}.crops.{kind} is {size}, but crops are cut at crops.{kind} {cut} for all; raise that"
             )
     return Entry(
@@ -113,19 +113,19 @@ def check_run(cfg: Any, stages: list[Any], ranks: int) -> None:
     """What holds for all students.
 
     Raises:
-        ConfigError: for settings that have no meaning here.
+        UserError: for settings that have no meaning here.
     """
     for stage in stages:
         if stage.cfg.batch_size % ranks:
-            raise ConfigError(
+            raise UserError(
                 f"batch_size {stage.cfg.batch_size} is not a multiple of the {ranks} processes"
             )
         if stage.name and stage.cfg.init:
-            raise ConfigError(
+            raise UserError(
                 f"stages.{stage.name}.init: stages of a distillation go on; give init to a student"
             )
         if "gram" in stage.schedules:
-            raise ConfigError(
+            raise UserError(
                 "loss.gram has no part in distillation, where the teacher is frozen; leave it out"
             )
 
@@ -134,10 +134,10 @@ def uses_heads(cfg: Any, teacher: Any) -> bool:
     """Whether students learn from the teacher's prototypes, or else from its features.
 
     Raises:
-        ConfigError: if heads are asked for and there are none.
+        UserError: if heads are asked for and there are none.
     """
     if cfg.distill.match == "heads" and teacher.dino_head is None:
-        raise ConfigError(
+        raise UserError(
             f"distill.match is heads, but the teacher {cfg.distill.teacher} brings none (runs of train.py do); "
             "use distill.match=features"
         )
@@ -148,7 +148,7 @@ def check_prototypes(name: str, cfg: Any, terms: set[str], teacher: Any) -> None
     """Whether a student's heads have the teacher's prototypes.
 
     Raises:
-        ConfigError: with what to set.
+        UserError: with what to set.
     """
     for term in {"dino", "ibot"} & terms:
         head = getattr(teacher, f"{term}_head")
@@ -156,7 +156,7 @@ def check_prototypes(name: str, cfg: Any, terms: set[str], teacher: Any) -> None
         own = getattr(cfg.loss, term).prototypes
         if own != theirs:
             value = "null" if theirs is None else theirs
-            raise ConfigError(
+            raise UserError(
                 f"distill.students.{name}: loss.{term}.prototypes is {own or 'null'}, but those of the teacher "
                 f"{cfg.distill.teacher} are {value}; set loss.{term}.prototypes={value}, or distill.match=features"
             )
@@ -179,14 +179,14 @@ def patch_grid(
     """(h, w) of the patches of crops of that size; `backbone` is in eval mode.
 
     Raises:
-        ConfigError: if it does not take such crops.
+        UserError: if it does not take such crops.
     """
     try:
         with torch.no_grad():
             return tuple(backbone(torch.zeros(1, backbone.in_channels, *size, device=device)).grid)
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
+        raise UserError(
             f"{whose} does not take crops of {size[0]} x {size[1]} pixels: {reason}"
         ) from None
 
@@ -211,7 +211,7 @@ def begin(cfg: Any, entries: list[Entry], layout: dict[str, range] | None, image
     """Writes the run's own config.yaml, once it is sure that a run that has begun may go on with it; says what to know.
 
     Raises:
-        ConfigError: if a key has changed that is part of the result.
+        UserError: if a key has changed that is part of the result.
     """
     folder = Path(cfg.output_dir)
     begun = any(latest_step(Path(entry.cfg.output_dir)) for entry in entries)
@@ -249,7 +249,7 @@ def matching_schedules(cfg: Any, total_steps: int) -> Schedules:
     }
     weights = {"cls": cfg.distill.cls_weight, "patches": cfg.distill.patch_weight}
     if max(weights.values()) <= 0:
-        raise ConfigError(
+        raise UserError(
             "distill.cls_weight and distill.patch_weight are both 0: nothing to learn from"
         )
     return kept | {

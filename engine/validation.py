@@ -3,14 +3,14 @@
 import re
 from typing import Any
 
-from engine.settings import ConfigError
+from errors import UserError
 
 LENGTHS = ("total_steps", "epochs", "images")
 
 
 def require(condition: bool, sentence: str) -> None:
     if not condition:
-        raise ConfigError(sentence)
+        raise UserError(sentence)
 
 
 def validate(cfg: Any) -> None:

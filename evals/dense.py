@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from errors import UserError
 from evals.patches import (
     CLASSES,
     IGNORE,
@@ -253,12 +254,12 @@ def linear_segmentation(
         patch grid, "steps"}.
 
     Raises:
-        ValueError: if no pixel has a class.
+        UserError: if no pixel has a class.
     """
     patches = FrozenPatches(backbone, train, device, largest_class, **options)
     classes = max(patches.summaries) + 1
     if classes < 1:
-        raise ValueError("no pixel of the training masks has a class")
+        raise UserError("no pixel of the training masks has a class")
     steps = recipe.steps(len(train)) if steps is None else steps
     with torch.inference_mode(False):
         build = partial(LinearHead, patches.dim, classes, dropout=0.1)
@@ -330,12 +331,12 @@ def linear_depth(
         "span", "steps"}.
 
     Raises:
-        ValueError: if no pixel has a depth.
+        UserError: if no pixel has a depth.
     """
     patches = FrozenPatches(backbone, train, device, depth_summary, **options)
     known = [summary for summary in patches.summaries if summary is not None]
     if not known:
-        raise ValueError("no pixel of the training depth is above 0")
+        raise UserError("no pixel of the training depth is above 0")
     lows, highs, means = zip(*known)
     low, high = span or (min(lows), max(highs))
     steps = recipe.steps(len(train)) if steps is None else steps
@@ -360,7 +361,7 @@ def linear_depth(
             depth_errors(torch.full_like(depth, sum(means) / len(means)), depth)
         )
     if not scores["limit"]:
-        raise ValueError("no pixel of the validation depth is above 0")
+        raise UserError("no pixel of the validation depth is above 0")
     rmse, delta = (
         {name: sum(one[k] for one in rows) / len(rows) for name, rows in scores.items()}
         for k in (0, 1)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from errors import UserError
 from evals.knn import extract_features
 
 BLOCKS = (1, 4)
@@ -131,7 +132,7 @@ class HeadGrid:
         for part, group, weight, _, _ in self.groups:
             if head in group:
                 return _linear(weight[group.index(head)], part)
-        raise ValueError(f"{head} is not in the grid")
+        raise UserError(f"{head} is not in the grid")
 
     @torch.inference_mode()
     def accuracies(self, rows: Tensor, labels: Tensor, chunk: int = 1024) -> dict[Head, float]:

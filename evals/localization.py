@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from errors import UserError
 from evals.patches import Patches
 
 TAUS = tuple(round(0.05 * k, 2) for k in range(9))  # TokenCut's threshold as DINOv3 sweeps it
@@ -83,10 +84,10 @@ def by_tokencut(
     patches on.
 
     Raises:
-        ValueError: if there are more patches than MOST_PATCHES.
+        UserError: if there are more patches than MOST_PATCHES.
     """
     if len(tokens) > MOST_PATCHES:
-        raise ValueError(
+        raise UserError(
             f"{len(tokens)} patches are too many for TokenCut, at most {MOST_PATCHES}; lower --size"
         )
     unit = F.normalize(tokens.double().cpu(), dim=1)
@@ -221,7 +222,7 @@ def localize(
         "centre": {share of the side: {...}}, "n_images"}.
 
     Raises:
-        ValueError: if no image has an object.
+        UserError: if no image has an object.
     """
     rows: dict[Any, list[dict[str, float]]] = {}
     count = 0
@@ -239,7 +240,7 @@ def localize(
         for name, one in scores.items():
             rows.setdefault(name, []).append(one)
     if not count:
-        raise ValueError("no image has an object in its annotations")
+        raise UserError("no image has an object in its annotations")
     means = {
         name: {key: sum(one[key] for one in found) / count for key in found[0]}
         for name, found in rows.items()

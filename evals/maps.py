@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from errors import UserError
+
 Picture = np.ndarray  # (H, W, 3) uint8
 
 # Tokens of one image.
@@ -35,12 +37,12 @@ def patch_tokens(
             image's area, not with its square. None: the whole image at once.
 
     Raises:
-        ValueError: if the window is smaller than a patch.
+        UserError: if the window is smaller than a patch.
     """
     p, (height, width) = backbone.patch_size, image.shape[-2:]
     window = max(height, width) if window is None else window
     if window < p:
-        raise ValueError(f"--window is {window}; the model's patches are {p} pixels")
+        raise UserError(f"--window is {window}; the model's patches are {p} pixels")
     side, total, count = window // p, None, None
     for top in window_starts(height // p, side):
         for left in window_starts(width // p, side):
@@ -89,9 +91,9 @@ class _Watch(TorchFunctionMode):
 
     def kept(self) -> tuple[Tensor, Tensor]:
         if self.calls == 0:
-            raise ValueError("this model computes no attention that could be drawn")
+            raise UserError("this model computes no attention that could be drawn")
         if not -self.calls <= self.layer < self.calls:
-            raise ValueError(
+            raise UserError(
                 f"--layer is {self.layer}; this model has {self.calls} blocks, 0 to {self.calls - 1}"
             )
         return self.last[0]
@@ -112,7 +114,7 @@ def prefix_attention(backbone: nn.Module, images: Tensor, layer: int = -1) -> tu
         (B, heads, 1 + R, T) in float32, T = 1 + R + N in the order CLS, registers, patches; rows sum to 1.
 
     Raises:
-        ValueError: if there is no such block, or its tokens are not CLS, registers and patches.
+        UserError: if there is no such block, or its tokens are not CLS, registers and patches.
     """
     with _Watch(layer) as watch:
         features = backbone(images)
@@ -120,7 +122,7 @@ def prefix_attention(backbone: nn.Module, images: Tensor, layer: int = -1) -> tu
     prefix = 1 + features.registers.shape[1]
     tokens = prefix + features.patches.shape[1]
     if q.shape[-2] != tokens or k.shape[-2] != tokens:
-        raise ValueError(
+        raise UserError(
             f"attention of this model is over {k.shape[-2]} tokens, which are not CLS, {prefix - 1} registers and "
             f"{tokens - prefix} patches"
         )
@@ -203,7 +205,7 @@ def load_basis(path: Path) -> PCABasis:
     """What `save_basis` wrote.
 
     Raises:
-        ValueError: if the file is something else.
+        UserError: if the file is something else.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -211,7 +213,7 @@ def load_basis(path: Path) -> PCABasis:
                 *(torch.from_numpy(arrays[name]) for name in ("mean", "axes", "low", "high"))
             )
     except (ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no basis that `visualize.py pca --basis` wrote") from error
+        raise UserError(f"{path} is no basis that `visualize.py pca --basis` wrote") from error
 
 
 def pca_image(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import UserError
 from evals.patches import tokens_of, upsample
 
 # Correspondence.
@@ -80,7 +81,7 @@ def match_views(
         nothing moves, "n_points"}.
 
     Raises:
-        ValueError: if no point is visible in both views.
+        UserError: if no point is visible in both views.
     """
     errors: dict[str, list[Tensor]] = {"recall": [], "limit": [], "same_place": []}
     for image_a, image_b, points_a, points_b, visible, shape in views:
@@ -98,7 +99,7 @@ def match_views(
         for name, guess in guesses.items():
             errors[name].append(_distances(guess, points_b, shape) / max(shape))
     if not errors["recall"]:
-        raise ValueError("no point is visible in both views")
+        raise UserError("no point is visible in both views")
     result: dict[str, Any] = {
         name: recall_at(torch.cat(found), thresholds) for name, found in errors.items()
     }
@@ -252,12 +253,12 @@ def track(
         first frame's mask throughout, "n_objects"}.
 
     Raises:
-        ValueError: if a clip has one frame, or no first frame has an object.
+        UserError: if a clip has one frame, or no first frame has an object.
     """
     scores: dict[str, list[tuple[float, float]]] = {"found": [], "limit": [], "static": []}
     for frames, instances in clips:
         if len(frames) < 2:
-            raise ValueError(
+            raise UserError(
                 "a clip has one frame; tracking needs at least two (frames=8 of `scenes`)"
             )
         found = [tokens_of(backbone, [frame.to(device)])[0] for frame in frames]
@@ -294,7 +295,7 @@ def track(
                     )
                 )
     if not scores["found"]:
-        raise ValueError("no clip has an object in its first frame")
+        raise UserError("no clip has an object in its first frame")
     means = {
         name: (_mean(j for j, _ in rows), _mean(f for _, f in rows))
         for name, rows in scores.items()

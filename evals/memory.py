@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from engine.validation import size_pair
+from errors import UserError
 
 GIB = 2**30
 
@@ -44,7 +45,7 @@ def memory_table(
         ValueError: for a number of GPUs that does not divide the batch, and for other backbones than a VisionTransformer.
     """
     if cfg.model.arch.startswith("timm:"):
-        raise ValueError(
+        raise UserError(
             f"the memory of {cfg.model.arch} is not known; give a preset of models/vit.py"
         )
     terms = set(terms)
@@ -55,7 +56,7 @@ def memory_table(
 
 def _row(cfg: Any, terms: set, student: nn.Module, gpus: int, device: str) -> dict:
     if gpus < 1 or cfg.batch_size % gpus:
-        raise ValueError(f"batch_size {cfg.batch_size} cannot be shared by {gpus} GPUs")
+        raise UserError(f"batch_size {cfg.batch_size} cannot be shared by {gpus} GPUs")
     images = min(cfg.batch_size // gpus, cfg.micro_batch_size or cfg.batch_size)
     low = 4 if cfg.precision == "fp32" else 2
     parameters = _count(student)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from engine import distributed
+from errors import UserError
 
 IGNORE = 255  # in masks of bytes: counts neither for nor against
 CLASSES = 256  # that masks may hold, in all; no rank knows beforehand which occur
@@ -68,13 +69,13 @@ class LastLayers(nn.Module):
     """A backbone whose patches are those of its last `count` blocks, each through the final norm, side by side in D.
 
     Raises:
-        ValueError: if the backbone has no `intermediate` or fewer blocks.
+        UserError: if the backbone has no `intermediate` or fewer blocks.
     """
 
     def __init__(self, backbone: nn.Module, count: int):
         super().__init__()
         if count < 1 or (count > 1 and not hasattr(backbone, "intermediate")):
-            raise ValueError(f"layers is {count}; this backbone gives its last layer only")
+            raise UserError(f"layers is {count}; this backbone gives its last layer only")
         self.backbone, self.count, self.patch_size = backbone, count, backbone.patch_size
 
     def forward(self, images: Tensor) -> Any:
@@ -92,14 +93,14 @@ class Sliding(nn.Module):
         window: side in pixels; the published 512 goes with a stride of 341, so the stride is two thirds.
 
     Raises:
-        ValueError: if the window is smaller than a patch.
+        UserError: if the window is smaller than a patch.
     """
 
     def __init__(self, backbone: nn.Module, window: int):
         super().__init__()
         p = backbone.patch_size
         if window < p:
-            raise ValueError(f"a window of {window} pixels is smaller than a patch of {p}")
+            raise UserError(f"a window of {window} pixels is smaller than a patch of {p}")
         self.backbone, self.patch_size = backbone, p
         self.window, self.stride = window // p * p, max(1, round(window * 2 / 3 / p)) * p
 
@@ -163,13 +164,13 @@ def confusion(prediction: Tensor, mask: Tensor) -> Tensor:
     """(CLASSES, CLASSES) pixel counts, rows what is there, columns what was said; IGNORE and below 0 left out.
 
     Raises:
-        ValueError: if a class is too large.
+        UserError: if a class is too large.
     """
     mask, prediction = mask.long().flatten(), prediction.long().flatten()
     known = (mask >= 0) & (mask != IGNORE)
     largest = int(mask[known].max()) if known.any() else 0
     if largest >= CLASSES:
-        raise ValueError(
+        raise UserError(
             f"a mask holds class {largest}; classes go from 0 to 254, and 255 is not counted"
         )
     pairs = mask[known] * CLASSES + prediction[known]
@@ -182,7 +183,7 @@ def mean_iou(counts: Tensor) -> tuple[float, list[float | None]]:
     A class that is neither there nor said is None and does not count.
 
     Raises:
-        ValueError: if nothing was counted.
+        UserError: if nothing was counted.
     """
     counts = counts.cpu().double()
     right = counts.diag()
@@ -190,7 +191,7 @@ def mean_iou(counts: Tensor) -> tuple[float, list[float | None]]:
     each = [float(r / u) if u > 0 else None for r, u in zip(right, union)]
     known = [value for value in each if value is not None]
     if not known:
-        raise ValueError("no pixel of the masks has a class: all are to be ignored")
+        raise UserError("no pixel of the masks has a class: all are to be ignored")
     last = max(index for index, value in enumerate(each) if value is not None)
     return sum(known) / len(known), each[: last + 1]
 
@@ -224,10 +225,10 @@ def merge_banks(banks: Sequence[PatchBank]) -> PatchBank:
     """One bank of several, which may know of different numbers of classes.
 
     Raises:
-        ValueError: if there is none.
+        UserError: if there is none.
     """
     if not banks:
-        raise ValueError("no pixel of the training masks has a class")
+        raise UserError("no pixel of the training masks has a class")
     classes = max(bank.shares.shape[1] for bank in banks)
     shares = [F.pad(bank.shares, (0, classes - bank.shares.shape[1])) for bank in banks]
     return PatchBank(torch.cat([bank.features for bank in banks]), torch.cat(shares))
@@ -274,7 +275,7 @@ def patch_knn_segmentation(
         "n_patches": of the bank}.
 
     Raises:
-        ValueError: if there is no labelled pixel.
+        UserError: if there is no labelled pixel.
     """
     options = {"batch_size": batch_size, "workers": workers, "progress": progress}
     rank, world = distributed.rank(), distributed.world_size()
@@ -318,11 +319,11 @@ def patch_locality(features: Any, anchors: int = 64) -> float:
         anchors: at most so many patches an image, evenly spaced.
 
     Raises:
-        ValueError: if the longer side of the grid has fewer than 3 patches.
+        UserError: if the longer side of the grid has fewer than 3 patches.
     """
     (h, w), tokens = features.grid, features.patches.float()
     if max(h, w) < 3:
-        raise ValueError(f"a grid of {h} x {w} patches has no far ones; take larger images")
+        raise UserError(f"a grid of {h} x {w} patches has no far ones; take larger images")
     tokens = F.normalize(tokens - tokens.mean(dim=1, keepdim=True), dim=-1)
     rows, columns = torch.arange(h * w) // w, torch.arange(h * w) % w
     chosen = torch.linspace(0, h * w - 1, min(anchors, h * w)).round().long()

@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
 from models.features import check_choice
 from models.layers import make_ffn
 from models.vit import PRESETS
@@ -63,14 +64,14 @@ def from_shapes(
     it, a square grid of learned positions, the dialect's interpolation and norm_eps.
 
     Raises:
-        ValueError: if the tensors that tell are missing, or the shapes are no such model's.
+        UserError: if the tensors that tell are missing, or the shapes are no such model's.
     """
 
     def shape(*names: str) -> torch.Size:
         for name in names:
             for found in dialect.find(name, tensors).values():
                 return tensors[found].shape
-        raise ValueError(f"neither of {', '.join(names)} is among the weights ({dialect.name})")
+        raise UserError(f"neither of {', '.join(names)} is among the weights ({dialect.name})")
 
     def holds(name: str) -> bool:
         return bool(dialect.find(name, tensors))
@@ -104,7 +105,7 @@ def from_shapes(
         if holds("rope.periods"):
             head_dim = 4 * shape("rope.periods")[0]
     if dim % head_dim and "num_heads" not in given:
-        raise ValueError(
+        raise UserError(
             f"the weights are {dim} wide, which is no number of heads of {head_dim}; say how many with ?num_heads="
         )
     norm_eps = META_ROTARY.norm_eps if options["positions"] == "rope" else dialect.norm_eps
@@ -135,7 +136,7 @@ def ffn_options(dim: int, hidden: int, gated: bool) -> dict[str, Any]:
     """`ffn` and `ffn_ratio` of a feed-forward net of this hidden width.
 
     Raises:
-        ValueError: if there is none.
+        UserError: if there is none.
     """
     sizes = [
         size for size in PRESETS.values() if size["embed_dim"] == dim
@@ -150,7 +151,7 @@ def ffn_options(dim: int, hidden: int, gated: bool) -> dict[str, Any]:
         with torch.device("meta"):
             if (ffn != "mlp") == gated and hidden_width(make_ffn(ffn, dim, ratio)) == hidden:
                 return {"ffn": ffn, "ffn_ratio": ratio}
-    raise ValueError(f"the feed-forward nets are {hidden} wide; gated ones must be a multiple of 8")
+    raise UserError(f"the feed-forward nets are {hidden} wide; gated ones must be a multiple of 8")
 
 
 def hidden_width(ffn: nn.Module) -> int:
@@ -164,7 +165,7 @@ def from_hugging_face(config: Mapping[str, Any], dialect: Dialect) -> dict[str, 
     """Arguments of `VisionTransformer` by the config.json of ViTModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel.
 
     Raises:
-        ValueError: if a field is missing, or asks for what our model does not do.
+        UserError: if a field is missing, or asks for what our model does not do.
     """
     kind = config["model_type"]
     gated = bool(config.get("use_gated_mlp", config.get("use_swiglu_ffn", False)))
@@ -191,12 +192,12 @@ def from_hugging_face(config: Mapping[str, Any], dialect: Dialect) -> dict[str, 
             else _dinov2_width(config, gated)
         )
     except KeyError as error:
-        raise ValueError(f"config.json of a {kind} model has no {error}") from error
+        raise UserError(f"config.json of a {kind} model has no {error}") from error
     options |= ffn_options(dim, hidden, gated)
     if kind != "dinov3_vit":
         return options | {"positions": "learned", "qkv_bias": config.get("qkv_bias", True)}
     if config.get("query_bias", True) != config.get("value_bias", True):
-        raise ValueError(
+        raise UserError(
             "config.json gives only one of queries and values a bias, which no model of ours has"
         )
     bias = config.get("query_bias", True)
@@ -244,13 +245,13 @@ def from_timm(name: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], 
     """Arguments of `VisionTransformer` for one of timm's models as timm itself builds it, and the dialect of its names.
 
     Raises:
-        ValueError: if timm does not know the name or the arguments.
+        UserError: if timm does not know the name or the arguments.
     """
     try:
         with torch.device("meta"):
             model = timm.create_model(name, **{**arguments, "num_classes": 0})
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"timm:{name} could not be built: {error}") from error
+        raise UserError(f"timm:{name} could not be built: {error}") from error
     tensors, _ = strip(model.state_dict())
     dialect = find_dialect(tensors, from_timm=True)
     if "reg_token" in tensors and "pos_embed" in tensors:  # no position for the CLS token

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
 from models.features import Preprocessing
 
 
@@ -21,10 +22,10 @@ def adapt_channels(backbone: nn.Module, channels: int) -> nn.Module:
     any image; these become the statistics of every new channel.
 
     Raises:
-        ValueError: if `channels` is no number from 1 on, or the first convolution pads or has no bias.
+        UserError: if `channels` is no number from 1 on, or the first convolution pads or has no bias.
     """
     if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
-        raise ValueError(f"channels is {channels!r}; it must be a whole number from 1 on")
+        raise UserError(f"channels is {channels!r}; it must be a whole number from 1 on")
     if channels == backbone.in_channels:
         return backbone
     conv = _first_convolution(backbone)
@@ -74,7 +75,7 @@ def _first_convolution(backbone: Any) -> nn.Conv2d:
         or conv.padding not in ((0, 0), "valid")
         or conv.groups != 1
     ):
-        raise ValueError(
+        raise UserError(
             f"the channels of a {type(backbone).__name__} without a first convolution that has a bias and no padding cannot be "
             "adapted; of timm's models, take timm:NAME?in_channels="
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from errors import UserError
 from models.weights.dialects import Dialect
 
 # Depths and widths of timm's names, which DINOv3 took over.
@@ -22,7 +23,7 @@ def convnext_options(
     """Arguments of `TimmBackbone`, by config.json where it tells them, else by the shapes.
 
     Raises:
-        ValueError: if the tensors that tell are missing, or the model does what timm's does not.
+        UserError: if the tensors that tell are missing, or the model does what timm's does not.
     """
     if "architecture" in config:
         arguments = {
@@ -37,19 +38,19 @@ def convnext_options(
         }
     if "hidden_sizes" in config:
         if config.get("layer_norm_eps", 1e-6) != 1e-6 or config.get("hidden_act", "gelu") != "gelu":
-            raise ValueError(
+            raise UserError(
                 "config.json asks for layer_norm_eps or hidden_act other than 1e-6 and gelu, which ConvNeXt has"
             )
         depths, dims = tuple(config.get("depths", (3, 3, 9, 3))), tuple(config["hidden_sizes"])
         return {**size_options(depths, dims), "in_channels": config.get("num_channels", 3)}
     stem = tensors.get(dialect.names("model.stem.0.weight")[0])
     if stem is None:
-        raise ValueError(f"the first convolution is not among the weights ({dialect.name})")
+        raise UserError(f"the first convolution is not among the weights ({dialect.name})")
     depths, dims = [], []
     for stage in range(4):
         scales = dialect.find(f"model.stages.{stage}.blocks.#.gamma", tensors)
         if not scales:
-            raise ValueError(
+            raise UserError(
                 f"stage {stage} of the ConvNeXt has no `gamma` among the weights ({dialect.name})"
             )
         depths.append(1 + max(scales))

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
 from models.features import Features
 from models.head import ProjectionHead
 from models.weights.load import load_backbone, load_heads
 
 
 @dataclass
-class Seen:
+class TeacherOutput:
     """What the teacher says of n crops, small enough to be exchanged between ranks.
 
     With heads, their vectors before the prototypes, of length 1; without, the backbone's own.
@@ -43,12 +44,12 @@ class Teacher(nn.Module):
         return self.dino_head if self.ibot_head is None else self.ibot_head
 
     @torch.no_grad()
-    def forward(self, images: Tensor, heads: bool) -> Seen:
-        """(n, C, H, W) normalised as the backbone wants it -> `Seen`."""
+    def forward(self, images: Tensor, heads: bool) -> TeacherOutput:
+        """(n, C, H, W) normalised as the backbone wants it -> `TeacherOutput`."""
         seen: Features = self.backbone(images)
         if not heads:
-            return Seen(seen.cls, seen.patches, seen.grid)
-        return Seen(
+            return TeacherOutput(seen.cls, seen.patches, seen.grid)
+        return TeacherOutput(
             self.dino_head.bottleneck(seen.cls), self.patch_head.bottleneck(seen.patches), seen.grid
         )
 
@@ -58,7 +59,7 @@ def load_teacher(spec: str | Path, channels: int) -> Teacher:
 
     Raises:
         FileNotFoundError: if there is no such model.
-        ValueError: if its files are damaged, or the heads are another backbone's.
+        UserError: if its files are damaged, or the heads are another backbone's.
     """
     joint = "&" if "?" in str(spec) else "?"
     backbone = load_backbone(f"{spec}{joint}channels={channels}")
@@ -67,7 +68,7 @@ def load_teacher(spec: str | Path, channels: int) -> Teacher:
     for head in heads:
         if head is not None and head.mlp[0].in_features != backbone.embed_dim:
             width = head.mlp[0].in_features
-            raise ValueError(
+            raise UserError(
                 f"the heads beside {spec} take vectors of {width}; its backbone has {backbone.embed_dim}"
             )
     return Teacher(backbone, *heads)

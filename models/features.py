@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from errors import UserError
+
 
 @dataclass
 class Features:
@@ -53,18 +55,16 @@ def check_images(images: Tensor, channels: int, smallest: int) -> None:
     """
     if images.ndim != 4 or images.shape[1] != channels:
         shape = tuple(images.shape)
-        raise ValueError(
-            f"images of shape {shape} given; this backbone takes (B, {channels}, H, W)"
-        )
+        raise UserError(f"images of shape {shape} given; this backbone takes (B, {channels}, H, W)")
     if not images.is_floating_point():
-        raise ValueError(f"images of {images.dtype} given; backbones take normalised floats")
+        raise UserError(f"images of {images.dtype} given; backbones take normalised floats")
     if min(images.shape[-2:]) < smallest:
         height, width = images.shape[-2:]
-        raise ValueError(
+        raise UserError(
             f"images of {height} x {width} pixels given; the least is {smallest} a side"
         )
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import UserError
 from models.features import check_choice
 from models.layers import init_module
 
@@ -107,7 +108,7 @@ class ProjectionHead(nn.Module):
         super().__init__()
         check_choice("last_layer", last_layer, LAST_LAYERS)
         if layers < 1:
-            raise ValueError(f"a projection head needs at least 1 layer; {layers} given")
+            raise UserError(f"a projection head needs at least 1 layer; {layers} given")
         widths = [in_dim, *[hidden] * (layers - 1), bottleneck]
         steps: list[nn.Module] = []
         for width, following in zip(widths, widths[1:]):

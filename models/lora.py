@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import UserError
 from models.features import check_choice
 from models.layers import KeyMaskedLinear
 
@@ -142,7 +143,7 @@ def freeze_for(
     """
     check_choice("tune.mode", mode, MODES)
     if mode == "full" and targets:
-        raise ValueError(
+        raise UserError(
             f"tune.targets {', '.join(targets)} with tune.mode full, where everything trains; give lora or partial"
         )
     merge(backbone).requires_grad_(mode == "full")
@@ -180,9 +181,9 @@ def apply_lora(
         ValueError: for a target that names no linear layer, with the names there are, or a number out of range.
     """
     if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"the rank of adapters is {rank!r}; it must be a whole number from 1 on")
+        raise UserError(f"the rank of adapters is {rank!r}; it must be a whole number from 1 on")
     if alpha <= 0 or not 0 <= dropout < 1:
-        raise ValueError(
+        raise UserError(
             f"alpha {alpha} and dropout {dropout} of adapters; alpha must be above 0 and dropout in [0, 1)"
         )
     backbone.requires_grad_(False)
@@ -232,7 +233,7 @@ def _named(targets: Sequence[str], names: dict, kind: str) -> Iterator:
                 if not part.isdigit()
             ]
             known = ", ".join(dict.fromkeys(parts)) or "none"
-            raise ValueError(
+            raise UserError(
                 f"no {kind} of the backbone is named {target!r}; parts of their names are {known}"
             )
     return (

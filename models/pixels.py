@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import UserError
 from models.features import Features, Preprocessing, check_images
 
 
@@ -24,7 +25,7 @@ class PixelBackbone(nn.Module):
     def forward(self, images: Tensor, masks: Tensor | None = None, local: bool = False) -> Features:
         """(B, C, H, W) floats; what the patch size leaves over is cropped, right and bottom."""
         if masks is not None:
-            raise ValueError("masks are given, but raw pixels have no mask token")
+            raise UserError("masks are given, but raw pixels have no mask token")
         check_images(images, self.in_channels, self.patch_size)
         p, size = self.patch_size, self.preprocessing.size
         h, w = images.shape[-2] // p, images.shape[-1] // p

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from errors import UserError
 from models.features import Preprocessing
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -19,7 +20,7 @@ def from_hugging_face(values: Mapping[str, Any], source: str) -> Preprocessing:
     same for images of that aspect and does not distort the others.
 
     Raises:
-        ValueError: if a value is missing or not understood.
+        UserError: if a value is missing or not understood.
     """
     values = values.get("image_processor", values)
     try:
@@ -38,7 +39,7 @@ def from_hugging_face(values: Mapping[str, Any], source: str) -> Preprocessing:
             interpolation=names[values.get("resample", RESAMPLE["bicubic"])],
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source} is no image processor that we know: {error!r}") from error
+        raise UserError(f"{source} is no image processor that we know: {error!r}") from error
 
 
 def to_hugging_face(preprocessing: Preprocessing) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def from_timm(values: Mapping[str, Any], source: str) -> Preprocessing:
     """From a `pretrained_cfg`.
 
     Raises:
-        ValueError: if a value is not understood.
+        UserError: if a value is not understood.
     """
     try:
         height, width = values.get("input_size", (3, 224, 224))[-2:]
@@ -73,14 +74,14 @@ def from_timm(values: Mapping[str, Any], source: str) -> Preprocessing:
         mean, std = values.get("mean", IMAGENET_MEAN), values.get("std", IMAGENET_STD)
         interpolation = values.get("interpolation", "bicubic")
         if interpolation not in RESAMPLE:
-            raise ValueError(
+            raise UserError(
                 f"{source} asks for interpolation {interpolation!r}; allowed are {', '.join(RESAMPLE)}"
             )
         return Preprocessing(
             (height, width), resize, _per_channel(mean), _per_channel(std), interpolation
         )
     except (TypeError, ZeroDivisionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{source} has a pretrained_cfg that we do not understand: {error}"
         ) from error
 

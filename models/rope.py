@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
 from models.features import check_choice
 
 Rotation = tuple[Tensor, Tensor]  # sine and cosine, each (tokens, d)
@@ -42,7 +43,7 @@ class RotaryPositions(nn.Module):
         """
         super().__init__()
         if head_dim % 4:
-            raise ValueError(
+            raise UserError(
                 f"rotary positions need a head dimension that 4 divides, not {head_dim}"
             )
         check_choice("rope_normalize", normalize, NORMALIZE)

@@ -6,6 +6,7 @@ import timm
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from errors import UserError
 from models.features import Features, Preprocessing, check_images
 
 
@@ -25,7 +26,7 @@ class TimmBackbone(nn.Module):
             kwargs: anything else that `timm.create_model` takes for this model.
 
         Raises:
-            ValueError: if timm does not know the name or cannot build the model, with what it says.
+            UserError: if timm does not know the name or cannot build the model, with what it says.
         """
         super().__init__()
         self.config = {"name": name, "in_channels": in_channels, **kwargs}
@@ -59,11 +60,11 @@ class TimmBackbone(nn.Module):
             local: without effect.
 
         Raises:
-            ValueError: if masks are given, or the images do not fit.
+            UserError: if masks are given, or the images do not fit.
         """
         if masks is not None:
             name = self.config["name"]
-            raise ValueError(f"masks are given, but timm:{name} has no mask token; leave iBOT out")
+            raise UserError(f"masks are given, but timm:{name} has no mask token; leave iBOT out")
         check_images(images, self.in_channels, self.patch_size if self.crops else 1)
         grid = h, w = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         if self.crops:
@@ -74,7 +75,7 @@ class TimmBackbone(nn.Module):
             if "actual input size" not in str(error):
                 raise
             size = f"{images.shape[-2]} x {images.shape[-1]}"
-            raise ValueError(
+            raise UserError(
                 f"images of {size} pixels are too small for timm:{self.config['name']}, its last map has none"
             ) from None
         return self._from_tokens(output, grid) if output.ndim == 3 else self._from_map(output)
@@ -84,7 +85,7 @@ class TimmBackbone(nn.Module):
         prefix = getattr(self.model, "num_prefix_tokens", int(has_cls))
         if tokens.shape[1] != prefix + grid[0] * grid[1]:
             name, count = self.config["name"], tokens.shape[1]
-            raise ValueError(f"timm:{name} gives {count} tokens, which are no grid of {grid}")
+            raise UserError(f"timm:{name} gives {count} tokens, which are no grid of {grid}")
         if has_cls:
             cls, registers = tokens[:, 0], tokens[:, 1:prefix]
         else:
@@ -106,7 +107,7 @@ def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
     if not timm.is_model(name):
         close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=5)
         hint = f"; close names are {', '.join(close)}" if close else ""
-        raise ValueError(f"timm has no model {name!r}{hint}")
+        raise UserError(f"timm has no model {name!r}{hint}")
     try:
         model = timm.create_model(name, num_classes=0, **kwargs)
         needs = {}
@@ -119,5 +120,5 @@ def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
             kwargs = {**needs, **kwargs, "pretrained": pretrained}
             model = timm.create_model(name, num_classes=0, **kwargs)
     except (RuntimeError, TypeError, OSError) as error:
-        raise ValueError(f"timm:{name} could not be built: {error}") from error
+        raise UserError(f"timm:{name} could not be built: {error}") from error
     return model

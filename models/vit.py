@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import UserError
 from models.features import Features, check_choice, check_images
 from models.layers import Attention, DropPath, LayerScale, Shapes, init_module, make_ffn
 from models.rope import RotaryPositions, Rotation
@@ -197,7 +198,7 @@ class VisionTransformer(nn.Module):
             local_crops: (B', C, h, w) to be seen in the same pass; then the features of both are returned.
 
         Raises:
-            ValueError: if the images or the masks have another shape, or there is no mask token.
+            UserError: if the images or the masks have another shape, or there is no mask token.
         """
         x, grid = self._embed(images, masks)  # (B, 1 + R + N, D)
         if local_crops is not None:
@@ -222,13 +223,13 @@ class VisionTransformer(nn.Module):
         """Features of the last `layers` blocks or of those with these indices, each normed.
 
         Raises:
-            ValueError: if there are no such blocks.
+            UserError: if there are no such blocks.
         """
         if isinstance(layers, int):
             layers = range(-layers, 0)
         wanted = [self._index(layer) for layer in layers]
         if not wanted:
-            raise ValueError("no block is asked for; give how many of the last ones, or indices")
+            raise UserError("no block is asked for; give how many of the last ones, or indices")
         x, grid = self._embed(images)
         found = {}
         for index, rotation in zip(range(max(wanted) + 1), self._rotations(grid)):
@@ -244,7 +245,7 @@ class VisionTransformer(nn.Module):
         holds this matrix.
 
         Raises:
-            ValueError: if there is no such block.
+            UserError: if there is no such block.
         """
         layer = self._index(layer)
         x, grid = self._embed(images)
@@ -281,10 +282,10 @@ class VisionTransformer(nn.Module):
 
     def _hide(self, patches: Tensor, masks: Tensor) -> Tensor:
         if self.mask_token is None:
-            raise ValueError("masks are given, but this backbone was built with mask_token=False")
+            raise UserError("masks are given, but this backbone was built with mask_token=False")
         if masks.shape != patches.shape[:2]:
             shape, wanted = tuple(masks.shape), tuple(patches.shape[:2])
-            raise ValueError(f"masks of shape {shape} given; these images have (B, N) = {wanted}")
+            raise UserError(f"masks of shape {shape} given; these images have (B, N) = {wanted}")
         return torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
@@ -335,7 +336,7 @@ class VisionTransformer(nn.Module):
 
     def _index(self, layer: int) -> int:
         if not -self.depth <= layer < self.depth:
-            raise ValueError(f"block {layer} is asked for; this backbone has {self.depth}")
+            raise UserError(f"block {layer} is asked for; this backbone has {self.depth}")
         return layer % self.depth
 
 
@@ -363,24 +364,24 @@ def _check_config(config: dict) -> None:
     at_least_one = ("embed_dim", "depth", "num_heads", "patch_size", "in_channels")
     for name, least in [*((name, 1) for name in at_least_one), ("registers", 0)]:
         if not isinstance(config[name], int) or config[name] < least:
-            raise ValueError(
+            raise UserError(
                 f"{name} is {config[name]!r}; it must be a whole number from {least} on"
             )
     dim, heads = config["embed_dim"], config["num_heads"]
     if dim % heads:
-        raise ValueError(f"embed_dim {dim} is not a multiple of num_heads {heads}")
+        raise UserError(f"embed_dim {dim} is not a multiple of num_heads {heads}")
     size, patch = config["image_size"], config["patch_size"]
     if len(size) != 2 or not all(isinstance(side, int) and side >= patch for side in size):
-        raise ValueError(f"image_size is {size}; it must be one or two numbers from {patch} on")
+        raise UserError(f"image_size is {size}; it must be one or two numbers from {patch} on")
     for name in NUMBERS:
         if config[name] is not None and not isinstance(config[name], (int, float)):
-            raise ValueError(f"{name} is {config[name]!r}; it must be a number")
+            raise UserError(f"{name} is {config[name]!r}; it must be a number")
     check_choice("positions", config["positions"], ("learned", "rope"))
     check_choice("interpolation", config["interpolation"], ("offset", "size", "antialias"))
     check_choice("drop_path_shape", config["drop_path_shape"], ("uniform", "linear"))
     check_choice("fit", config["fit"], ("crop", "pad"))
     if not 0 <= config["drop_path"] < 1:
-        raise ValueError(f"drop_path is {config['drop_path']}; it must lie in [0, 1)")
+        raise UserError(f"drop_path is {config['drop_path']}; it must lie in [0, 1)")
 
 
 def build_backbone(arch: str, **options) -> nn.Module:
@@ -395,8 +396,8 @@ def build_backbone(arch: str, **options) -> nn.Module:
         return TimmBackbone(arch.removeprefix("timm:"), **options)
     if arch not in PRESETS:
         known = ", ".join(PRESETS)
-        raise ValueError(f"unknown backbone {arch!r}; known are {known} and timm:NAME")
+        raise UserError(f"unknown backbone {arch!r}; known are {known} and timm:NAME")
     unknown = ", ".join(sorted(set(options) - set(_options())))
     if unknown:
-        raise ValueError(f"unknown option {unknown} for {arch}; known are {', '.join(_options())}")
+        raise UserError(f"unknown option {unknown} for {arch}; known are {', '.join(_options())}")
     return VisionTransformer(**{**PRESETS[arch], **options})

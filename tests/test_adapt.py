@@ -17,7 +17,7 @@ import export
 import train
 from data.sources.specs import open_data
 from engine.config import load_config
-from engine.settings import ConfigError
+from errors import UserError
 from models.weights.load import load_backbone
 from tests import conftest
 from tests.test_train import folder_of, metrics
@@ -192,7 +192,7 @@ def test_of_several_bases_the_last_one_wins_and_the_file_over_them(tmp_path):
         0.5,
     )
     (tmp_path / "a.yaml").write_text("base: [c.yaml]\n")
-    with pytest.raises(ConfigError, match="its own base"):
+    with pytest.raises(UserError, match="its own base"):
         load_config(str(tmp_path / "c.yaml"), [])
 
 

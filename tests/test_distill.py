@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 
 import distill
 import train
+from data.distillation import CropAdapter, rank_share, with_masks
 from data.loader import stage_loader
-from data.taught import Sight, rank_share, with_masks
 from engine.cli import StoppedEarly
 from engine.config import DistillTrainConfig, load_config
 from engine.logger import read_metrics
 from engine.optim import build_schedules
-from engine.settings import ConfigError
 from engine.stages import plan_stages
 from engine.students import Entry, divide_ranks, student_configs
+from errors import UserError
 from losses.distill import matching_loss, standardize
 from models.distill import Teacher, head_from, load_teacher
 from models.head import LAST_LAYERS, ProjectionHead
@@ -393,13 +393,13 @@ def test_a_sight_resizes_and_normalises_as_its_own_network_wants():
         mean, std = (torch.tensor(values)[:, None, None] for values in statistics)
         return (crops - mean) / std
 
-    sight = Sight([(32, 48), (16, 16)], [(16, 24), (8, 8)], given, wanted)
+    sight = CropAdapter([(32, 48), (16, 16)], [(16, 24), (8, 8)], given, wanted)
     small = F.interpolate(images, (16, 24), mode="bicubic", antialias=True)
     torch.testing.assert_close(
         sight(normalised(images, given)), normalised(small, wanted), atol=1e-5, rtol=1e-5
     )
     assert sight.size((64, 96)) == (32, 48) and sight(None, local=True) is None
-    same = Sight([(32, 48), (16, 16)], [(32, 48), (16, 16)], given, given)
+    same = CropAdapter([(32, 48), (16, 16)], [(32, 48), (16, 16)], given, given)
     assert same(images) is images
 
 
@@ -521,7 +521,7 @@ def test_ranks_are_divided_by_share():
     ],
 )
 def test_a_mistake_among_the_students_is_one_sentence(shared, overrides, words):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(UserError, match=words):
         student_configs(load_config(None, [*shared, *overrides], DistillTrainConfig))
 
 

@@ -99,6 +99,6 @@ def test_files_and_functions_stay_short():
         assert len(text.splitlines()) <= 600, f"{path.name} is past 600 lines: a room is missing"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                assert node.end_lineno - node.lineno < 80, (
-                    f"{path.name}:{node.name} is past 80 lines"
+                assert node.end_lineno - node.lineno < 100, (
+                    f"{path.name}:{node.name} is past 100 lines"
                 )

@@ -13,7 +13,7 @@ import eval_knn
 import train
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name != "errors.py")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -26,6 +26,7 @@ from data.scenes.renderer import (
     to_object,
     to_scene,
 )
+from errors import UserError
 
 SIZES = {"train": 20_000, "val": 4_000}
 UPRIGHT = (
@@ -61,14 +62,14 @@ class Scenes(Dataset):
         frames: int = 1,
     ):
         if split not in SIZES:
-            raise ValueError(f"scenes have no split {split!r}; choose from {', '.join(SIZES)}")
+            raise UserError(f"scenes have no split {split!r}; choose from {', '.join(SIZES)}")
         size = SIZES[split] if size is None else size
         numbers = {"size": size, "seed": seed, "resolution": resolution, "frames": frames}
         least = {"size": 1, "seed": 0, "resolution": 32, "frames": 1}
         for name, value in numbers.items():
             if not isinstance(value, int) or not least[name] <= value < 2**32:
                 allowed = f"a whole number of at least {least[name]}"
-                raise ValueError(f"{name} of scenes is {value!r}; it must be {allowed}")
+                raise UserError(f"{name} of scenes is {value!r}; it must be {allowed}")
         self.split, self.size, self.seed = split, size, seed
         self.resolution, self.frames = resolution, frames
         self.classes = [kind.name for kind in KINDS]

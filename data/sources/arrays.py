@@ -18,6 +18,7 @@ from data.pictures import (
     picture_to_tensor,
 )
 from data.sources.published import labels_of
+from errors import UserError
 
 
 class ArrayImages(ImageData):
@@ -69,7 +70,7 @@ def open_npz(path: Path, channels: int | None, split: str | None = None, **optio
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds no such split.
+        UserError: if it holds no such split.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
@@ -85,10 +86,12 @@ def open_npz(path: Path, channels: int | None, split: str | None = None, **optio
                     if splits
                     else f"it holds {', '.join(arrays)}"
                 )
-                raise ValueError(f"{str(path)!r} {given}; {held}")
+                raise UserError(f"{str(path)!r} {given}; {held}")
             pixels, labels = arrays[f"{name}images"], arrays.get(f"{name}labels")
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"cannot read {str(path)!r}: {error_text(error)}") from error
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {str(path)!r}: {error_text(error)}") from error
     title = f"npz:{path}/{split}" if split else f"npz:{path}"
     return ArrayImages(pixels, labels, title, channels, **options)
 
@@ -153,23 +156,23 @@ def open_python(
     """`package.module:callable`, called with the remaining keys of the spec, as text.
 
     Raises:
-        ValueError: if there is no such callable, or it gives nothing that has a length and items.
+        UserError: if there is no such callable, or it gives nothing that has a length and items.
     """
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"python:{path} names no package.module:callable: {error_text(error)}"
         ) from error
     try:
         dataset = function(**arguments)
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"python:{path} does not take {', '.join(arguments) or 'no arguments'}: {error_text(error)}"
         ) from error
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ValueError(
+        raise UserError(
             f"python:{path} gave a {type(dataset).__name__}; a Dataset has a length and items by number"
         )
     return PythonImages(dataset, f"python:{path}", channels, window, size)

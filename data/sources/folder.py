@@ -10,6 +10,7 @@ from torch import Tensor
 from data.guided import Marks
 from data.images import SPLITS, ImageData, number_classes
 from data.pictures import EXTENSIONS, read_image
+from errors import UserError
 
 
 class FileImages(ImageData):
@@ -85,7 +86,7 @@ def open_folder(
         label_of = {Path(row["file"]).as_posix(): row["label"] or None for row in rows}
         names = [label_of.get(file) for file in files]
         if not any(names):
-            raise ValueError(
+            raise UserError(
                 f"{labels!r} names no image of {str(root)!r}; its column file holds paths relative to that folder"
             )
     return FileImages(root, files, names, reading, size, _read_marks(root, marks, files))
@@ -102,7 +103,7 @@ def _read_marks(root: Path, given: str | None, files: list[str]) -> Marks | None
     path = _beside(root, given)
     marks = Marks(_read_csv(path, ("file",)), path.parent)
     if not any(file in marks for file in files):
-        raise ValueError(
+        raise UserError(
             f"{given!r} marks no image of {str(root)!r}; its column file holds paths as in the data"
         )
     return marks
@@ -133,7 +134,7 @@ def open_list(
         lines = _open_text(path).read().splitlines()
         files = [line.strip() for line in lines if line.strip()]
     else:
-        raise ValueError(f"{str(path)!r} is no list of images: a list ends in .txt or .csv")
+        raise UserError(f"{str(path)!r} is no list of images: a list ends in .txt or .csv")
     if not files:
         raise FileNotFoundError(f"{str(path)!r} lists no image")
     return FileImages(
@@ -153,7 +154,7 @@ def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         reader = csv.DictReader(file)
         missing = [name for name in columns if name not in (reader.fieldnames or ())]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{str(path)!r} has no column {missing[0]!r}; its first line must name the columns {', '.join(columns)}"
             )
         return list(reader)

@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor
 
 from data.images import ImageData, class_names, number_classes
+from errors import UserError
 
 PERIOD = 10_000
 KINDS_OF_STEPS, SOURCES_OF_PLACES, SOURCE_ORDER = range(
@@ -39,11 +40,11 @@ class Mixture(ImageData):
         self, sources: Sequence[ImageData], weights: Sequence[float], alone: Sequence[float]
     ):
         if min(*weights, *alone) < 0 or sum(alone) > 1 + 1e-9:
-            raise ValueError(
+            raise UserError(
                 f"weights {weights} must not be negative, and {alone} (alone) must lie in [0, 1] together"
             )
         if sum(weights) == 0 and sum(alone) < 1 - 1e-9:
-            raise ValueError(
+            raise UserError(
                 "all weights are 0, and `alone` does not add up to 1: what should the other steps show?"
             )
         self.sources, self.starts = list(sources), np.cumsum([0, *map(len, sources)])
@@ -138,16 +139,16 @@ def read_mixture(path: Path) -> list[tuple[str, float, float]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no list of sources.
+        UserError: if it is no list of sources.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
     try:
         items = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(items, list) or not items:
-        raise ValueError(f"{str(path)!r} must be a list of {{data: DATA, weight: number}}")
+        raise UserError(f"{str(path)!r} must be a list of {{data: DATA, weight: number}}")
     return [_source(item, path) for item in items]
 
 
@@ -157,13 +158,13 @@ def _source(item, path: Path) -> tuple[str, float, float]:
         or "data" not in item
         or not item.keys() <= {"data", "weight", "alone"}
     ):
-        raise ValueError(
+        raise UserError(
             f"{item} in {str(path)!r} is no source; keys are data, weight (default 1) and alone (default 0)"
         )
     try:
         return str(item["data"]), float(item.get("weight", 1)), float(item.get("alone", 0))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{item} in {str(path)!r}: weight and alone are numbers") from error
+        raise UserError(f"{item} in {str(path)!r}: weight and alone are numbers") from error
 
 
 def _quotas(shares: Sequence[float]) -> np.ndarray:

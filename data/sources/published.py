@@ -20,6 +20,7 @@ from data.pictures import (
     read_image,
     read_open_file,
 )
+from errors import UserError
 
 
 class TorchvisionImages(ImageData):
@@ -94,7 +95,7 @@ def _construct(kind: str, root: Path, split: str | None, download: bool) -> Data
     cls = torchvision_classes()[kind]
     parameters = inspect.signature(cls).parameters
     if download and "download" not in parameters:
-        raise ValueError(f"{kind} cannot be downloaded by torchvision; fetch it by hand")
+        raise UserError(f"{kind} cannot be downloaded by torchvision; fetch it by hand")
     # Said even where it is False: two of the classes would download by default.
     options = {"download": download} if "download" in parameters else {}
     refused = None
@@ -105,25 +106,25 @@ def _construct(kind: str, root: Path, split: str | None, download: bool) -> Data
             refused = error  # an unknown split
         except (RuntimeError, OSError, ImportError) as error:
             if download or not re.search("not found|no such file", str(error), re.IGNORECASE):
-                raise ValueError(f"cannot open {kind}:{root}: {error_text(error)}") from error
+                raise UserError(f"cannot open {kind}:{root}: {error_text(error)}") from error
             hint = "; add download=1 to fetch it" if "download" in parameters else ""
             raise FileNotFoundError(f"no {cls.__name__} data in {str(root)!r}{hint}") from error
-    raise ValueError(f"{kind}: {error_text(refused)}") from refused
+    raise UserError(f"{kind}: {error_text(refused)}") from refused
 
 
 def _split_choices(kind: str, parameters, split: str | None) -> list[dict]:
     """Constructor arguments that mean that split, in the order to try them."""
     if split is None:
         if parameters.get("split") is not None and parameters["split"].default is inspect._empty:
-            raise ValueError(f"{kind} needs a split: {kind}:DIR?split=NAME")
+            raise UserError(f"{kind} needs a split: {kind}:DIR?split=NAME")
         return [{}]
     if "split" in parameters:
         return [{"split": name} for name in SPLITS.get(split, (split,))]
     if "train" in parameters:
         if split not in SPLITS:
-            raise ValueError(f"{kind} has no split {split!r}; choose from {', '.join(SPLITS)}")
+            raise UserError(f"{kind} has no split {split!r}; choose from {', '.join(SPLITS)}")
         return [{"train": split == "train"}]
-    raise ValueError(f"{kind} has no splits; leave split={split} out")
+    raise UserError(f"{kind} has no splits; leave split={split} out")
 
 
 def _pixels_of(dataset: Dataset) -> Tensor | None:
@@ -164,7 +165,7 @@ class HubImages(ImageData):
         image, label: columns; None: the first of images, the first of class labels.
 
     Raises:
-        ValueError: if there is no such column.
+        UserError: if there is no such column.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class HubImages(ImageData):
         )
         for name, key in ((self.column, "image"), (label, "label")):
             if (name is None and key == "image") or (name is not None and name not in features):
-                raise ValueError(
+                raise UserError(
                     f"{title} has no column {name or 'of images'}; {key}=NAME is one of {', '.join(features)}"
                 )
         self.dataset = dataset.select(range(min(size or len(dataset), len(dataset))))
@@ -223,7 +224,7 @@ def open_hub(
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
+        raise UserError(
             "data of the kind hf needs the package datasets: pip install datasets"
         ) from error
     place = Path(path).expanduser()
@@ -233,13 +234,13 @@ def open_hub(
             datasets.load_from_disk(str(place)) if saved else datasets.load_dataset(path, config)
         )
     except Exception as error:  # of the network, of the hub, of files
-        raise ValueError(f"cannot open hf:{path}: {error_text(error)}") from error
+        raise UserError(f"cannot open hf:{path}: {error_text(error)}") from error
     if isinstance(found, dict):
         chosen = next((name for name in SPLITS.get(split, (split,)) if name in found), None)
         if chosen is None:
             given = "needs a split" if split is None else f"has no split {split!r}"
-            raise ValueError(f"hf:{path} {given}; split= is one of {', '.join(found)}")
+            raise UserError(f"hf:{path} {given}; split= is one of {', '.join(found)}")
         found = found[chosen]
     elif split is not None:
-        raise ValueError(f"hf:{path} has no splits; leave split={split} out")
+        raise UserError(f"hf:{path} has no splits; leave split={split} out")
     return HubImages(found, f"hf:{path}/{split}" if split else f"hf:{path}", reading, **options)

@@ -32,6 +32,7 @@ from data.sources.folder import open_folder, open_list
 from data.sources.mixture import Mixture, read_mixture
 from data.sources.published import open_hub, open_torchvision, torchvision_classes
 from data.sources.tar import open_tar
+from errors import UserError
 
 __all__ = ["ImageData", "UnreadableImage", "match_classes", "open_data", "open_labelled"]
 
@@ -73,7 +74,7 @@ def open_data(spec: str, channels: int | None = 3) -> ImageData:
         scenes = Scenes(**options)
         return scenes if channels in (None, 3) else Recolored(scenes, channels)
     if not path:
-        raise ValueError(f"{kind!r} needs a path: {kind}:PATH")
+        raise UserError(f"{kind!r} needs a path: {kind}:PATH")
     place = Path(path).expanduser()
     reading = {
         "channels": channels,
@@ -103,14 +104,14 @@ def match_classes(train: ImageData, val: ImageData) -> np.ndarray | None:
         (n,) int64, -1 for images without a class of `train`; None where either has no labels.
 
     Raises:
-        ValueError: if they have no class in common.
+        UserError: if they have no class in common.
     """
     if train.labels is None or val.labels is None:
         return None
     ids = {name: k for k, name in enumerate(class_names(train))}
     names = class_names(val)
     if not ids.keys() & names:
-        raise ValueError(
+        raise UserError(
             f"no class in common: train has {', '.join(list(ids)[:5])} ..., val has {', '.join(names[:5])} ..."
         )
     table = np.array([ids.get(name, -1) for name in names] + [-1])  # the last serves label -1
@@ -121,12 +122,12 @@ def open_labelled(train: str, val: str, channels: int | None = 3) -> tuple[Image
     """Two data sets for a probe; labels of both are class ids of `train`, matched by name.
 
     Raises:
-        ValueError: if one has no labels, or they have no class in common.
+        UserError: if one has no labels, or they have no class in common.
     """
     both = open_data(train, channels), open_data(val, channels)
     for spec, data in zip((train, val), both):
         if data.labels is None:
-            raise ValueError(
+            raise UserError(
                 f"{spec} has no labels; a probe needs folders named by class, labels=FILE.csv, or a labelled data set"
             )
     both[1].labels = match_classes(*both)
@@ -138,16 +139,14 @@ def _open_mixture(path: Path, channels: int | None) -> Mixture:
     sources = []
     for spec, _, _ in items:
         if _parse(spec)[0] == "mix":
-            raise ValueError(
-                f"{spec!r} in {str(path)!r} is itself a mixture; name its sources here"
-            )
+            raise UserError(f"{spec!r} in {str(path)!r} is itself a mixture; name its sources here")
         sources.append(open_data(spec, channels))
     try:
         return Mixture(
             sources, [weight for _, weight, _ in items], [alone for _, _, alone in items]
         )
     except ValueError as error:
-        raise ValueError(f"{str(path)!r}: {error}") from error
+        raise UserError(f"{str(path)!r}: {error}") from error
 
 
 def _parse(spec: str) -> tuple[str, str, dict]:
@@ -169,7 +168,7 @@ def _parse(spec: str) -> tuple[str, str, dict]:
             options[key] = value
         else:
             takes = f"takes {', '.join(allowed)}" if allowed else "takes no keys"
-            raise ValueError(
+            raise UserError(
                 f"unknown key {key!r} in {spec!r}{_nearest(key, allowed)}; {kind} {takes}"
             )
     return kind, path, options
@@ -192,7 +191,7 @@ def _known_kind(kind: str, spec: str, colon: bool) -> str:
     nearest = _nearest(kind, known)
     kinds = f"{', '.join(KEYS)}, or a torchvision.datasets class in snake case such as cifar10, fashion_mnist, stl10"
     if (colon and len(kind) > 1 and os.sep not in kind) or nearest:
-        raise ValueError(f"unknown kind {kind!r} in {spec!r}{nearest}; kinds are {kinds}")
+        raise UserError(f"unknown kind {kind!r} in {spec!r}{nearest}; kinds are {kinds}")
     raise FileNotFoundError(
         f"no folder or file {spec.partition('?')[0]!r}; other kinds of data are {kinds}"
     )
@@ -210,10 +209,10 @@ def _value(key: str, text: str, spec: str) -> str | int | bool | tuple[float, fl
         return _window(text, spec)
     if key == "download":
         if text not in ("0", "1"):
-            raise ValueError(f"download is 0 or 1 in {spec!r}, not {text!r}")
+            raise UserError(f"download is 0 or 1 in {spec!r}, not {text!r}")
         return text == "1"
     if not text.isdecimal() or (key == "size" and int(text) == 0):
-        raise ValueError(f"{key} must be a whole number in {spec!r}, not {text!r}")
+        raise UserError(f"{key} must be a whole number in {spec!r}, not {text!r}")
     return int(text)
 
 
@@ -223,7 +222,7 @@ def _window(text: str, spec: str) -> tuple[float, float]:
     except ValueError:
         centre, width = math.nan, math.nan
     if not (math.isfinite(centre) and math.isfinite(width) and width > 0):
-        raise ValueError(
+        raise UserError(
             f"window is CENTRE,WIDTH with a positive width in {spec!r}, such as 40,400; not {text!r}"
         )
     return centre, width

@@ -26,6 +26,7 @@ from torch import Tensor
 from data.images import ImageData, number_classes
 from data.pictures import EXTENSIONS, UnreadableImage, error_text, read_open_file
 from engine import distributed
+from errors import UserError
 
 BLOCK = 512  # bytes; members begin at multiples of it
 LABEL_KEYS = ("label", "cls", "class")  # of a .json member
@@ -45,7 +46,7 @@ class TarImages(ImageData):
 
     Raises:
         FileNotFoundError: if a shard is missing, or there is no image in any.
-        ValueError: if a shard is compressed.
+        UserError: if a shard is compressed.
         OSError: on all ranks, if one cannot read its part of the shards.
     """
 
@@ -92,7 +93,7 @@ def expand_braces(path: str) -> list[Path]:
     for first, last, after in zip(parts[1::3], parts[2::3], parts[3::3]):
         numbers = [str(k).zfill(len(first)) for k in range(int(first), int(last) + 1)]
         if not numbers:
-            raise ValueError(f"{{{first}..{last}}} in {path!r} counts downwards")
+            raise UserError(f"{{{first}..{last}}} in {path!r} counts downwards")
         choices += [numbers, [after]]
     return [Path("".join(chosen)).expanduser() for chosen in itertools.product(*choices)]
 
@@ -111,7 +112,7 @@ def open_tar(path: str, reading: dict, size: int | None = None) -> TarImages:
         with open(shard, "rb") as file:
             tool = PACKED.get(file.read(2))
         if tool:
-            raise ValueError(
+            raise UserError(
                 f"{str(shard)!r} is compressed, which rules out reading at random; unpack it with {tool}"
             )
     return TarImages(shards, reading, size)

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from errors import UserError
+
 # In the order in which a folder is searched; the index of shards comes with the file it stands for.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # What training checkpoints nest a model under, the one to evaluate first.
@@ -27,7 +29,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: if there are none.
-        ValueError: if a file is damaged, or holds anything but tensors and plain values.
+        UserError: if a file is damaged, or holds anything but tensors and plain values.
     """
     if path.is_file():
         return _read_file(path)
@@ -51,16 +53,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds no JSON object.
+        UserError: if it holds no JSON object.
     """
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise UserError(f"{path} holds no JSON object")
     return values
 
 
@@ -89,21 +91,21 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+            raise UserError(f"{path} is not a whole safetensors file: {error}") from error
     tensors = _unnest(_unpickle(path))
     if not tensors:
-        raise ValueError(f"{path} holds no tensors by name")
+        raise UserError(f"{path} holds no tensors by name")
     return tensors
 
 
 def _read_shards(folder: Path, index: str) -> dict[str, Tensor]:
     names = read_json(folder / index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{folder / index} has no weight_map of tensors to files")
+        raise UserError(f"{folder / index} has no weight_map of tensors to files")
     tensors = {}
     for name in sorted(set(names.values())):
         if Path(name).name != name:
-            raise ValueError(f"{folder / index} names the shard {name!r}, which is no plain file")
+            raise UserError(f"{folder / index} names the shard {name!r}, which is no plain file")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing; {index} counts it as a shard")
         tensors |= _read_file(folder / name)
@@ -118,15 +120,15 @@ def _unpickle(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|operand) (\S+)", str(error))
         if wanted is None:
-            raise ValueError(f"{path} is damaged or is no file of tensors") from error
+            raise UserError(f"{path} is damaged or is no file of tensors") from error
         culprit = next(group for group in wanted.groups() if group)
-        raise ValueError(
+        raise UserError(
             f"{path} would run code on loading ({culprit}), so it was not read; allowed are "
             "tensors and plain values"
         ) from error
     except (RuntimeError, EOFError, ValueError, TypeError, AttributeError, LookupError) as error:
         reason = str(error).partition("\n")[0] or "it ends too early"
-        raise ValueError(f"{path} is damaged or is no file of tensors: {reason}") from error
+        raise UserError(f"{path} is damaged or is no file of tensors: {reason}") from error
 
 
 def _unnest(found: Any) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
+from errors import UserError
 from models.channels import adapt_channels
 from models.features import Preprocessing
 from models.pixels import PixelBackbone
@@ -41,7 +42,7 @@ def load_backbone(spec: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: if there is no such folder, snapshot or file.
-        ValueError: if the spec is not understood, or the weights do not cover the backbone exactly.
+        UserError: if the spec is not understood, or the weights do not cover the backbone exactly.
     """
     name, _, query = str(spec).partition("?")
     options = _parse_options(query)
@@ -75,7 +76,7 @@ def load_heads(spec: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
-        ValueError: if the file is damaged.
+        UserError: if the file is damaged.
     """
     name = str(spec).partition("?")[0]
     if name == "pixels" or name.startswith(("random:", "timm:", "hf:")):
@@ -121,10 +122,10 @@ def save_backbone(backbone: nn.Module, folder: str | Path, preprocessing: Prepro
     Each file replaces the previous one at once, so a killed process leaves no half file.
 
     Raises:
-        ValueError: if `backbone` is neither a `VisionTransformer` nor a `TimmBackbone`.
+        UserError: if `backbone` is neither a `VisionTransformer` nor a `TimmBackbone`.
     """
     if not hasattr(backbone, "config"):
-        raise ValueError(f"a {type(backbone).__name__} cannot be saved; it has no `config`")
+        raise UserError(f"a {type(backbone).__name__} cannot be saved; it has no `config`")
     kind = "vit" if isinstance(backbone, VisionTransformer) else "timm"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,7 @@ def _read_own(folder: Path, options: dict[str, Any]) -> nn.Module:
     try:
         backbone = _build_empty(**{**read_json(path)["architecture"], **options})
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not describe a backbone: {error}") from error
+        raise UserError(f"{path} does not describe a backbone: {error}") from error
     load_tensors(backbone, read_weights(folder), str(folder))
     path = folder / "preprocessor_config.json"
     backbone.preprocessing = from_hugging_face(read_json(path), str(path))
@@ -160,7 +161,7 @@ def _build_empty(type: str, **options) -> nn.Module:
     if type == "timm":  # for real: timm's models have buffers that no file holds
         return build_backbone(f"timm:{options.pop('name')}", **options)
     if type != "vit":
-        raise ValueError(f"architecture.type is {type!r}; it must be vit or timm")
+        raise UserError(f"architecture.type is {type!r}; it must be vit or timm")
     check_options(options)
     with torch.device("meta"):  # the file has every tensor, and drawing billions first is slow
         return VisionTransformer(**options)
@@ -188,13 +189,13 @@ def _random_backbone(arch: str, options: dict[str, Any]) -> nn.Module:
     """Untrained weights of `seed`; the caller's random state is neither used nor moved."""
     seed = options.pop("seed", 0)
     if not isinstance(seed, int):
-        raise ValueError(f"seed is {seed!r}; it must be a whole number")
+        raise UserError(f"seed is {seed!r}; it must be a whole number")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             backbone = build_backbone(arch, **options)
     except TypeError as error:
-        raise ValueError(f"random:{arch} cannot be built from its options: {error}") from error
+        raise UserError(f"random:{arch} cannot be built from its options: {error}") from error
     if not isinstance(backbone, VisionTransformer):
         backbone.preprocessing = backbone.native_preprocessing
         return backbone
@@ -211,7 +212,7 @@ def _pixel_backbone(options: dict[str, Any]) -> PixelBackbone:
     for name, value in options.items():
         if name not in known or not isinstance(value, int) or value < 1:
             allowed = ", ".join(known)
-            raise ValueError(f"pixels was given {name}={value}; it takes numbers for {allowed}")
+            raise UserError(f"pixels was given {name}={value}; it takes numbers for {allowed}")
     return PixelBackbone(**options)
 
 
@@ -220,7 +221,7 @@ def _parse_options(query: str) -> dict[str, Any]:
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
     except ValueError as error:
-        raise ValueError(f"{query!r} is not of the form option=value&option=value") from error
+        raise UserError(f"{query!r} is not of the form option=value&option=value") from error
     return {name: _parse_value(text) for name, text in pairs}
 
 

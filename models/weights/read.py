@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
 from models import architecture, preprocessing
 from models.convnext import SIZES, convnext_options
 from models.features import Preprocessing
@@ -42,7 +43,7 @@ NAMES_SHOWN = 8  # of missing or unexpected tensors; a wrong file has hundreds
 
 
 @dataclass
-class Opened:
+class WeightsFile:
     """A file or folder of weights: tensors below their common prefix, the names beside it, config.json ({} if none)."""
 
     path: Path
@@ -85,7 +86,7 @@ def read_backbone(path: Path, options: Mapping[str, Any]) -> nn.Module:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if the dialect is unknown, or the tensors do not cover the model exactly.
+        UserError: if the dialect is unknown, or the tensors do not cover the model exactly.
     """
     opened = _open(path)
     if RECORD in opened.config:
@@ -164,7 +165,7 @@ def load_tensors(
             f"{title}: {_shorten(names)}" for title, names in groups.items() if names
         )
         cause = _likely_cause(misshapen, missing, unexpected)
-        raise ValueError(f"{source} does not hold the weights of this backbone; {faults}{cause}")
+        raise UserError(f"{source} does not hold the weights of this backbone; {faults}{cause}")
     # Into the parameters that there are: an optimizer may hold them. Those on the meta device hold nothing and are replaced.
     backbone.load_state_dict(state, assign=any(tensor.is_meta for tensor in own.values()))
 
@@ -229,7 +230,7 @@ def _shorten(names: list[str]) -> str:
 # ----------------------------------------------------------------- which model
 
 
-def _open(path: Path) -> Opened:
+def _open(path: Path) -> WeightsFile:
     folder = path if path.is_dir() else path.parent
     # The config beside a file is that file's if the file is called as such folders call their weights.
     beside = path.is_dir() or path.name in WEIGHT_FILES
@@ -242,16 +243,16 @@ def _open(path: Path) -> Opened:
         and (config.get("model_type") or "architecture" not in config)
     ):
         readable = ", ".join(("nanodino", *HUGGING_FACE))
-        raise ValueError(
+        raise UserError(
             f"{folder / 'config.json'} has model_type {config.get('model_type')!r}; readable are {readable} and timm's"
         )
     tensors, aside = strip(
         {name: tensor for name, tensor in read_weights(path).items() if tensor.numel()}
     )
-    return Opened(path, tensors, aside, config)
+    return WeightsFile(path, tensors, aside, config)
 
 
-def _dialect(opened: Opened) -> Dialect:
+def _dialect(opened: WeightsFile) -> Dialect:
     if opened.kind in HUGGING_FACE:
         return record_dialect(opened.config, ())
     if opened.timm_name:
@@ -263,14 +264,14 @@ def _dialect(opened: Opened) -> Dialect:
     dialect = find_dialect(opened.tensors, from_timm=opened.path.suffix == ".safetensors")
     if dialect is None:
         shown = _shorten(sorted(opened.tensors)) or "none"
-        raise ValueError(
+        raise UserError(
             f"{opened.path} is in no dialect that we know ({KNOWN}); its tensors are {shown}"
         )
     return dialect
 
 
 def _vision_transformer(
-    opened: Opened, dialect: Dialect, options: Mapping[str, Any]
+    opened: WeightsFile, dialect: Dialect, options: Mapping[str, Any]
 ) -> VisionTransformer:
     check_options(options)
     tensors, config, notes = opened.tensors, opened.config, opened.notes
@@ -290,7 +291,7 @@ def _vision_transformer(
     return backbone
 
 
-def _recorded(opened: Opened, options: Mapping[str, Any]) -> VisionTransformer:
+def _recorded(opened: WeightsFile, options: Mapping[str, Any]) -> VisionTransformer:
     """A teacher of ours, whose config.json says our options; what was added for transformers without effect is left out."""
     check_options(options)
     path = opened.folder / EXTRA
@@ -299,7 +300,7 @@ def _recorded(opened: Opened, options: Mapping[str, Any]) -> VisionTransformer:
         with torch.device("meta"):
             backbone = VisionTransformer(**{**opened.config[RECORD], **options})
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{opened.folder / 'config.json'} does not describe a backbone: {error}"
         ) from error
     dialect = record_dialect(opened.config, extra)
@@ -328,9 +329,9 @@ def _neutral(name: str, tensor: Tensor) -> bool:
     return bool((tensor == (1 if name.endswith("lambda1") else 0)).all())
 
 
-def _convnext(opened: Opened, dialect: Dialect, options: Mapping[str, Any]) -> TimmBackbone:
+def _convnext(opened: WeightsFile, dialect: Dialect, options: Mapping[str, Any]) -> TimmBackbone:
     if options:
-        raise ValueError(
+        raise UserError(
             f"{opened.path} holds a ConvNeXt, which has no option {', '.join(options)}; it takes channels"
         )
     backbone = TimmBackbone(**convnext_options(opened.tensors, dialect, opened.config))
@@ -338,11 +339,11 @@ def _convnext(opened: Opened, dialect: Dialect, options: Mapping[str, Any]) -> T
     return backbone
 
 
-def _timm_model(opened: Opened, options: Mapping[str, Any]) -> TimmBackbone:
+def _timm_model(opened: WeightsFile, options: Mapping[str, Any]) -> TimmBackbone:
     """A model of timm that is not built like ours stays timm's."""
     name, arguments = opened.timm_name, opened.timm_arguments
     if options:
-        raise ValueError(
+        raise UserError(
             f"{opened.path} holds timm's {name}, which has no option {', '.join(options)}; it takes channels"
         )
     channels = arguments.pop(
@@ -354,7 +355,7 @@ def _timm_model(opened: Opened, options: Mapping[str, Any]) -> TimmBackbone:
     return backbone
 
 
-def _like_ours(opened: Opened) -> bool:
+def _like_ours(opened: WeightsFile) -> bool:
     if opened.timm_name in SIZES:
         return opened.timm_arguments.keys() <= {"depths", "dims", "in_chans"}
     return architecture.like_ours(opened.timm_name, opened.timm_arguments)
@@ -365,10 +366,10 @@ def check_options(options: Mapping[str, Any]) -> None:
     known = list(inspect.signature(VisionTransformer).parameters)
     unknown = ", ".join(sorted(set(options) - set(known)))
     if unknown:
-        raise ValueError(f"unknown option {unknown}; known are channels, {', '.join(known)}")
+        raise UserError(f"unknown option {unknown}; known are channels, {', '.join(known)}")
 
 
-def _preprocessing(opened: Opened, backbone: nn.Module) -> Preprocessing:
+def _preprocessing(opened: WeightsFile, backbone: nn.Module) -> Preprocessing:
     """As the files say, else as published; one mean and std for each channel of the backbone."""
     path = opened.folder / "preprocessor_config.json"
     learned = isinstance(backbone, VisionTransformer) and backbone.pos_embed is not None

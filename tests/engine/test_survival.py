@@ -66,7 +66,7 @@ class Scarce:
 @pytest.mark.parametrize("what", ["cuda", "cublas", "mps", "numpy", "cpu"])
 def test_out_of_memory_is_a_sentence_that_says_what_to_lower(what, tiny, capsys):
     status, said = ending(
-        [*tiny, f"data.train=python:tests.test_survival:Scarce?what={what}"], capsys
+        [*tiny, f"data.train=python:tests.engine.test_survival:Scarce?what={what}"], capsys
     )
     assert status == 2 and said[-1].startswith(
         "error: out of memory; lower batch_size or micro_batch_size"
@@ -88,7 +88,7 @@ def test_out_of_memory_in_the_model_is_the_same_sentence(tiny, capsys, monkeypat
 
 @pytest.mark.parametrize("what", ["numpy", "cpu", "cuda"])
 def test_out_of_memory_in_a_worker_says_to_have_fewer(what, tiny, capsys):
-    data = f"data.train=python:tests.test_survival:Scarce?what={what}&where=worker"
+    data = f"data.train=python:tests.engine.test_survival:Scarce?what={what}&where=worker"
     status, said = ending([*tiny, data, "data.workers=1"], capsys)
     assert status == 2 and said[-1].startswith(
         "error: out of memory in a loader process; lower data.workers"
@@ -96,7 +96,7 @@ def test_out_of_memory_in_a_worker_says_to_have_fewer(what, tiny, capsys):
 
 
 def test_a_worker_that_is_killed_is_a_sentence(tiny, capsys):
-    data = "data.train=python:tests.test_survival:Scarce?what=kill&where=worker"
+    data = "data.train=python:tests.engine.test_survival:Scarce?what=kill&where=worker"
     status, said = ending([*tiny, data, "data.workers=1"], capsys)
     assert (
         status == 1

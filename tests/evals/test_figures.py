@@ -477,7 +477,7 @@ def test_tsne_draws_four_images_or_says_what_it_needs(tmp_path, capsys):
         "--images",
     ]
     if importlib.util.find_spec("sklearn") is None:
-        with pytest.raises(ImportError, match="pip install scikit-learn .*--method pca"):
+        with pytest.raises(ValueError, match="pip install scikit-learn .*--method pca"):
             run_main(capsys, *arguments, "scenes?size=4")
         return
     assert run_main(capsys, *arguments, "scenes?size=4")["method"] == "tsne"

@@ -116,7 +116,9 @@ def test_merged_equals_unmerged(build, targets):
     adapted = joined(trained(model)(images()))
     assert (adapted - before).norm() > 0.02 * before.norm()
     plain = merged_copy(model)
-    rounding = 4e-6  # of float32, which depends on the processor; the products in float64 decide below
+    rounding = (
+        4e-6  # of float32, which depends on the processor; the products in float64 decide below
+    )
     assert (joined(plain(images())) - adapted).abs().max() <= rounding * adapted.abs().max()
     assert torch.equal(joined(model(images())), adapted)  # the copy left it alone
     exact = joined(model.double()(images().double()))

@@ -245,7 +245,7 @@ def make_dataset(count: str = "3"):
 
 
 def test_ones_own_dataset_is_a_kind():
-    data = open_data("python:tests.test_kinds:make_dataset?count=4&size=3", channels=2)
+    data = open_data("python:tests.data.sources.test_kinds:make_dataset?count=4&size=3", channels=2)
     assert len(data) == 3 and data.labels.tolist() == [0, 1, 0] and data.classes == ["even", "odd"]
     assert data.image(1).dtype == torch.uint16
     assert np.array_equal(channels_last(data.image(1)), noise(6, 5, 2, seed=1, dtype=np.uint16))
@@ -280,7 +280,7 @@ def test_saved_data_sets_of_the_hub_keep_their_bits(tmp_path):
 
 def test_without_its_package_the_hub_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match="pip install datasets"):
+    with pytest.raises(ValueError, match="pip install datasets"):
         open_data("hf:org/name?split=train")
 
 
@@ -295,8 +295,16 @@ def test_without_its_package_the_hub_says_what_to_install(monkeypatch):
         ("npz:{}/bad.npz?split=val", ValueError, "cannot read"),
         ("npz:{}/none.npz?split=val", FileNotFoundError, "no file"),
         ("python:no.such:thing", ValueError, "names no package.module:callable"),
-        ("python:tests.test_kinds:nothing", ValueError, "names no package.module:callable"),
-        ("python:tests.test_kinds:make_dataset?cuont=1", ValueError, "does not take cuont"),
+        (
+            "python:tests.data.sources.test_kinds:nothing",
+            ValueError,
+            "names no package.module:callable",
+        ),
+        (
+            "python:tests.data.sources.test_kinds:make_dataset?cuont=1",
+            ValueError,
+            "does not take cuont",
+        ),
         ("folder:{}?window=40", ValueError, "window is CENTRE,WIDTH"),
         ("folder:{}?window=40,0", ValueError, "positive width"),
         ("mix:{}/none.yaml", FileNotFoundError, "no file"),

@@ -16,7 +16,7 @@ Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std, one value 
 Size = tuple[int, int]
 
 
-class Sight:
+class CropAdapter:
     """How one network sees the crops that were cut for all: resized, and with its own mean and std.
 
     Args:
@@ -54,7 +54,9 @@ class Sight:
         return crops if self.same else crops * self.scale + self.shift
 
 
-def sight_from(cut, own, channels: int, device: torch.device | str = "cpu", **sizes) -> Sight:
+def crop_adapter(
+    cut, own, channels: int, device: torch.device | str = "cpu", **sizes
+) -> CropAdapter:
     """How a network sees what is cut for all.
 
     Args:
@@ -66,7 +68,7 @@ def sight_from(cut, own, channels: int, device: torch.device | str = "cpu", **si
     new = old | {name: size for name, size in sizes.items() if size is not None}
     pixels = ([_pair(size) for size in each.values()] for each in (old, new))
     given, wanted = (channel_statistics(channels, data.mean, data.std) for data in (cut.data, own))
-    return Sight(*pixels, given, wanted, device)
+    return CropAdapter(*pixels, given, wanted, device)
 
 
 def _pair(size: int | Sequence[int]) -> Size:
@@ -80,7 +82,7 @@ def rank_share(batch_size: int) -> range:
 
 
 @dataclass
-class Taught(Batch):
+class DistillationBatch(Batch):
     """A `Batch` with what the teacher said of its global crops; split and moved like the rest of it."""
 
     teacher_cls: Tensor  # (G·b, E)
@@ -107,7 +109,7 @@ def with_masks(
     return replace(batch, masks=masks.to(batch.global_crops.device, non_blocking=True))
 
 
-def exchanged(batch: Taught, wanted: Sequence[range]) -> Taught:
+def exchanged(batch: DistillationBatch, wanted: Sequence[range]) -> DistillationBatch:
     """The images that this rank wants of the whole batch, of which each rank loaded a part: in order, alike in size.
 
     All ranks call it; an image travels as often as ranks want it, and no rank ever holds the whole.
