@@ -45,6 +45,15 @@ def test_every_file_that_a_page_names_exists(page):
         assert there, f"{page.name} names {name}"
 
 
+def test_every_file_that_a_docstring_or_recipe_names_exists():
+    named = rf"(?<![\w/.])(?:{'|'.join(ROOMS)})/{FILE_NAME}"
+    for path in (ROOT / name for name in sorted(FILES)):
+        if path.suffix in (".py", ".yaml") and ROOT / "tests" not in path.parents:
+            for name in re.findall(named, path.read_text()):
+                there = name in FILES or Path(name).stem.isupper()  # configs/X.yaml stands for any
+                assert there, f"{path.relative_to(ROOT)} names {name}"
+
+
 @all_pages
 def test_every_folder_of_the_program_that_a_page_names_exists(page):
     for name in re.findall(
