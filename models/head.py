@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
-from models.features import check_choice
+from models.checks import check_choice
 from models.layers import init_module
 
 NORM_EPS = 1e-12  # of torch.nn.functional.normalize

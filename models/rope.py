@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from models.features import check_choice
+from models.checks import check_choice
 
 Rotation = tuple[Tensor, Tensor]  # sine and cosine, each (tokens, d)
 NORMALIZE = ("separate", "max", "min")

@@ -7,7 +7,8 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from errors import UserError
-from models.features import Features, Preprocessing, check_images
+from models.checks import check_images
+from models.features import Features, Preprocessing
 
 
 class TimmBackbone(nn.Module):

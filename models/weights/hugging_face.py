@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from models.features import Preprocessing, check_choice
+from models.checks import check_choice
+from models.features import Preprocessing
 from models.timm_backbone import TimmBackbone
 from models.vit import VisionTransformer
 from models.weights.dialect import Dialect, has_name
