@@ -42,6 +42,15 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UserError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
+def check_masks(masks: Tensor, patches: Tensor, mask_token: Tensor | None) -> None:
+    """Refuses masks of another shape than (B, N) of `patches` (B, N, D)."""
+    if mask_token is None:
+        raise UserError("masks are given, but this backbone was built with mask_token=False")
+    if masks.shape != patches.shape[:2]:
+        shape, wanted = tuple(masks.shape), tuple(patches.shape[:2])
+        raise UserError(f"masks of shape {shape} given; these images have (B, N) = {wanted}")
+
+
 def check_images(images: Tensor, channels: int, smallest: int) -> None:
     """Refuses all but float images (B, `channels`, H, W) with sides of at least `smallest`."""
     if images.ndim != 4 or images.shape[1] != channels:

@@ -7,12 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.checks import check_choice
-from models.rope import RotaryPositions, Rotation, rotate
+from models.positions import RotaryPositions, Rotation, Rotations, rotate
 
 # (B, T) of each group of images that a packed (ΣB·T, D) holds, one after the other.
 Shapes = Sequence[tuple[int, int]]
-# None without rotary positions; one for each group where groups are packed.
-Rotations = Rotation | None | Sequence[Rotation | None]
 
 # The hidden width of a gated net is rounded up to a multiple of this.
 GATED_ALIGN = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}

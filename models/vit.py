@@ -12,19 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
-from models.checks import check_images, check_vit_options
+from models.checks import check_images, check_masks, check_vit_options
 from models.features import Features
-from models.layers import (
-    Attention,
-    DropPath,
-    LayerScale,
-    Rotations,
-    Shapes,
-    init_module,
-    make_ffn,
-    unpack,
-)
-from models.rope import RotaryPositions, Rotation
+from models.layers import Attention, DropPath, LayerScale, Shapes, init_module, make_ffn, unpack
+from models.positions import RotaryPositions, Rotation, Rotations, resize_positions
 
 Embedded = tuple[Tensor, tuple[int, int]]  # tokens (B, 1 + R + N, D), grid of the patches (h, w)
 
@@ -158,10 +149,9 @@ class VisionTransformer(nn.Module):
         self.num_registers = registers
         self.native_grid = self._grid(*self.config["image_size"])
         self._add_tokens(self.config)
-        linear = drop_path_shape == "linear"
-        rates = [
-            drop_path * index / max(depth - 1, 1) if linear else drop_path for index in range(depth)
-        ]
+        rates = [drop_path] * depth
+        if drop_path_shape == "linear":
+            rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]
         self.blocks = nn.ModuleList(Block(self.config, rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, norm_eps)
         self.cls_norm = nn.LayerNorm(embed_dim, norm_eps) if untie_cls_norm else None
@@ -286,53 +276,29 @@ class VisionTransformer(nn.Module):
         patches = self.patch_embed(images).flatten(2).mT  # (B, N, D)
         cls = self.cls_token
         if masks is not None:
-            patches = self._hide(patches, masks)
+            check_masks(masks, patches, self.mask_token)
+            patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
         elif self.mask_token is not None:
             cls = cls + 0 * self.mask_token  # DDP waits for the gradient of every parameter
         if self.pos_embed is not None:
-            positions = self._positions(grid)
+            how = self.config["interpolation"]
+            positions = resize_positions(
+                self.pos_embed, self.native_grid, grid, how
+            )  # (1, 1 + N, D)
             cls, patches = cls + positions[:, :1], patches + positions[:, 1:]
         prefix = [cls] if self.register_tokens is None else [cls, self.register_tokens]
         batch = patches.shape[0]  # len() would fix the batch size on export
         prefix = [token.expand(batch, -1, -1) for token in prefix]
         return torch.cat([*prefix, patches], dim=1), grid
 
-    def _hide(self, patches: Tensor, masks: Tensor) -> Tensor:
-        if self.mask_token is None:
-            raise UserError("masks are given, but this backbone was built with mask_token=False")
-        if masks.shape != patches.shape[:2]:
-            shape, wanted = tuple(masks.shape), tuple(patches.shape[:2])
-            raise UserError(f"masks of shape {shape} given; these images have (B, N) = {wanted}")
-        return torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
-
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """Learned positions (1, 1 + N, D) for `grid`; at the native grid the parameter itself."""
-        if grid == self.native_grid:
-            return self.pos_embed
-        maps = self.pos_embed[:, 1:].float().unflatten(1, self.native_grid).permute(0, 3, 1, 2)
-        if self.config["interpolation"] == "offset":
-            # The authors add 0.1 against rounding down. It moves the samples a little, so the
-            # released weights need it.
-            native = self.native_grid
-            scale = [(new + 0.1) / old for new, old in zip(grid, native, strict=True)]
-            maps = F.interpolate(maps, scale_factor=scale, mode="bicubic")
-        else:
-            antialias = self.config["interpolation"] == "antialias"
-            maps = F.interpolate(maps, size=grid, mode="bicubic", antialias=antialias)
-        resized = maps.flatten(2).mT.to(self.pos_embed.dtype)
-        return torch.cat([self.pos_embed[:, :1], resized], dim=1)
-
     def _rotations(self, grid: tuple[int, int]) -> Iterable[Rotation | None]:
         """One for each block, drawn anew for each where rotary positions are augmented."""
-        if self.rope is not None and self.rope.augments:
-            return (self._rotation(grid) for _ in range(self.depth))
-        return [None if self.rope is None else self._rotation(grid)] * self.depth
-
-    def _rotation(self, grid: tuple[int, int]) -> Rotation:
-        """Sine and cosine (1 + R + N, d): CLS and registers turn by 0, so no token is set apart."""
-        sin, cos = self.rope(grid)
-        prefix = (0, 0, 1 + self.num_registers, 0)
-        return F.pad(sin, prefix, value=0.0), F.pad(cos, prefix, value=1.0)
+        if self.rope is None:
+            return [None] * self.depth
+        unrotated = 1 + self.num_registers
+        if self.rope.augments:
+            return (self.rope(grid, unrotated) for _ in range(self.depth))
+        return [self.rope(grid, unrotated)] * self.depth
 
     def _finish(self, x: Tensor, grid: tuple[int, int], local: bool = False) -> Features:
         """The final norms, and the tokens by kind."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from models.layers import KeyMaskedLinear
-from models.rope import RotaryPositions
+from models.positions import RotaryPositions
 from models.vit import VisionTransformer
 from models.weights.dialect import OWN, Dialect
 

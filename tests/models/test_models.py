@@ -12,7 +12,7 @@ from models import load_backbone
 from models.features import Preprocessing
 from models.head import ProjectionHead
 from models.layers import DropPath, SwiGLU
-from models.rope import RotaryPositions, rotate
+from models.positions import RotaryPositions, rotate
 from models.timm_backbone import TimmBackbone
 from models.vit import PRESETS, VisionTransformer, build_backbone
 from models.weights.save import save_backbone
