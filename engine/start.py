@@ -56,9 +56,9 @@ def build_student(cfg: Any, masked: bool, initial: nn.Module | None = None) -> S
                 if name in initial.config
             }
         backbone = build_backbone(cfg.model.arch, **options, **grid, mask_token=masked)
-    model = build_ssl_model(
-        backbone, cfg.loss, own_ibot_head=masked and cfg.loss.ibot.prototypes is not None
-    )
+    dino, ibot = cfg.loss.dino, cfg.loss.ibot
+    own_ibot_head = masked and ibot.prototypes is not None
+    model = build_ssl_model(backbone, dino, ibot if own_ibot_head else None, dino.last_layer)
     if initial is not None:
         start_from(model, initial, cfg.init)
     return model

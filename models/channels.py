@@ -1,7 +1,6 @@
-"""Another number of input channels for a trained backbone, so that what it computes of a grey image stays the same."""
+"""`adapt_channels`: a trained backbone for another number of input channels."""
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +11,15 @@ from models.features import Preprocessing
 
 @torch.no_grad()
 def adapt_channels(backbone: nn.Module, channels: int) -> nn.Module:
-    """Changes the first convolution of `backbone`, in place, to take `channels` of the C it takes now; returns it.
+    """Changes the first convolution of `backbone`, in place, to take `channels`; returns it.
 
-    Every new filter is the sum of the C old ones over `channels` (their mean times C / channels). So grey repeated `channels`
-    times gives what grey repeated C times gave, and C -> 1 sums the filters.
+    Every new filter is the sum of the C old ones over `channels`. So a grey image, repeated for
+    each channel, gives what it gave before.
 
-    If the backbone has a `preprocessing`, that holds for images before normalisation, through each model's own: filters and
-    bias are first rewritten for one mean and one std on all channels, the averages of the old ones, which changes nothing for
-    any image; these become the statistics of every new channel.
+    If the backbone has a `preprocessing`, that holds for images before each model's own
+    normalisation. For this, filters and bias are first rewritten for one mean and one std on all
+    channels, the averages of the old ones, which changes nothing for any image. These become the
+    statistics of every new channel.
 
     Raises:
         UserError: if `channels` is no number from 1 on, or the first convolution pads or has no bias.
@@ -33,14 +33,11 @@ def adapt_channels(backbone: nn.Module, channels: int) -> nn.Module:
     weight, bias = conv.weight, conv.bias
     if preprocessing is not None:
         weight, bias, mean, std = _with_equal_statistics(weight, bias, preprocessing)
-        backbone.preprocessing = dataclasses.replace(
-            preprocessing, mean=(mean,) * channels, std=(std,) * channels
-        )
-    total = weight.double().sum(1, keepdim=True) / channels
-    conv.weight = nn.Parameter(
-        total.expand(-1, channels, -1, -1).to(conv.weight.dtype).contiguous(),
-        conv.weight.requires_grad,
-    )
+        statistics = {"mean": (mean,) * channels, "std": (std,) * channels}
+        backbone.preprocessing = dataclasses.replace(preprocessing, **statistics)
+    shared = weight.double().sum(1, keepdim=True) / channels
+    filters = shared.expand(-1, channels, -1, -1).to(conv.weight.dtype).contiguous()
+    conv.weight = nn.Parameter(filters, conv.weight.requires_grad)
     conv.bias = nn.Parameter(bias.to(conv.bias.dtype), conv.bias.requires_grad)
     conv.in_channels = backbone.in_channels = channels
     backbone.config["in_channels"] = channels
@@ -50,33 +47,29 @@ def adapt_channels(backbone: nn.Module, channels: int) -> nn.Module:
 def _with_equal_statistics(
     weight: Tensor, bias: Tensor, preprocessing: Preprocessing
 ) -> tuple[Tensor, Tensor, float, float]:
-    """Filters and bias, in float64, that do to (x - mean) / std of one mean and std what these do to each channel's own."""
-    means, stds = (
-        torch.tensor(values, dtype=torch.float64)
-        for values in (preprocessing.mean, preprocessing.std)
-    )
-    mean, std = (
-        values.mean().item() if len(values.unique()) > 1 else values[0].item()
-        for values in (means, stds)
-    )
+    """Filters and bias in float64 for images normalised with one mean and one std, and these."""
+    means = torch.tensor(preprocessing.mean, dtype=torch.float64)
+    stds = torch.tensor(preprocessing.std, dtype=torch.float64)
+    mean, std = _average(means), _average(stds)
     per_channel = weight.double() * (std / stds).to(weight.device)[:, None, None]
     shift = per_channel.sum((2, 3)) @ ((means - mean) / std).to(weight.device)
     return per_channel, bias.double() - shift, mean, std
 
 
-def _first_convolution(backbone: Any) -> nn.Conv2d:
+def _average(values: Tensor) -> float:
+    """The mean, without rounding where all values are equal."""
+    return values.mean().item() if len(values.unique()) > 1 else values[0].item()
+
+
+def _first_convolution(backbone: nn.Module) -> nn.Conv2d:
     conv = getattr(backbone, "patch_embed", None)
     if conv is None and hasattr(backbone, "model"):
         name = getattr(backbone.model, "pretrained_cfg", {}).get("first_conv")
         conv = backbone.model.get_submodule(name) if isinstance(name, str) else None
-    if (
-        not isinstance(conv, nn.Conv2d)
-        or conv.bias is None
-        or conv.padding not in ((0, 0), "valid")
-        or conv.groups != 1
-    ):
+    usable = isinstance(conv, nn.Conv2d) and conv.bias is not None and conv.groups == 1
+    if not usable or conv.padding not in ((0, 0), "valid"):
         raise UserError(
-            f"the channels of a {type(backbone).__name__} without a first convolution that has a bias and no padding cannot be "
-            "adapted; of timm's models, take timm:NAME?in_channels="
+            f"the channels of a {type(backbone).__name__} without a first convolution that has a "
+            "bias and no padding cannot be adapted; of timm's models, take timm:NAME?in_channels="
         )
     return conv

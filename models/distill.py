@@ -1,4 +1,4 @@
-"""The two sides of distillation: a frozen teacher with the heads it brings, and a student that matches features."""
+"""Distillation: a frozen teacher, with its heads if it has any, and a student that matches it."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from models.weights.load import load_backbone, load_heads
 
 @dataclass
 class TeacherOutput:
-    """What the teacher says of n crops, small enough to be exchanged between ranks.
+    """The teacher's vectors of n crops, small enough to be exchanged between ranks.
 
-    With heads, their vectors before the prototypes, of length 1; without, the backbone's own.
+    With heads, their vectors before the prototypes, of L2 norm 1; without, the backbone's.
     """
 
     cls: Tensor  # (n, E)
@@ -26,7 +26,7 @@ class TeacherOutput:
 
 
 class Teacher(nn.Module):
-    """A frozen backbone, with the DINO head and the iBOT head that it brings, or None."""
+    """A frozen backbone, with the heads that stand beside its weights, or None."""
 
     def __init__(
         self,
@@ -45,17 +45,17 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, heads: bool) -> TeacherOutput:
-        """(n, C, H, W) normalised as the backbone wants it -> `TeacherOutput`."""
-        seen: Features = self.backbone(images)
-        if not heads:
-            return TeacherOutput(seen.cls, seen.patches, seen.grid)
-        return TeacherOutput(
-            self.dino_head.bottleneck(seen.cls), self.patch_head.bottleneck(seen.patches), seen.grid
-        )
+        """(n, C, H, W) normalised with the backbone's statistics -> `TeacherOutput`."""
+        features: Features = self.backbone(images)
+        cls, patches = features.cls, features.patches
+        if heads:
+            cls = self.dino_head.bottleneck(cls)
+            patches = self.patch_head.bottleneck(patches)
+        return TeacherOutput(cls, patches, features.grid)
 
 
 def load_teacher(spec: str | Path, channels: int) -> Teacher:
-    """The backbone of a MODEL with `channels` input channels, and the heads beside it where it is a run of ours.
+    """The backbone of a MODEL with `channels` input channels, and the heads beside its weights.
 
     Raises:
         FileNotFoundError: if there is no such model.
@@ -66,26 +66,23 @@ def load_teacher(spec: str | Path, channels: int) -> Teacher:
     tensors = load_heads(spec)
     heads = [head_from(tensors, name) for name in ("dino_head", "ibot_head")]
     for head in heads:
-        if head is not None and head.mlp[0].in_features != backbone.embed_dim:
-            width = head.mlp[0].in_features
+        width = None if head is None else head.mlp[0].in_features
+        if width not in (None, backbone.embed_dim):
             raise UserError(
-                f"the heads beside {spec} take vectors of {width}; its backbone has {backbone.embed_dim}"
+                f"the heads beside {spec} take vectors of {width}; its backbone has "
+                f"{backbone.embed_dim}"
             )
     return Teacher(backbone, *heads)
 
 
 def head_from(tensors: Mapping[str, Tensor], name: str) -> ProjectionHead | None:
-    """The head of that name in a run's heads.safetensors, by its shapes; None where there is none."""
-    own = {
-        key.removeprefix(f"{name}."): tensor
-        for key, tensor in tensors.items()
-        if key.startswith(f"{name}.")
-    }
+    """The head of that name in a run's heads.safetensors, by its shapes; None if there is none."""
+    prefix = f"{name}."
+    own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
     if not own:
         return None
-    places = sorted(
-        int(key.split(".")[1]) for key in own if key.startswith("mlp.") and key.endswith("weight")
-    )
+    linears = [key for key in own if key.startswith("mlp.") and key.endswith("weight")]
+    places = sorted(int(key.split(".")[1]) for key in linears)
     kinds = {"last_layer.weight": "plain", "last_layer.weight_g": "weight_norm"}
     kind = next((kinds[key] for key in kinds if key in own), "unit_norm")
     prototypes = own["last_layer.weight" if kind == "plain" else "last_layer.weight_v"]
@@ -126,7 +123,11 @@ class MatchingStudent(nn.Module):
         masks: Tensor | None = None,
         hide: bool = False,
     ) -> MatchingOutput:
-        """(G·B, C, H, W) normalised -> `MatchingOutput`; the other arguments are SSLModel's, without effect."""
-        seen = self.backbone(global_crops)
-        projected = self.cls_projection(seen.cls), self.patch_projection(seen.patches)
-        return MatchingOutput(seen.cls, seen.patches, seen.grid, *projected)
+        """(G·B, C, H, W) normalised -> `MatchingOutput`.
+
+        The other arguments are those of `SSLModel` and have no effect.
+        """
+        features = self.backbone(global_crops)
+        cls, patches = features.cls, features.patches
+        matched_cls, matched_patches = self.cls_projection(cls), self.patch_projection(patches)
+        return MatchingOutput(cls, patches, features.grid, matched_cls, matched_patches)

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from errors import UserError
-
 
 @dataclass
 class Features:
@@ -45,26 +43,3 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
-
-
-def check_images(images: Tensor, channels: int, smallest: int) -> None:
-    """Refuses what a convolution would report less kindly.
-
-    Raises:
-        ValueError: unless `images` is a float (B, `channels`, H, W), H and W at least `smallest`.
-    """
-    if images.ndim != 4 or images.shape[1] != channels:
-        shape = tuple(images.shape)
-        raise UserError(f"images of shape {shape} given; this backbone takes (B, {channels}, H, W)")
-    if not images.is_floating_point():
-        raise UserError(f"images of {images.dtype} given; backbones take normalised floats")
-    if min(images.shape[-2:]) < smallest:
-        height, width = images.shape[-2:]
-        raise UserError(
-            f"images of {height} x {width} pixels given; the least is {smallest} a side"
-        )
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")

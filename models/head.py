@@ -1,11 +1,13 @@
 """Projection head: an MLP to a small normalised vector, compared with K prototypes (DINO)."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
-from models.features import check_choice
+from models.checks import check_choice
 from models.layers import init_module
 
 NORM_EPS = 1e-12  # of torch.nn.functional.normalize
@@ -22,14 +24,16 @@ def product_type(x: Tensor) -> torch.dtype:
 class _NormalizedRows(torch.autograd.Function):
     """Rows of v (K, d) over their L2 norm, times g (K, 1) unless it is None, in the type wanted.
 
-    Some rows at a time: with 65,536 prototypes each float32 matrix in between would pass through the memory again.
+    Some rows at a time: with 65,536 prototypes, each float32 matrix in between would not fit into
+    the CPU's cache.
     """
 
     @staticmethod
     def forward(ctx, v: Tensor, g: Tensor | None, kind: torch.dtype) -> Tensor:
         inverse = 1 / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_(min=NORM_EPS)
         ctx.save_for_backward(v, g, inverse)
-        scale, rows = inverse if g is None else inverse * g, torch.empty_like(v, dtype=kind)
+        scale = inverse if g is None else inverse * g
+        rows = torch.empty_like(v, dtype=kind)
         for chosen in _row_chunks(v):
             rows[chosen] = v[chosen] * scale[chosen]
         return rows
@@ -37,21 +41,19 @@ class _NormalizedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         v, g, inverse = ctx.saved_tensors
+        scale = inverse if g is None else inverse * g
         grad_v, along = torch.empty_like(v), torch.empty_like(inverse)
         for chosen in _row_chunks(v):
-            unit, slope = v[chosen] * inverse[chosen], grad[chosen].to(v.dtype, copy=True)
-            along[chosen] = torch.linalg.vecdot(slope, unit)[
-                :, None
-            ]  # a change along the row changes no direction
-            slope.addcmul_(unit, along[chosen], value=-1)
-            grad_v[chosen] = slope.mul_(
-                inverse[chosen] if g is None else inverse[chosen] * g[chosen]
-            )
+            unit = v[chosen] * inverse[chosen]
+            slope = grad[chosen].to(v.dtype, copy=True)
+            along[chosen] = torch.linalg.vecdot(slope, unit)[:, None]
+            slope.addcmul_(unit, along[chosen], value=-1)  # the norm of a row has no effect
+            grad_v[chosen] = slope.mul_(scale[chosen])
         return grad_v, None if g is None else along, None
 
 
 def _row_chunks(v: Tensor) -> list[slice]:
-    """As many rows as stay in a CPU's cache; elsewhere all."""
+    """Slices of as many rows as stay in a CPU's cache; elsewhere one of all rows."""
     step = max(1, ROW_CHUNK // v.shape[1]) if v.device.type == "cpu" else max(1, len(v))
     return [slice(start, start + step) for start in range(0, len(v), step)]
 
@@ -103,7 +105,7 @@ class ProjectionHead(nn.Module):
             layers: linear layers before the prototypes, at least 1, with GELU between them.
 
         Raises:
-            ValueError: for fewer layers or another `last_layer`.
+            UserError: for fewer layers or another `last_layer`.
         """
         super().__init__()
         check_choice("last_layer", last_layer, LAST_LAYERS)
@@ -111,8 +113,8 @@ class ProjectionHead(nn.Module):
             raise UserError(f"a projection head needs at least 1 layer; {layers} given")
         widths = [in_dim, *[hidden] * (layers - 1), bottleneck]
         steps: list[nn.Module] = []
-        for width, following in zip(widths, widths[1:]):
-            steps += [nn.Linear(width, following), nn.GELU()]
+        for before, after in itertools.pairwise(widths):
+            steps += [nn.Linear(before, after), nn.GELU()]
         self.mlp = nn.Sequential(*steps[:-1])
         if last_layer == "plain":
             self.last_layer = nn.Linear(bottleneck, prototypes, bias=False)

@@ -1,18 +1,16 @@
 """The parts of a transformer block: attention, feed-forward nets, LayerScale, DropPath."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.features import check_choice
-from models.rope import RotaryPositions, Rotation, rotate
+from models.checks import check_choice
+from models.positions import RotaryPositions, Rotation, Rotations, rotate
 
-Shapes = Sequence[
-    tuple[int, int]
-]  # (B, T) of the groups of images that a packed (ΣB·T, D) holds one after the other
+# (B, T) of each group of images that a packed (ΣB·T, D) holds, one after the other.
+Shapes = Sequence[tuple[int, int]]
 
 # The hidden width of a gated net is rounded up to a multiple of this.
 GATED_ALIGN = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
@@ -41,8 +39,9 @@ class KeyMaskedLinear(nn.Linear):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v, each (B, heads, T, d): PyTorch's `scaled_dot_product_attention`.
 
-    But for short bf16 sequences on the CPU, whose fused kernel loses to the plain products there: 49 against 9 ms forward and
-    backward for (128, 4, 65, 32), 41 against 16 ms for (16, 6, 197, 64), two cores, torch 2.15.
+    On the CPU its fused kernel is slower than the plain products for short bf16 sequences: 49
+    against 9 ms forward and backward for (128, 4, 65, 32), 41 against 16 ms for (16, 6, 197, 64),
+    two cores, torch 2.15. So these take the products.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 512:
         return torch.softmax((q @ k.mT) * q.shape[-1] ** -0.5, dim=-1).to(v.dtype) @ v
@@ -69,18 +68,19 @@ class Attention(nn.Module):
             self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
-    def forward(self, x: Tensor, rotation: Any = None, shapes: Shapes | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); `rotation` turns queries and keys. With `shapes` packed, see `Block`."""
+    def forward(
+        self, x: Tensor, rotation: Rotations = None, shapes: Shapes | None = None
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D), or packed with `shapes`, see `Block`."""
+        qkv = self.qkv(x)
         if shapes is None:
-            return self.proj(self._attended(self.qkv(x), rotation))
-        groups = self.qkv(x).split([samples * tokens for samples, tokens in shapes])
-        groups = (group.unflatten(0, shape) for group, shape in zip(groups, shapes))
-        return self.proj(
-            torch.cat([self._attended(*pair).flatten(0, 1) for pair in zip(groups, rotation)])
-        )
+            return self.proj(self._attend(qkv, rotation))
+        groups = zip(unpack(qkv, shapes), rotation, strict=True)
+        attended = [self._attend(part, turn).flatten(0, 1) for part, turn in groups]
+        return self.proj(torch.cat(attended))
 
-    def _attended(self, qkv: Tensor, rotation: Rotation | None) -> Tensor:
-        """(B, T, D), before the last projection."""
+    def _attend(self, qkv: Tensor, rotation: Rotation | None) -> Tensor:
+        """(B, T, 3·D) -> (B, T, D), before the last projection."""
         return attend(*self._heads(qkv, rotation)).transpose(1, 2).flatten(2)
 
     def weights(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
@@ -98,6 +98,12 @@ class Attention(nn.Module):
         qk, v = qkv.split((2, 1), dim=2)
         q, k = rotate(qk, sin, cos).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v.squeeze(2).transpose(1, 2)
+
+
+def unpack(packed: Tensor, shapes: Shapes) -> list[Tensor]:
+    """(ΣB·T, D) -> one (B, T, D) for each group."""
+    groups = packed.split([samples * tokens for samples, tokens in shapes])
+    return [group.unflatten(0, shape) for group, shape in zip(groups, shapes, strict=True)]
 
 
 class Mlp(nn.Module):
@@ -129,7 +135,7 @@ def make_ffn(kind: str, dim: int, ratio: float, bias: bool = True) -> nn.Module:
     """Feed-forward net: "mlp" of ratio · D hidden units, or gated with 2/3 of that, at equal cost.
 
     Raises:
-        ValueError: if `kind` is neither "mlp" nor a key of `GATED_ALIGN`.
+        UserError: if `kind` is neither "mlp" nor a key of `GATED_ALIGN`.
     """
     check_choice("ffn", kind, ("mlp", *GATED_ALIGN))
     if kind == "mlp":
@@ -172,28 +178,30 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0.0:
             return x + branch(x, shapes)
         if shapes is not None:
-            return self._packed(x, branch, shapes)
-        subset, scale = self._drawn(len(x), x.device)
+            return self._forward_packed(x, branch, shapes)
+        subset, scale = self._draw(len(x), x.device)
         residual = branch(x.index_select(0, subset), None).to(x.dtype)
         return torch.index_add(x, 0, subset, residual, alpha=scale)
 
-    def _packed(self, x: Tensor, branch: Callable[..., Tensor], shapes: Shapes) -> Tensor:
-        rows, scales, kept, first = [], [], [], 0
+    def _forward_packed(self, x: Tensor, branch: Callable[..., Tensor], shapes: Shapes) -> Tensor:
+        rows, scales, kept_shapes = [], [], []
+        first = 0
         for samples, tokens in shapes:
-            subset, scale = self._drawn(samples, x.device)
-            rows.append(
-                (first + tokens * subset[:, None] + torch.arange(tokens, device=x.device)).flatten()
-            )
-            scales.append(scale), kept.append((len(subset), tokens))
+            subset, scale = self._draw(samples, x.device)
+            starts = first + tokens * subset[:, None]
+            rows.append((starts + torch.arange(tokens, device=x.device)).flatten())
+            scales.append(scale)
+            kept_shapes.append((len(subset), tokens))
             first += samples * tokens
-        residual = branch(x.index_select(0, torch.cat(rows)), kept).to(x.dtype)
+        residual = branch(x.index_select(0, torch.cat(rows)), kept_shapes).to(x.dtype)
+        residuals = residual.split([len(group) for group in rows])
         x = x.clone()
-        for chosen, part, scale in zip(rows, residual.split([len(part) for part in rows]), scales):
-            x.index_add_(0, chosen, part, alpha=scale)
+        for group, part, scale in zip(rows, residuals, scales, strict=True):
+            x.index_add_(0, group, part, alpha=scale)
         return x
 
-    def _drawn(self, samples: int, device: torch.device) -> tuple[Tensor, float]:
-        """Those that are kept, and what their branch is multiplied with."""
+    def _draw(self, samples: int, device: torch.device) -> tuple[Tensor, float]:
+        """The samples that go through the branch, and the factor of their branch."""
         kept = max(int(samples * (1 - self.rate)), 1)
         return torch.randperm(samples, device=device)[:kept], samples / kept
 

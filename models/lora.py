@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
-from models.features import check_choice
+from models.checks import check_choice
 from models.layers import KeyMaskedLinear
 
 MODES = ("full", "lora", "partial")

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
-from models.features import Features, Preprocessing, check_images
+from models.checks import check_images
+from models.features import Features, Preprocessing
 
 
 class PixelBackbone(nn.Module):

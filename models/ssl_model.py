@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -19,21 +19,22 @@ from models.vit import VisionTransformer
 class SSLOutput:
     """What the losses read. Rows of crops are crop-major: view 0 of all images, then view 1.
 
-    `patch_logits` follow `masks.flatten().nonzero()`; None where there is no iBOT term or no local crop.
+    `patch_logits` follow `masks.flatten().nonzero()`.
     """
 
     cls: Tensor  # (G·B, D) after the final norm, global crops
     patches: Tensor  # (G·B, N, D)
     grid: tuple[int, int]  # (h, w) of the patches, h·w = N
     global_logits: Tensor  # (G·B, K)
-    local_logits: Tensor | None = None  # (L·B, K)
-    patch_logits: Tensor | None = None  # (M, K')
+    local_logits: Tensor | None = None  # (L·B, K), None without local crops
+    patch_logits: Tensor | None = None  # (M, K'), None without masks
 
 
 class SSLModel(nn.Module):
-    """The student, and by another instance the teacher: a backbone, the DINO head, and an iBOT head of its own or none.
+    """A backbone, the DINO head and an iBOT head; the student and the teacher are one each.
 
-    Without `ibot_head`, masked patches go through the DINO head (shared, as in iBOT and DINOv2's short recipe).
+    Without `ibot_head`, masked patches go through the DINO head (as in iBOT and DINOv2's short
+    recipe).
     """
 
     def __init__(
@@ -63,34 +64,43 @@ class SSLModel(nn.Module):
             global_crops: (G·B, C, H, W) normalised.
             local_crops: (L·B, C, h, w) or None (the teacher sees none).
             masks: (G·B, N) bool, the patches whose logits are wanted, or None.
-            hide: whether the backbone sees the mask token in their place (student) or the patches (teacher).
+            hide: whether the backbone sees the mask token in place of these patches (the student
+                does, the teacher does not).
         """
         hidden = masks if hide else None
+        local_features = None
         if local_crops is None:
-            seen, *others = [self.backbone(global_crops, hidden)]
+            features = self.backbone(global_crops, hidden)
         elif isinstance(self.backbone, VisionTransformer):
-            seen, *others = self.backbone(global_crops, hidden, local_crops=local_crops)
+            features, local_features = self.backbone(global_crops, hidden, local_crops=local_crops)
         else:
-            seen, *others = (
-                self.backbone(global_crops, hidden),
-                self.backbone(local_crops, local=True),
-            )
-        cls = [seen.cls, *(other.cls for other in others)]
-        rows = [len(part) for part in cls]
-        inputs = torch.cat(cls) if len(cls) > 1 else cls[0]
+            features = self.backbone(global_crops, hidden)
+            local_features = self.backbone(local_crops, local=True)
+        inputs = features.cls
+        rows = [len(inputs)]
+        if local_features is not None:
+            inputs = torch.cat([inputs, local_features.cls])
+            rows.append(len(local_features.cls))
 
         patch_logits = None
         if masks is not None:
-            masked = seen.patches[masks]
+            masked = features.patches[masks]  # (M, D)
             if self.ibot_head is None:
-                inputs, rows = torch.cat([inputs, masked]), [*rows, len(masked)]
+                inputs = torch.cat([inputs, masked])
+                rows.append(len(masked))
             else:
                 patch_logits = self.ibot_head(masked)
         logits = list(self.dino_head(inputs).split(rows))
         if masks is not None and self.ibot_head is None:
             patch_logits = logits.pop()
-        local_logits = logits[1] if local_crops is not None else None
-        return SSLOutput(seen.cls, seen.patches, seen.grid, logits[0], local_logits, patch_logits)
+        return SSLOutput(
+            features.cls,
+            features.patches,
+            features.grid,
+            global_logits=logits[0],
+            local_logits=None if local_crops is None else logits[1],
+            patch_logits=patch_logits,
+        )
 
 
 @torch.no_grad()
@@ -102,38 +112,43 @@ def update_ema(
 ) -> None:
     """teacher <- momentum · teacher + (1 - momentum) · student, over what trains, paired by order.
 
-    `local` gives this rank's shards of sharded parameters. Buffers (the running statistics of batch norms in convolutional backbones) are taken from the student as they are.
+    `local` gives this rank's shards of sharded parameters. Buffers (running statistics of batch
+    norms in convolutional backbones) become copies of the student's.
     """
-    pairs = [
-        (own, new)
-        for own, new in zip(teacher.parameters(), student.parameters())
-        if new.requires_grad
-    ]
-    torch._foreach_lerp_(*(local(part) for part in zip(*pairs)), 1.0 - momentum)
-    for own, new in zip(teacher.buffers(), student.buffers()):
+    pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
+    averages = [own for own, new in pairs if new.requires_grad]
+    weights = [new for _, new in pairs if new.requires_grad]
+    torch._foreach_lerp_(local(averages), local(weights), 1.0 - momentum)
+    for own, new in zip(teacher.buffers(), student.buffers(), strict=True):
         own.copy_(new)
 
 
-def build_ssl_model(backbone: nn.Module, loss: Any, own_ibot_head: bool) -> SSLModel:
-    """Backbone and the heads that `loss.dino` and `loss.ibot` describe (prototypes, hidden, bottleneck, layers).
+class HeadSizes(Protocol):
+    """Sizes of a projection head, see `ProjectionHead`."""
 
-    Both heads end alike, in `loss.dino.last_layer`.
-    """
-    heads = [loss.dino, loss.ibot] if own_ibot_head else [loss.dino]
-    return SSLModel(
-        backbone,
-        *(
-            ProjectionHead(
-                backbone.embed_dim,
-                head.prototypes,
-                hidden=head.hidden,
-                bottleneck=head.bottleneck,
-                layers=head.layers,
-                last_layer=loss.dino.last_layer,
-            )
-            for head in heads
-        ),
-    )
+    prototypes: int
+    hidden: int
+    bottleneck: int
+    layers: int
+
+
+def build_ssl_model(
+    backbone: nn.Module, dino: HeadSizes, ibot: HeadSizes | None, last_layer: str
+) -> SSLModel:
+    """Backbone and heads of these sizes, which both end in `last_layer`."""
+    heads = [
+        ProjectionHead(
+            backbone.embed_dim,
+            sizes.prototypes,
+            sizes.hidden,
+            sizes.bottleneck,
+            sizes.layers,
+            last_layer,
+        )
+        for sizes in (dino, ibot)
+        if sizes is not None
+    ]
+    return SSLModel(backbone, *heads)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -141,12 +156,12 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def make_teacher(student: SSLModel) -> SSLModel:
-    """A copy that shares nothing with the student but what is frozen there, takes no gradient and stays in eval mode."""
+    """A copy of the student in eval mode that takes no gradient; only frozen weights are shared."""
     return copy_sharing_frozen(student).requires_grad_(False).eval()
 
 
 def host_copy(module: nn.Module) -> nn.Module:
-    """The same module with copies of its tensors in the host's memory; nothing is held twice on the device."""
+    """A copy of the module in the host's memory; the device holds nothing twice."""
     tensors = [*module.parameters(), *module.buffers()]
     memo = {id(tensor): tensor.detach().to("cpu", copy=True) for tensor in tensors}
     memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=False) for p in module.parameters()}

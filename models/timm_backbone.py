@@ -7,7 +7,8 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from errors import UserError
-from models.features import Features, Preprocessing, check_images
+from models.checks import check_images
+from models.features import Features, Preprocessing
 
 
 class TimmBackbone(nn.Module):
@@ -42,11 +43,11 @@ class TimmBackbone(nn.Module):
         data = resolve_model_data_config(self.model)
         height, width = data["input_size"][-2:]
         resize = int(max(height, width) / data["crop_pct"])
-        mean, std = (self._per_channel(data[name]) for name in ("mean", "std"))
+        mean, std = self._per_channel(data["mean"]), self._per_channel(data["std"])
         return Preprocessing((height, width), resize, mean, std, data["interpolation"])
 
     def _per_channel(self, rgb: tuple[float, ...]) -> tuple[float, ...]:
-        """For another number of channels than timm has statistics for, their average on each."""
+        """The statistics; their average for each channel if timm has those of another number."""
         if len(rgb) == self.in_channels:
             return tuple(rgb)
         return (sum(rgb) / len(rgb),) * self.in_channels
@@ -74,9 +75,9 @@ class TimmBackbone(nn.Module):
         except RuntimeError as error:
             if "actual input size" not in str(error):
                 raise
-            size = f"{images.shape[-2]} x {images.shape[-1]}"
+            size, name = f"{images.shape[-2]} x {images.shape[-1]}", self.config["name"]
             raise UserError(
-                f"images of {size} pixels are too small for timm:{self.config['name']}, its last map has none"
+                f"images of {size} pixels are too small for timm:{name}, its last map has none"
             ) from None
         return self._from_tokens(output, grid) if output.ndim == 3 else self._from_map(output)
 
@@ -110,12 +111,10 @@ def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
         raise UserError(f"timm has no model {name!r}{hint}")
     try:
         model = timm.create_model(name, num_classes=0, **kwargs)
-        needs = {}
-        if hasattr(model, "dynamic_img_size"):
-            needs["dynamic_img_size"] = True
+        needs = {"dynamic_img_size": True} if hasattr(model, "dynamic_img_size") else {}
         has_cls = getattr(model, "cls_token", None) is not None
         if has_cls and getattr(model, "global_pool", "token") != "token":
-            needs["global_pool"] = "token"  # otherwise the final norm is left to the pooling
+            needs["global_pool"] = "token"  # otherwise timm applies the final norm after pooling
         if needs or pretrained:
             kwargs = {**needs, **kwargs, "pretrained": pretrained}
             model = timm.create_model(name, num_classes=0, **kwargs)

@@ -1,20 +1,23 @@
-"""Vision transformer that covers DINO, iBOT, DINOv2 and DINOv3, and the table of its sizes.
+"""Vision transformer of DINO, iBOT, DINOv2 and DINOv3, and the table of its sizes.
 
-Read top-down: sizes, block, model. What differs between the four is an argument of the model.
+Read top-down: sizes, block, model; attention and the feed-forward nets are in layers.py.
+The four methods differ in arguments of the model only.
 """
 
 import inspect
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
-from models.features import Features, check_choice, check_images
-from models.layers import Attention, DropPath, LayerScale, Shapes, init_module, make_ffn
-from models.rope import RotaryPositions, Rotation
+from models.checks import check_images, check_masks, check_vit_options
+from models.features import Features
+from models.layers import Attention, DropPath, LayerScale, Shapes, init_module, make_ffn, unpack
+from models.positions import RotaryPositions, Rotation, Rotations, resize_positions
+
+Embedded = tuple[Tensor, tuple[int, int]]  # tokens (B, 1 + R + N, D), grid of the patches (h, w)
 
 # Sizes of DINO (tiny), DINOv2 (giant) and DINOv3 (the others); vit_nano is ours, for CPUs.
 # A gated net of ratio 6 is as wide as an MLP of ratio 4.
@@ -32,42 +35,40 @@ PRESETS = {
     "vit_7b": dict(embed_dim=4096, depth=40, num_heads=32, ffn="swiglu64", ffn_ratio=3.0),
 }
 
-NUMBERS = ("ffn_ratio", "layerscale", "drop_path", "norm_eps", "rope_base", "rope_shift")
-NUMBERS += ("rope_jitter", "rope_rescale")
-
 
 class Block(nn.Module):
     """x + LayerScale(attention(norm(x))), then the same with the feed-forward net."""
 
-    def __init__(
-        self,
-        attn: Attention,
-        ffn: nn.Module,
-        *,
-        dim: int,
-        layerscale: float | None,
-        drop_path: float,
-        norm_eps: float,
-    ):
+    def __init__(self, options: dict, drop_path: float):
+        """`options` of `VisionTransformer`; `drop_path` is this block's own rate."""
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, norm_eps)
-        self.attn = attn
-        self.ls1 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
-        self.norm2 = nn.LayerNorm(dim, norm_eps)
-        self.mlp = ffn
-        self.ls2 = nn.Identity() if layerscale is None else LayerScale(dim, layerscale)
+        dim, eps, scale = options["embed_dim"], options["norm_eps"], options["layerscale"]
+        biases = {name: options[name] for name in ("qkv_bias", "mask_k_bias", "proj_bias")}
+        self.norm1 = nn.LayerNorm(dim, eps)
+        self.attn = Attention(dim, options["num_heads"], **biases)
+        self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
+        self.norm2 = nn.LayerNorm(dim, eps)
+        self.mlp = make_ffn(options["ffn"], dim, options["ffn_ratio"], options["ffn_bias"])
+        self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, rotation: Any = None, shapes: Shapes | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); `rotation` holds rotary positions, if there are any.
+    def forward(
+        self, x: Tensor, rotation: Rotations = None, shapes: Shapes | None = None
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D); `rotation` turns queries and keys (rotary positions).
 
-        Images of several sizes go packed: with `shapes` x is (ΣB·T, D), and `rotation` one for each. All but attention then
-        runs once over all tokens.
+        With `shapes`, images of several sizes are packed into x (ΣB·T, D), and there is one
+        rotation for each size. Then all but attention runs once over all tokens.
         """
-        x = self.drop_path(
-            x, lambda kept, sizes: self.ls1(self.attn(self.norm1(kept), rotation, sizes)), shapes
-        )
-        return self.drop_path(x, lambda kept, _: self.ls2(self.mlp(self.norm2(kept))), shapes)
+
+        def attend(kept: Tensor, kept_shapes: Shapes | None) -> Tensor:
+            return self.ls1(self.attn(self.norm1(kept), rotation, kept_shapes))
+
+        def feed_forward(kept: Tensor, _: Shapes | None) -> Tensor:
+            return self.ls2(self.mlp(self.norm2(kept)))
+
+        x = self.drop_path(x, attend, shapes)
+        return self.drop_path(x, feed_forward, shapes)
 
 
 class VisionTransformer(nn.Module):
@@ -81,8 +82,8 @@ class VisionTransformer(nn.Module):
             multiple of 8, 32, 64, 128).
         ffn_ratio: hidden width over D of the MLP; gated nets take 2/3 of it.
         patch_size: p in pixels.
-        image_size: side, or (height, width), that learned positions are made for; every model takes
-            any size.
+        image_size: side, or (height, width), for which learned positions are made; every model
+            takes any size.
         positions: "learned" (DINO, DINOv2) or "rope" (DINOv3).
         interpolation: of learned positions at other sizes, all bicubic: by the scale factor
             (target + 0.1) / native ("offset": DINO, DINOv2), to the exact size ("size"), or to that
@@ -93,13 +94,13 @@ class VisionTransformer(nn.Module):
         layerscale: initial factor of the residual branches, None for no LayerScale.
         drop_path: rate of stochastic depth in [0, 1).
         drop_path_shape: "uniform", or "linear" from 0 in the first block to the rate in the last.
-        untie_cls_norm: a final norm of their own for CLS and registers.
+        untie_cls_norm: a separate final norm for CLS and registers.
         untie_local_cls_norm: the same for those of local crops in training (DINOv3 7B).
         rope_base, rope_normalize, rope_shift, rope_jitter, rope_rescale: see `RotaryPositions`.
         fit: where p does not divide a side, "crop" the rest or "pad" with zeros, right and bottom.
 
     Raises:
-        ValueError: for an argument out of range, with what is allowed.
+        UserError: for an argument out of range, with what is allowed.
     """
 
     def __init__(
@@ -134,11 +135,12 @@ class VisionTransformer(nn.Module):
         rope_rescale: float | None = None,
         fit: str = "crop",
     ):
-        config = dict(locals())
+        arguments = dict(locals())
         super().__init__()
-        self.config = {name: config[name] for name in _options()}
-        self.config["image_size"] = _pair(image_size)
-        _check_config(self.config)
+        self.config = {name: arguments[name] for name in _option_names()}
+        square = isinstance(image_size, int)
+        self.config["image_size"] = [image_size] * 2 if square else list(image_size)
+        check_vit_options(self.config)
         self.embed_dim = embed_dim
         self.depth = depth
         self.num_heads = num_heads
@@ -146,27 +148,33 @@ class VisionTransformer(nn.Module):
         self.in_channels = in_channels
         self.num_registers = registers
         self.native_grid = self._grid(*self.config["image_size"])
-
-        self.patch_embed = nn.Conv2d(in_channels, embed_dim, patch_size, stride=patch_size)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.register_tokens = self.mask_token = self.pos_embed = self.rope = None
-        if registers:
-            self.register_tokens = nn.Parameter(torch.empty(1, registers, embed_dim))
-        if mask_token:
-            self.mask_token = nn.Parameter(torch.empty(1, embed_dim))
-        if positions == "learned":
-            count = self.native_grid[0] * self.native_grid[1]
-            self.pos_embed = nn.Parameter(torch.empty(1, 1 + count, embed_dim))
-        else:
-            augmentation = (rope_shift, rope_jitter, rope_rescale)
-            head_dim = embed_dim // num_heads
-            self.rope = RotaryPositions(head_dim, rope_base, rope_normalize, *augmentation)
-
-        self.blocks = nn.ModuleList(_make_block(self.config, index) for index in range(depth))
+        self._add_tokens(self.config)
+        rates = [drop_path] * depth
+        if drop_path_shape == "linear":
+            rates = [drop_path * index / max(depth - 1, 1) for index in range(depth)]
+        self.blocks = nn.ModuleList(Block(self.config, rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, norm_eps)
         self.cls_norm = nn.LayerNorm(embed_dim, norm_eps) if untie_cls_norm else None
         self.local_cls_norm = nn.LayerNorm(embed_dim, norm_eps) if untie_local_cls_norm else None
         self.init_weights()
+
+    def _add_tokens(self, options: dict) -> None:
+        """Patch embedding, CLS, registers, mask token and positions."""
+        dim, patch_size = self.embed_dim, self.patch_size
+        self.patch_embed = nn.Conv2d(self.in_channels, dim, patch_size, stride=patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.register_tokens = self.mask_token = self.pos_embed = self.rope = None
+        if self.num_registers:
+            self.register_tokens = nn.Parameter(torch.empty(1, self.num_registers, dim))
+        if options["mask_token"]:
+            self.mask_token = nn.Parameter(torch.empty(1, dim))
+        if options["positions"] == "learned":
+            count = self.native_grid[0] * self.native_grid[1]
+            self.pos_embed = nn.Parameter(torch.empty(1, 1 + count, dim))
+        else:
+            names = ("base", "normalize", "shift", "jitter", "rescale")
+            rope = {name: options[f"rope_{name}"] for name in names}
+            self.rope = RotaryPositions(dim // self.num_heads, **rope)
 
     def init_weights(self) -> None:
         """Draws every parameter and sets every buffer anew.
@@ -190,34 +198,34 @@ class VisionTransformer(nn.Module):
         local: bool = False,
         local_crops: Tensor | None = None,
     ) -> Features | list[Features]:
-        """
+        """Features of images; with `local_crops`, of both in one pass.
+
         Args:
             images: (B, C, H, W) normalised floats, any size of at least one patch.
             masks: (B, N) bool, True = the mask token replaces the patch before positions are added.
-            local: whether these are local crops, whose CLS may have a norm of its own in training.
-            local_crops: (B', C, h, w) to be seen in the same pass; then the features of both are returned.
+            local: whether these are local crops, whose CLS may have a separate norm in training.
+            local_crops: (B', C, h, w) normalised floats.
 
         Raises:
             UserError: if the images or the masks have another shape, or there is no mask token.
         """
         x, grid = self._embed(images, masks)  # (B, 1 + R + N, D)
         if local_crops is not None:
-            return self._packed([(x, grid), self._embed(local_crops)])
-        for block, rotation in zip(self.blocks, self._rotations(grid)):
+            return self._forward_packed((x, grid), self._embed(local_crops))
+        for block, rotation in zip(self.blocks, self._rotations(grid), strict=True):
             x = block(x, rotation)
-        return self._normed(x, grid, local)
+        return self._finish(x, grid, local)
 
-    def _packed(self, embedded: list[tuple[Tensor, tuple[int, int]]]) -> list[Features]:
-        """Of several sizes of images at once; all but the first are local crops."""
-        shapes, grids = [tuple(x.shape[:2]) for x, _ in embedded], [grid for _, grid in embedded]
-        packed = torch.cat([x.flatten(0, 1) for x, _ in embedded])
-        for block, *rotations in zip(self.blocks, *map(self._rotations, grids)):
-            packed = block(packed, rotations, shapes)
-        groups = packed.split([samples * tokens for samples, tokens in shapes])
-        groups = (group.unflatten(0, shape) for group, shape in zip(groups, shapes))
-        return [
-            self._normed(x, grid, number > 0) for number, (x, grid) in enumerate(zip(groups, grids))
-        ]
+    def _forward_packed(self, images: Embedded, local_crops: Embedded) -> list[Features]:
+        """Features of both; all tokens run through the blocks as one (ΣB·T, D)."""
+        tokens, grids = zip(images, local_crops, strict=True)
+        shapes = [x.shape[:2] for x in tokens]
+        rotations = zip(*map(self._rotations, grids), strict=True)
+        packed = torch.cat([x.flatten(0, 1) for x in tokens])
+        for block, pair in zip(self.blocks, rotations, strict=True):
+            packed = block(packed, pair, shapes)
+        x, local = unpack(packed, shapes)
+        return [self._finish(x, grids[0]), self._finish(local, grids[1], local=True)]
 
     def intermediate(self, images: Tensor, layers: int | Sequence[int]) -> list[Features]:
         """Features of the last `layers` blocks or of those with these indices, each normed.
@@ -232,10 +240,11 @@ class VisionTransformer(nn.Module):
             raise UserError("no block is asked for; give how many of the last ones, or indices")
         x, grid = self._embed(images)
         found = {}
-        for index, rotation in zip(range(max(wanted) + 1), self._rotations(grid)):
-            x = self.blocks[index](x, rotation)
+        blocks = self.blocks[: max(wanted) + 1]
+        for index, (block, rotation) in enumerate(zip(blocks, self._rotations(grid), strict=False)):
+            x = block(x, rotation)
             if index in wanted:
-                found[index] = self._normed(x, grid)
+                found[index] = self._finish(x, grid)
         return [found[index] for index in wanted]
 
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
@@ -255,70 +264,44 @@ class VisionTransformer(nn.Module):
         block = self.blocks[layer]
         return block.attn.weights(block.norm1(x), next(rotations))
 
-    def _embed(self, images: Tensor, masks: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+    def _embed(self, images: Tensor, masks: Tensor | None = None) -> Embedded:
         """Tokens (B, 1 + R + N, D) in the order CLS, registers, patches, and the patches' grid."""
-        check_images(
-            images, self.in_channels, 1 if self.config["fit"] == "pad" else self.patch_size
-        )
-        grid = h, w = self._grid(*images.shape[-2:])
-        bottom = h * self.patch_size - images.shape[-2]
-        right = w * self.patch_size - images.shape[-1]
+        smallest = 1 if self.config["fit"] == "pad" else self.patch_size
+        check_images(images, self.in_channels, smallest)
+        grid = self._grid(*images.shape[-2:])
+        bottom = grid[0] * self.patch_size - images.shape[-2]
+        right = grid[1] * self.patch_size - images.shape[-1]
         if bottom > 0 or right > 0:  # "pad"; with "crop" the convolution leaves the remainder out
             images = F.pad(images, (0, right, 0, bottom))
         patches = self.patch_embed(images).flatten(2).mT  # (B, N, D)
         cls = self.cls_token
         if masks is not None:
-            patches = self._hide(patches, masks)
+            check_masks(masks, patches, self.mask_token)
+            patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
         elif self.mask_token is not None:
-            cls = cls + 0 * self.mask_token  # in the graph, for DDP waits for every gradient
+            cls = cls + 0 * self.mask_token  # DDP waits for the gradient of every parameter
         if self.pos_embed is not None:
-            positions = self._positions(grid)
+            how = self.config["interpolation"]
+            positions = resize_positions(
+                self.pos_embed, self.native_grid, grid, how
+            )  # (1, 1 + N, D)
             cls, patches = cls + positions[:, :1], patches + positions[:, 1:]
         prefix = [cls] if self.register_tokens is None else [cls, self.register_tokens]
-        prefix = [
-            token.expand(patches.shape[0], -1, -1) for token in prefix
-        ]  # len() fixes it on export
+        batch = patches.shape[0]  # len() would fix the batch size on export
+        prefix = [token.expand(batch, -1, -1) for token in prefix]
         return torch.cat([*prefix, patches], dim=1), grid
 
-    def _hide(self, patches: Tensor, masks: Tensor) -> Tensor:
-        if self.mask_token is None:
-            raise UserError("masks are given, but this backbone was built with mask_token=False")
-        if masks.shape != patches.shape[:2]:
-            shape, wanted = tuple(masks.shape), tuple(patches.shape[:2])
-            raise UserError(f"masks of shape {shape} given; these images have (B, N) = {wanted}")
-        return torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
-
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """Learned positions (1, 1 + N, D) for `grid`; at the native grid the parameter itself."""
-        if grid == self.native_grid:
-            return self.pos_embed
-        maps = self.pos_embed[:, 1:].float().unflatten(1, self.native_grid).permute(0, 3, 1, 2)
-        if self.config["interpolation"] == "offset":
-            # The authors' guard against rounding down. It moves the samples a little, so the
-            # released weights are only right with it.
-            scale = [(new + 0.1) / old for new, old in zip(grid, self.native_grid)]
-            maps = F.interpolate(maps, scale_factor=scale, mode="bicubic")
-        else:
-            antialias = self.config["interpolation"] == "antialias"
-            maps = F.interpolate(maps, size=grid, mode="bicubic", antialias=antialias)
-        resized = maps.flatten(2).mT.to(self.pos_embed.dtype)
-        return torch.cat([self.pos_embed[:, :1], resized], dim=1)
-
     def _rotations(self, grid: tuple[int, int]) -> Iterable[Rotation | None]:
-        """One for each block: all the same, or drawn anew where they are augmented, or None."""
+        """One for each block, drawn anew for each where rotary positions are augmented."""
         if self.rope is None:
             return [None] * self.depth
+        unrotated = 1 + self.num_registers
         if self.rope.augments:
-            return (self._rotation(grid) for _ in range(self.depth))
-        return [self._rotation(grid)] * self.depth
+            return (self.rope(grid, unrotated) for _ in range(self.depth))
+        return [self.rope(grid, unrotated)] * self.depth
 
-    def _rotation(self, grid: tuple[int, int]) -> Rotation:
-        """Sine and cosine (1 + R + N, d): CLS and registers turn by 0, so no token is set apart."""
-        sin, cos = self.rope(grid)
-        prefix = (0, 0, 1 + self.num_registers, 0)
-        return F.pad(sin, prefix, value=0.0), F.pad(cos, prefix, value=1.0)
-
-    def _normed(self, x: Tensor, grid: tuple[int, int], local: bool = False) -> Features:
+    def _finish(self, x: Tensor, grid: tuple[int, int], local: bool = False) -> Features:
+        """The final norms, and the tokens by kind."""
         counts = (1 + self.num_registers, grid[0] * grid[1])
         cls_norm = self.cls_norm
         if local and self.training and self.local_cls_norm is not None:
@@ -331,7 +314,8 @@ class VisionTransformer(nn.Module):
         return Features(cls=first[:, 0], registers=first[:, 1:], patches=patches, grid=grid)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        p, spare = self.patch_size, self.patch_size - 1 if self.config["fit"] == "pad" else 0
+        p = self.patch_size
+        spare = p - 1 if self.config["fit"] == "pad" else 0
         return (height + spare) // p, (width + spare) // p
 
     def _index(self, layer: int) -> int:
@@ -340,55 +324,15 @@ class VisionTransformer(nn.Module):
         return layer % self.depth
 
 
-def _make_block(config: dict, index: int) -> Block:
-    dim, drop_path = config["embed_dim"], config["drop_path"]
-    if config["drop_path_shape"] == "linear":
-        drop_path *= index / max(config["depth"] - 1, 1)
-    biases = {name: config[name] for name in ("qkv_bias", "mask_k_bias", "proj_bias")}
-    attn = Attention(dim, config["num_heads"], **biases)
-    ffn = make_ffn(config["ffn"], dim, config["ffn_ratio"], config["ffn_bias"])
-    scale, eps = config["layerscale"], config["norm_eps"]
-    return Block(attn, ffn, dim=dim, layerscale=scale, drop_path=drop_path, norm_eps=eps)
-
-
-def _options() -> list[str]:
+def _option_names() -> list[str]:
     return list(inspect.signature(VisionTransformer).parameters)
-
-
-def _pair(side: int | Sequence[int]) -> list[int]:
-    return [side, side] if isinstance(side, int) else list(side)
-
-
-def _check_config(config: dict) -> None:
-    """Raises ValueError for the first argument out of range."""
-    at_least_one = ("embed_dim", "depth", "num_heads", "patch_size", "in_channels")
-    for name, least in [*((name, 1) for name in at_least_one), ("registers", 0)]:
-        if not isinstance(config[name], int) or config[name] < least:
-            raise UserError(
-                f"{name} is {config[name]!r}; it must be a whole number from {least} on"
-            )
-    dim, heads = config["embed_dim"], config["num_heads"]
-    if dim % heads:
-        raise UserError(f"embed_dim {dim} is not a multiple of num_heads {heads}")
-    size, patch = config["image_size"], config["patch_size"]
-    if len(size) != 2 or not all(isinstance(side, int) and side >= patch for side in size):
-        raise UserError(f"image_size is {size}; it must be one or two numbers from {patch} on")
-    for name in NUMBERS:
-        if config[name] is not None and not isinstance(config[name], (int, float)):
-            raise UserError(f"{name} is {config[name]!r}; it must be a number")
-    check_choice("positions", config["positions"], ("learned", "rope"))
-    check_choice("interpolation", config["interpolation"], ("offset", "size", "antialias"))
-    check_choice("drop_path_shape", config["drop_path_shape"], ("uniform", "linear"))
-    check_choice("fit", config["fit"], ("crop", "pad"))
-    if not 0 <= config["drop_path"] < 1:
-        raise UserError(f"drop_path is {config['drop_path']}; it must lie in [0, 1)")
 
 
 def build_backbone(arch: str, **options) -> nn.Module:
     """A preset with options of `VisionTransformer`, or "timm:NAME" with those of `TimmBackbone`.
 
     Raises:
-        ValueError: for an unknown name or option, with the known ones.
+        UserError: for an unknown name or option, with the known ones.
     """
     if arch.startswith("timm:"):
         from models.timm_backbone import TimmBackbone  # here, because importing timm takes seconds
@@ -397,7 +341,8 @@ def build_backbone(arch: str, **options) -> nn.Module:
     if arch not in PRESETS:
         known = ", ".join(PRESETS)
         raise UserError(f"unknown backbone {arch!r}; known are {known} and timm:NAME")
-    unknown = ", ".join(sorted(set(options) - set(_options())))
+    unknown = ", ".join(sorted(set(options) - set(_option_names())))
     if unknown:
-        raise UserError(f"unknown option {unknown} for {arch}; known are {', '.join(_options())}")
+        known = ", ".join(_option_names())
+        raise UserError(f"unknown option {unknown} for {arch}; known are {known}")
     return VisionTransformer(**{**PRESETS[arch], **options})

@@ -463,8 +463,9 @@ def test_heads_are_rebuilt_from_what_a_run_saves(tmp_path, kind, layers):
     ).loss
     model = build_ssl_model(
         build_backbone("vit_nano", embed_dim=32, depth=1, num_heads=2, patch_size=8, image_size=32),
-        loss,
-        True,
+        loss.dino,
+        loss.ibot,
+        loss.dino.last_layer,
     )
     save_heads(model, tmp_path)
     tensors = load_file(tmp_path / "heads.safetensors")

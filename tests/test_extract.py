@@ -16,7 +16,7 @@ from data.sources.specs import open_data
 from engine.cli import preparation
 from extract import main
 from models import load_backbone
-from models.weights.load import save_backbone
+from models.weights.save import save_backbone
 
 ROOT = Path(__file__).parent.parent
 MODEL = "random:vit_nano?embed_dim=32&depth=2&num_heads=2&patch_size=8&image_size=32"

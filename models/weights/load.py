@@ -1,9 +1,12 @@
-"""Backbones from and to disk: `load_backbone(MODEL)` and `save_backbone`.
+"""`load_backbone(MODEL)`: backbones from disk, from hubs, or untrained.
 
-MODEL is one of: a run folder (its newest teacher), RUN@STEP, RUN@best; a folder or file of weights in any dialect (own, Meta's
-`.pth`, Hugging Face, timm), which is found from the names of its tensors and its config.json; hf:org/name; timm:NAME;
-random:vit_small?patch_size=16&seed=0; pixels?patch_size=8. A query such as `?channels=1` or `?interpolation=offset` sets the
-number of input channels and options of `VisionTransformer` that weights do not fix.
+MODEL is one of
+- a run folder (its newest teacher), RUN@STEP, RUN@best;
+- a folder or file of weights in any dialect (ours, Meta's `.pth`, Hugging Face's, timm's), which is
+  found from the names of its tensors and its config.json;
+- hf:org/name; timm:NAME; random:vit_small?patch_size=16&seed=0; pixels?patch_size=8.
+A query such as `?channels=1` or `?interpolation=offset` sets the number of input channels, and
+options of `VisionTransformer` that weights do not fix.
 """
 
 import inspect
@@ -23,22 +26,22 @@ from errors import UserError
 from models.channels import adapt_channels
 from models.features import Preprocessing
 from models.pixels import PixelBackbone
-from models.preprocessing import IMAGENET_MEAN, IMAGENET_STD, from_hugging_face, to_hugging_face
 from models.vit import VisionTransformer, build_backbone
-from models.weights.files import WEIGHT_FILES, read_json, read_weights, write_json, write_tensors
-from models.weights.read import check_options, load_tensors, read_backbone
+from models.weights.files import WEIGHT_FILES, read_weights
+from models.weights.foreign import read_backbone
+from models.weights.meta import IMAGENET_MEAN, IMAGENET_STD
+from models.weights.own import is_own, read_own
 
 ALLOWED = (
     "a run folder, RUN@STEP, RUN@best, a folder or file of weights, hf:org/name, timm:NAME, "
     "random:NAME?option=value and pixels?patch_size=8"
 )
-MODEL_TYPE = "nanodino"
 
 
 def load_backbone(spec: str | Path) -> nn.Module:
     """The backbone that `spec` names, in eval mode on the CPU, with its `preprocessing`.
 
-    Prints how many of the backbone's tensors the file holds to standard error.
+    Prints to standard error how many of the backbone's tensors the file holds.
 
     Raises:
         FileNotFoundError: if there is no such folder, snapshot or file.
@@ -54,41 +57,37 @@ def load_backbone(spec: str | Path) -> nn.Module:
     elif name.startswith("timm:"):
         backbone = build_backbone(name, **{"pretrained": True, **options})
         backbone.preprocessing = backbone.native_preprocessing
-        count = len(backbone.state_dict())
-        print(
-            f"{name}: matched {count} / {count} tensors", file=sys.stderr
-        )  # timm loads all or none
+        count = len(backbone.state_dict())  # timm loads all or none
+        print(f"{name}: matched {count} / {count} tensors", file=sys.stderr)
     else:
-        path = find_weights(name)
-        own = path.is_dir() and _is_own(path) or path.name in WEIGHT_FILES and _is_own(path.parent)
-        backbone = (
-            _read_own(path if path.is_dir() else path.parent, options)
-            if own
-            else read_backbone(path, options)
-        )
+        backbone = _read_path(find_weights(name), options)
     if channels is not None:
         adapt_channels(backbone, channels)
     return backbone.eval()
 
 
 def load_heads(spec: str | Path) -> dict[str, Tensor]:
-    """The projection heads beside the backbone of a run of ours, by their names in `SSLModel`; {} where there are none.
+    """The projection heads of a run of ours, by their names in `SSLModel`; {} if there are none.
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
         UserError: if the file is damaged.
     """
     name = str(spec).partition("?")[0]
-    if name == "pixels" or name.startswith(("random:", "timm:", "hf:")):
+    if not is_local(name):
         return {}
     path = find_weights(name)
     path = (path if path.is_dir() else path.parent) / "heads.safetensors"
     return read_weights(path) if path.is_file() else {}
 
 
+def is_local(name: str) -> bool:
+    """Whether a MODEL, without its query, names a file or folder on this machine."""
+    return name != "pixels" and not name.startswith(("random:", "timm:", "hf:"))
+
+
 def find_weights(spec: str) -> Path:
-    """The file, or the folder with config.json and weights, that a path, a run folder, RUN@STEP, RUN@best or hf:org/name
-    stands for.
+    """The file of weights, or the folder with config.json and weights, that a MODEL stands for.
 
     Raises:
         FileNotFoundError: if there is none, with what is there.
@@ -101,88 +100,57 @@ def find_weights(spec: str) -> Path:
         path = _kept_folder(Path(run), mark)
     if (path / "teacher").is_dir():
         path = path / "teacher"
-    suffixes = {file.suffix for file in path.glob("*")} if path.is_dir() else set()
-    if (
-        not path.is_file()
-        and not (path / "config.json").is_file()
-        and not suffixes & {".safetensors", ".pth", ".pt"}
-    ):
-        found = (
-            "has neither config.json nor teacher/ nor weights"
-            if path.is_dir()
-            else "does not exist"
-        )
-        raise FileNotFoundError(f"model {spec!r}: {path} {found}; allowed are {ALLOWED}")
-    return path
-
-
-def save_backbone(backbone: nn.Module, folder: str | Path, preprocessing: Preprocessing) -> None:
-    """Writes config.json, preprocessor_config.json and model.safetensors: enough to rebuild it.
-
-    Each file replaces the previous one at once, so a killed process leaves no half file.
-
-    Raises:
-        UserError: if `backbone` is neither a `VisionTransformer` nor a `TimmBackbone`.
-    """
-    if not hasattr(backbone, "config"):
-        raise UserError(f"a {type(backbone).__name__} cannot be saved; it has no `config`")
-    kind = "vit" if isinstance(backbone, VisionTransformer) else "timm"
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / "config.json",
-        {"model_type": MODEL_TYPE, "architecture": {"type": kind, **backbone.config}},
+    if path.is_file() or (path / "config.json").is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"model {spec!r}: {path} does not exist; allowed are {ALLOWED}")
+    if {file.suffix for file in path.glob("*")} & {".safetensors", ".pth", ".pt"}:
+        return path
+    raise FileNotFoundError(
+        f"model {spec!r}: {path} has neither config.json nor teacher/ nor weights; allowed are "
+        f"{ALLOWED}"
     )
-    write_json(folder / "preprocessor_config.json", to_hugging_face(preprocessing))
-    write_tensors(folder / "model.safetensors", backbone.state_dict())
 
 
-# ----------------------------------------------------------------- kinds of specs
-
-
-def _is_own(folder: Path) -> bool:
-    path = folder / "config.json"
-    return path.is_file() and read_json(path).get("model_type") == MODEL_TYPE
-
-
-def _read_own(folder: Path, options: dict[str, Any]) -> nn.Module:
-    path = folder / "config.json"
-    try:
-        backbone = _build_empty(**{**read_json(path)["architecture"], **options})
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not describe a backbone: {error}") from error
-    load_tensors(backbone, read_weights(folder), str(folder))
-    path = folder / "preprocessor_config.json"
-    backbone.preprocessing = from_hugging_face(read_json(path), str(path))
-    return backbone
-
-
-def _build_empty(type: str, **options) -> nn.Module:
-    if type == "timm":  # for real: timm's models have buffers that no file holds
-        return build_backbone(f"timm:{options.pop('name')}", **options)
-    if type != "vit":
-        raise UserError(f"architecture.type is {type!r}; it must be vit or timm")
-    check_options(options)
-    with torch.device("meta"):  # the file has every tensor, and drawing billions first is slow
-        return VisionTransformer(**options)
+def _read_path(path: Path, options: dict[str, Any]) -> nn.Module:
+    if path.is_dir() and is_own(path):
+        return read_own(path, options)
+    if path.name in WEIGHT_FILES and is_own(path.parent):
+        return read_own(path.parent, options)
+    return read_backbone(path, options)
 
 
 def _fetch(name: str) -> Path:
     """A snapshot of a Hugging Face repository, from the cache where it is there."""
     try:
-        folder = Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
-        )
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(
-                huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.bin", "*.pth"])
-            )
+        for patterns in (["*.json", "*.safetensors"], ["*.json", "*.bin", "*.pth"]):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+            if any(folder.glob("*.safetensors")):
+                break
         return folder
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
             f"hf:{name} could not be fetched ({reason}); offline, name a folder with its files"
         ) from error
+
+
+def _kept_folder(run: Path, mark: str) -> Path:
+    """RUN/best, or the snapshot of a step."""
+    if not run.is_dir():
+        raise FileNotFoundError(f"model {run}@{mark}: there is no run folder {run}")
+    if mark == "best":
+        if not (run / "best").is_dir():
+            raise FileNotFoundError(f"run {run} has no best/, which a run with probes keeps")
+        return run / "best"
+    steps = {int(path.name): path for path in (run / "snapshots").glob("*") if path.name.isdigit()}
+    if not mark.isdigit() or int(mark) not in steps:
+        kept = ", ".join(map(str, sorted(steps))) or "none (checkpoint.snapshot sets how often)"
+        raise FileNotFoundError(f"run {run} has no snapshot {mark!r}; kept are {kept}")
+    return steps[int(mark)]
+
+
+# ----------------------------------------------------------------- without weights
 
 
 def _random_backbone(arch: str, options: dict[str, Any]) -> nn.Module:
@@ -216,6 +184,9 @@ def _pixel_backbone(options: dict[str, Any]) -> PixelBackbone:
     return PixelBackbone(**options)
 
 
+# ----------------------------------------------------------------- the query
+
+
 def _parse_options(query: str) -> dict[str, Any]:
     """{"a": 1, "b": True, "c": [64, 96], "d": "rope"} for "a=1&b=true&c=64x96&d=rope"."""
     try:
@@ -232,18 +203,3 @@ def _parse_value(text: str) -> Any:
         return json.loads({"None": "null"}.get(text, text.lower()))
     except json.JSONDecodeError:
         return text
-
-
-def _kept_folder(run: Path, mark: str) -> Path:
-    """RUN/best, or the snapshot of a step."""
-    if not run.is_dir():
-        raise FileNotFoundError(f"model {run}@{mark}: there is no run folder {run}")
-    if mark == "best":
-        if not (run / "best").is_dir():
-            raise FileNotFoundError(f"run {run} has no best/, which a run with probes keeps")
-        return run / "best"
-    steps = {int(path.name): path for path in (run / "snapshots").glob("*") if path.name.isdigit()}
-    if not mark.isdigit() or int(mark) not in steps:
-        kept = ", ".join(map(str, sorted(steps))) or "none (checkpoint.snapshot sets how often)"
-        raise FileNotFoundError(f"run {run} has no snapshot {mark!r}; kept are {kept}")
-    return steps[int(mark)]

@@ -12,10 +12,10 @@ from models import load_backbone
 from models.features import Preprocessing
 from models.head import ProjectionHead
 from models.layers import DropPath, SwiGLU
-from models.rope import RotaryPositions, rotate
+from models.positions import RotaryPositions, rotate
 from models.timm_backbone import TimmBackbone
 from models.vit import PRESETS, VisionTransformer, build_backbone
-from models.weights.load import save_backbone
+from models.weights.save import save_backbone
 
 V3 = dict(positions="rope", registers=4, mask_k_bias=True, layerscale=1e-5, norm_eps=1e-5)
 V2 = dict(patch_size=14, image_size=518, layerscale=1e-5)

@@ -20,8 +20,7 @@ from models.features import Preprocessing
 from models.pixels import PixelBackbone
 from models.timm_backbone import TimmBackbone
 from models.vit import VisionTransformer, build_backbone
-from models.weights.load import save_backbone
-from models.weights.save import save_teacher, write_backbone
+from models.weights.save import save_backbone, save_teacher, write_backbone
 from tests.dialects import HF_CLASSES, deviation, draw, hf_tokens, hugging_face, meta_file, tokens
 
 BOUND = 1e-5  # of the largest number in the reference

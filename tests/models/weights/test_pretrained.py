@@ -18,13 +18,14 @@ from timm.models import save_for_hf
 
 import eval_knn
 from models import load_backbone
-from models.architecture import from_shapes
 from models.channels import adapt_channels
 from models.features import Preprocessing
 from models.timm_backbone import TimmBackbone
 from models.vit import PRESETS, VisionTransformer
-from models.weights.dialects import find_dialect
-from models.weights.load import load_heads, save_backbone
+from models.weights.foreign import find_dialect
+from models.weights.load import load_heads
+from models.weights.save import save_backbone
+from models.weights.shapes import vit_options
 from tests.dialects import (
     HF_CLASSES,
     SEVEN_BILLION,
@@ -300,7 +301,7 @@ def test_published_sizes_are_known_by_their_shapes(arch):
     for key in [key for key in theirs if ".w12." in key]:
         w12 = theirs.pop(key)
         theirs |= {key.replace("w12", name): half for name, half in zip(("w1", "w2"), w12.chunk(2))}
-    found = from_shapes(theirs, find_dialect(theirs, from_timm=False), {})
+    found = vit_options(theirs, find_dialect(theirs, from_timm=False), {})
     differing = {key for key, value in found.items() if backbone.config[key] != value}
     assert found["embed_dim"] == backbone.embed_dim and not differing
 

@@ -1,15 +1,40 @@
-"""Rotary positions over the patch grid (DINOv3): angles by patch centre, so any grid will do."""
+"""Positions of patches: learned ones on other grids, and rotary ones (DINOv3)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
-from models.features import check_choice
+from models.checks import check_choice
 
 Rotation = tuple[Tensor, Tensor]  # sine and cosine, each (tokens, d)
+# None without rotary positions; one for each group of images where groups are packed.
+Rotations = Rotation | None | Sequence[Rotation | None]
 NORMALIZE = ("separate", "max", "min")
+
+
+def resize_positions(
+    positions: Tensor, native_grid: tuple[int, int], grid: tuple[int, int], how: str
+) -> Tensor:
+    """Learned positions (1, 1 + N, D) of `native_grid`, CLS first, for the patches of `grid`.
+
+    `how` is the `interpolation` of `VisionTransformer`. The native grid takes `positions` itself.
+    """
+    if grid == native_grid:
+        return positions
+    maps = positions[:, 1:].float().unflatten(1, native_grid).permute(0, 3, 1, 2)  # (1, D, h, w)
+    if how == "offset":
+        # The authors add 0.1 against rounding down. It moves the samples a little, so the
+        # released weights need it.
+        scale = [(new + 0.1) / old for new, old in zip(grid, native_grid, strict=True)]
+        maps = F.interpolate(maps, scale_factor=scale, mode="bicubic")
+    else:
+        maps = F.interpolate(maps, size=grid, mode="bicubic", antialias=how == "antialias")
+    resized = maps.flatten(2).mT.to(positions.dtype)
+    return torch.cat([positions[:, :1], resized], dim=1)
 
 
 class RotaryPositions(nn.Module):
@@ -33,13 +58,13 @@ class RotaryPositions(nn.Module):
         """
         Args:
             head_dim: d, a multiple of 4.
-            normalize: what brings coordinates to (-1, 1): each axis by its own length ("separate",
-                the aspect ratio is not seen), or both by the longer ("max") or shorter ("min").
+            normalize: coordinates are divided by the length of their own axis ("separate", which
+                hides the aspect ratio), of the longer axis ("max") or of the shorter ("min").
             shift: s adds U(-s, s) to each axis.
             jitter, rescale: j >= 1 multiplies by exp(U(-ln j, ln j)), drawn for each axis or once.
 
         Raises:
-            ValueError: for another `head_dim` or `normalize`.
+            UserError: for another `head_dim` or `normalize`.
         """
         super().__init__()
         if head_dim % 4:
@@ -67,25 +92,29 @@ class RotaryPositions(nn.Module):
         strengths = (self.shift, self.jitter, self.rescale)
         return self.training and any(strength is not None for strength in strengths)
 
-    def forward(self, grid: tuple[int, int]) -> Rotation:
-        """Sine and cosine, each (N, d) in float32, for a grid of (h, w) patches, row-major."""
+    def forward(self, grid: tuple[int, int], unrotated: int = 0) -> Rotation:
+        """Sine and cosine, each (unrotated + N, d) in float32, for a grid of (h, w) patches.
+
+        The first `unrotated` tokens, CLS and registers, turn by 0. Patches follow row by row.
+        """
         coordinates = self._coordinates(grid)
         if self.augments:
             coordinates = self._augment(coordinates)
         angles = 2 * math.pi * coordinates[:, :, None] / self.periods.float()  # (N, 2, d/4)
         angles = angles.flatten(1).repeat(1, 2)
-        return angles.sin(), angles.cos()
+        before = (0, 0, unrotated, 0)
+        return F.pad(angles.sin(), before, value=0.0), F.pad(angles.cos(), before, value=1.0)
 
     def _coordinates(self, grid: tuple[int, int]) -> Tensor:
         """Patch centres (N, 2), y first, in (-1, 1)."""
         h, w = grid
-        longest, shortest = max(h, w), min(h, w)
-        lengths = {"separate": (h, w), "max": (longest,) * 2, "min": (shortest,) * 2}
-        y, x = (
+        lengths = {"separate": (h, w), "max": (max(grid),) * 2, "min": (min(grid),) * 2}
+        centres = [
             2 * (torch.arange(count, device=self.periods.device) + 0.5) / length - 1
-            for count, length in zip(grid, lengths[self.normalize])
-        )
-        return torch.stack([y[:, None].expand(h, w), x.expand(h, w)], dim=-1).flatten(0, 1)
+            for count, length in zip(grid, lengths[self.normalize], strict=True)
+        ]
+        y, x = centres[0][:, None].expand(h, w), centres[1].expand(h, w)
+        return torch.stack([y, x], dim=-1).flatten(0, 1)
 
     def _augment(self, coordinates: Tensor) -> Tensor:
         if self.shift is not None:
