@@ -34,7 +34,8 @@ from engine.distributed import choose_device
 from errors import UserError
 from evals import localization
 from evals import matching as correspondence
-from evals.dense import DEPTH, SEGMENTATION, linear_depth, linear_segmentation
+from evals.dense import SEGMENTATION, linear_segmentation
+from evals.depth import DEPTH, linear_depth
 from evals.patches import LastLayers, Sliding, extract_patches, patch_knn_segmentation
 from models.weights.load import load_backbone
 

@@ -1,4 +1,4 @@
-r"""Linear probe on frozen features: a grid of heads trained in one pass, the best on --val reported.
+r"""Linear probe on frozen features: one pass trains a grid of heads; the best on --val is reported.
 
     python eval_linear.py --model runs/quickstart --train "scenes?size=4000" \
         --val "scenes?split=val&size=1000"
