@@ -51,7 +51,7 @@ class Recipe:
         return min(self.longest, max(self.shortest, round(self.epochs * images / self.batch_size)))
 
 
-# DINOv3's file for ADE20k. The published rate is 1e-3, swept from 1e-4; 1e-2 is ours, for short runs.
+# DINOv3's file for ADE20k. Published is 1e-3, swept from 1e-4; 1e-2 is ours, for short runs.
 SEGMENTATION = Recipe(
     (1e-3, 1e-2), 1e-3, (0.9, 0.999), 0.0375, 1e-6, 0.0, epochs=32, longest=40_000
 )

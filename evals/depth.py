@@ -13,7 +13,7 @@ from errors import UserError
 from evals.dense import FrozenPatches, LinearHead, Recipe, predict, train_heads
 from evals.patches import extract_patches, upsample
 
-# DINOv3's file for NYUv2. The published rate is 3e-4; the larger ones are ours, for short runs.
+# DINOv3's file for NYUv2. Published is 3e-4; the larger ones are ours, for short runs.
 DEPTH = Recipe(
     (3e-4, 3e-2, 3e-1), 1e-4, (0.9, 0.99), 1 / 3, 0.04, 1e-3, epochs=25, longest=38_400, clip=35.0
 )

@@ -107,7 +107,7 @@ class HeadGrid:
         target = F.one_hot(labels, self.groups[0][2].shape[1])[:, None]
         for part, _, weight, velocity, rates in self.groups:
             inputs = _with_one(rows[:, part])
-            # Cross-entropy's gradient, (softmax - target)ᵀ · inputs / B, of all heads as one product.
+            # Cross-entropy's gradient, (softmax - target)ᵀ · inputs / B, in one product.
             error = _logits(inputs, weight).softmax(-1).sub_(target).flatten(1)
             velocity.flatten(0, 1).mul_(0.9).addmm_(error.T, inputs, alpha=1 / len(rows))
             weight.addcmul_(velocity, rates, value=-share)
