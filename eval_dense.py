@@ -1,171 +1,121 @@
-"""Dense probes on frozen patch tokens: segmentation, depth, correspondence, tracking, localization.
+r"""Dense probes on frozen patch tokens: segmentation, depth, matching, tracking, localization.
 
-    python eval_dense.py segmentation --model runs/quickstart --train "scenes?size=900" --val "scenes?split=val&size=90"
-    python eval_dense.py depth --model "pixels?patch_size=6" --train "scenes?size=900" --val "scenes?split=val&size=90"
+    python eval_dense.py segmentation --model runs/quickstart --train "scenes?size=900" \
+        --val "scenes?split=val&size=90"
+    python eval_dense.py depth --model "pixels?patch_size=6" --train "scenes?size=900" \
+        --val "scenes?split=val&size=90"
     python eval_dense.py correspondence --model runs/quickstart --val "scenes?split=val&size=200"
     python eval_dense.py tracking --model runs/quickstart --val "scenes?split=val&size=50&frames=8"
     python eval_dense.py localization --model runs/quickstart --val "scenes?split=val&size=200"
 
-Whole images are seen, their short side at the model's own size unless --size says otherwise, and everything is measured
-at the full size of the annotations. "limit" in a result is what the truth itself reaches when it is pooled to the patch
-grid: no features do much better. segmentation and depth train a linear head on --train; localization chooses
-TokenCut's threshold there, if it is given.
+The model gets whole images, their short side at its own size unless --size says otherwise. Results
+are measured at the full size of the annotations. "limit" in a result is the score of the truth
+itself after pooling to the patch grid: no features do much better. segmentation and depth train a
+linear head on --train. localization chooses TokenCut's threshold on --train, if it is given.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from data.annotated import Annotated, clip, kinds_of, pair
 from data.images import ImageData
-from data.loader import default_workers
 from data.sources.specs import open_data
 from engine.cli import evaluation_parser, print_result, run_script
-from engine.distributed import choose_device
 from errors import UserError
-from evals import localization
-from evals import matching as correspondence
-from evals.dense import DEPTH, SEGMENTATION, linear_depth, linear_segmentation
+from evals.dense import SEGMENTATION, Recipe, linear_segmentation
+from evals.depth import DEPTH, linear_depth
+from evals.frozen import FrozenModel, progress_bar
+from evals.localization import localize, read_truth
+from evals.matching import match_keypoints, match_views, track
 from evals.patches import LastLayers, Sliding, extract_patches, patch_knn_segmentation
-from models.weights.load import load_backbone
 
-SCALES = (0.75, 1.0, 1.25, 1.5)  # --multi-scale; each also mirrored
+SCALES = (0.75, 1.0, 1.25, 1.5)  # of --multi-scale; each also mirrored
+HELP = {
+    "segmentation": "mIoU of a linear or k-NN head",
+    "depth": "RMSE and delta1 of a linear head",
+    "correspondence": "recall of matched points and keypoints",
+    "tracking": "J&F of propagated labels",
+    "localization": "CorLoc, IoU and pointing game of attention, LOST and TokenCut",
+}
+POSITIVE = (
+    *("batch_size", "layers", "window", "steps", "k", "lr", "thresholds"),
+    *("context", "radius", "top", "temperature", "span"),
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     began = time.perf_counter()
-    device = choose_device(arguments.device)
-    backbone = load_backbone(arguments.model).to(device)
-    train = open_data(arguments.train, backbone.in_channels) if arguments.train else None
-    val = open_data(arguments.val, backbone.in_channels)
+    model = DenseModel(arguments)
+    train = open_data(arguments.train, model.channels) if arguments.train else None
+    val = open_data(arguments.val, model.channels)
     for data in filter(None, (train, val)):
-        data.image(0)  # one that does not fit says so here, and not from inside a worker
+        data.image(0)  # an image that does not fit is reported here, not by a loader process
     if train is not None and arguments.task in ("correspondence", "tracking"):
         print(f"{arguments.task} fits nothing: --train is not used", file=sys.stderr)
         train = None
-    result = TASKS[arguments.task](arguments, backbone, train, val, device)
+    scores = TASKS[arguments.task](model, train, val)
     counts = {"n_val": len(val)} if train is None else {"n_train": len(train), "n_val": len(val)}
-    result = {"task": arguments.task, "model": arguments.model, **result, **counts}
+    result = {"task": arguments.task, "model": arguments.model, **scores, **counts}
     print_result(result | {"seconds": round(time.perf_counter() - began, 1)}, arguments.output)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    looks = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(**looks)
     tasks = parser.add_subparsers(dest="task", required=True)
-    words = {
-        "segmentation": "mIoU of a linear or k-NN head", "depth": "RMSE and delta1 of a linear head",
-        "correspondence": "recall of matched points and keypoints", "tracking": "J&F of propagated labels",
-        "localization": "CorLoc, IoU and pointing game of attention, LOST and TokenCut",
-    }  # fmt: skip
-    for name, help in words.items():
-        shared = evaluation_parser("")
-        task = tasks.add_parser(
-            name,
-            help=help,
-            description=__doc__,
-            formatter_class=plain,
-            parents=[shared],
-            add_help=False,
-        )
+    for name, text in HELP.items():
+        parents = [evaluation_parser("")]
+        add = tasks.add_parser(
+            name, help=text, parents=parents, add_help=False, **looks
+        ).add_argument
         trains = name in ("segmentation", "depth")
-        task.add_argument(
-            "--train",
-            required=trains,
-            help="DATA with annotations that a head or a threshold is fitted to",
-        )
-        task.add_argument("--val", required=True, help="DATA with annotations to be found")
+        add("--train", required=trains, help="DATA with annotations to fit a head or threshold to")
+        add("--val", required=True, help="DATA with annotations to predict")
         if name != "localization":
-            task.add_argument(
-                "--layers",
-                type=int,
-                default=1,
-                help="the last so many blocks, side by side (4: DINOv2's +ms)",
-            )
-            task.add_argument(
-                "--window",
-                type=int,
-                help="side in pixels of a sliding window; by default the whole image at once",
-            )
+            add("--layers", type=int, default=1, help="last blocks, concatenated; DINOv2's +ms: 4")
+            add("--window", type=int, help="side in pixels of a sliding window; else whole images")
         if trains:
-            task.add_argument(
-                "--lr", type=float, nargs="+", help="learning rates; the best on --val is reported"
-            )
-            task.add_argument(
-                "--steps", type=int, help="by default 32 or 25 epochs, at least 300 steps"
-            )
-            task.add_argument("--seed", type=int, default=0)
-            task.add_argument(
+            add("--lr", type=float, nargs="+", help="learning rates; the best on --val is reported")
+            add("--steps", type=int, help="by default 32 or 25 epochs, at least 300 steps")
+            add("--seed", type=int, default=0)
+            add(
                 "--multi-scale",
                 action="store_true",
-                help=f"mean over {SCALES} of the size, each mirrored too",
+                help=f"mean over {SCALES} of the size, mirrored",
             )
-    task = tasks.choices["segmentation"]
-    task.add_argument("--head", choices=("linear", "knn"), default="linear")
-    task.add_argument("--k", type=int, default=30, help="patches that vote, of --head knn")
-    task.add_argument(
-        "--ignore-index",
-        type=int,
-        default=255,
-        help="class of pixels that do not count, besides 255",
-    )
-    task = tasks.choices["depth"]
-    task.add_argument(
-        "--span",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="metres of the bins; by default those of --train",
-    )
-    tasks.choices["correspondence"].add_argument(
-        "--thresholds", type=float, nargs="+", default=[0.05, 0.1, 0.2]
-    )
-    task = tasks.choices["tracking"]
-    task.add_argument(
-        "--context", type=int, default=7, help="frames that labels come from, besides the first"
-    )
-    task.add_argument(
-        "--radius",
-        type=float,
-        help="patches that a label may travel; by default 0.4 of the grid's short side",
-    )
-    task.add_argument("--top", type=int, default=5, help="patches that a label is taken from")
-    task.add_argument("--temperature", type=float, default=0.1, help="0.1 in DINO, 0.2 in DINOv3")
+    add = tasks.choices["segmentation"].add_argument
+    add("--head", choices=("linear", "knn"), default="linear")
+    add("--k", type=int, default=30, help="patches that vote, of --head knn")
+    add("--ignore-index", type=int, default=255, help="class to leave out, besides 255")
+    add = tasks.choices["depth"].add_argument
+    span = "metres of the bins; by default those of --train"
+    add("--span", type=float, nargs=2, metavar=("LOW", "HIGH"), help=span)
+    add = tasks.choices["correspondence"].add_argument
+    add("--thresholds", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    add = tasks.choices["tracking"].add_argument
+    add("--context", type=int, default=7, help="frames to take labels from, besides the first")
+    add("--radius", type=float, help="in patches; by default 0.4 of the grid's short side")
+    add("--top", type=int, default=5, help="patches that a label is taken from")
+    add("--temperature", type=float, default=0.1, help="0.1 in DINO, 0.2 in DINOv3")
     return check(parser.parse_args(argv))
 
 
 def check(arguments: argparse.Namespace) -> argparse.Namespace:
     if arguments.resize is not None:
         raise UserError(
-            "--resize is for a centre crop, and dense probes keep whole images; give the short side by --size"
+            "--resize is for a centre crop, and dense probes keep whole images; "
+            "give the short side by --size"
         )
     if arguments.size is not None and (len(arguments.size) > 2 or min(arguments.size) < 1):
         raise UserError("--size takes the short side, or height and width, in pixels")
-    positive = (
-        "batch_size",
-        "layers",
-        "window",
-        "steps",
-        "k",
-        "lr",
-        "thresholds",
-        "context",
-        "radius",
-        "top",
-        "temperature",
-        "span",
-    )
-    for name in positive:
+    for name in POSITIVE:
         value = getattr(arguments, name, None)
         values = value if isinstance(value, list) else [value]
         if value is not None and min(values) <= 0:
@@ -178,200 +128,164 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
     return arguments
 
 
-def prepared(
-    arguments: argparse.Namespace,
-    backbone: nn.Module,
-    data: ImageData,
-    kind: Any,
-    scale: float = 1.0,
-    **options,
-) -> Annotated:
-    """Whole images as the model wants them, with their annotations."""
-    wanted = backbone.preprocessing
-    size = [min(wanted.size)] if arguments.size is None else arguments.size
-    size = [round(side * scale) for side in size]
-    size = size[0] if len(size) == 1 else tuple(size)
-    shape = (wanted.mean, wanted.std, wanted.interpolation)
-    return Annotated(data, kind, size, backbone.patch_size, *shape, **options)
+class DenseModel(FrozenModel):
+    """A frozen model with the flags of a task.
+
+    Attributes:
+        flags: the parsed arguments.
+        windowed: the backbone with --layers and --window.
+    """
+
+    def __init__(self, arguments: argparse.Namespace):
+        super().__init__(arguments)
+        self.flags = arguments
+        self.loading["progress"] = progress_bar(arguments.task)
+        self.windowed: nn.Module = self.backbone
+        if getattr(arguments, "layers", 1) > 1:
+            self.windowed = LastLayers(self.windowed, arguments.layers)
+        if getattr(arguments, "window", None) is not None:
+            self.windowed = Sliding(self.windowed, arguments.window)
+
+    def annotated(
+        self, data: ImageData, kind: str | Sequence[str], scale: float = 1.0, flip: bool = False
+    ) -> Annotated:
+        """Whole images for the model, `scale` times their size, with their annotations."""
+        wanted, size = self.backbone.preprocessing, self.flags.size
+        sides = [round(side * scale) for side in size or [min(wanted.size)]]
+        size = sides[0] if len(sides) == 1 else tuple(sides)
+        statistics = wanted.mean, wanted.std, wanted.interpolation
+        options = {"ignore": getattr(self.flags, "ignore_index", 255), "flip": flip}
+        return Annotated(data, kind, size, self.backbone.patch_size, *statistics, **options)
+
+    def variants(self, data: ImageData, kind: str) -> list[Annotated]:
+        """The images at the sizes of --multi-scale, each also mirrored; without it as they are."""
+        if not self.flags.multi_scale:
+            return [self.annotated(data, kind)]
+        return [
+            self.annotated(data, kind, scale, flip) for scale in SCALES for flip in (False, True)
+        ]
+
+    def probe_linear(
+        self,
+        probe: Callable,
+        recipe: Recipe,
+        train: ImageData,
+        val: ImageData,
+        kind: str,
+        **options,
+    ) -> dict:
+        """Trains heads with `recipe`, --lr, --steps and --seed."""
+        flags = self.flags
+        options |= {"recipe": replace(recipe, lrs=tuple(flags.lr or recipe.lrs))}
+        options |= {"steps": flags.steps, "seed": flags.seed, **self.loading}
+        training, vals = self.annotated(train, kind), self.variants(val, kind)
+        return probe(self.windowed, training, vals, self.device, **options)
 
 
-def seen_through(arguments: argparse.Namespace, backbone: nn.Module) -> nn.Module:
-    """The backbone with --layers and --window."""
-    if arguments.layers > 1:
-        backbone = LastLayers(backbone, arguments.layers)
-    return backbone if arguments.window is None else Sliding(backbone, arguments.window)
+def segment(model: DenseModel, train: ImageData, val: ImageData) -> dict:
+    flags = model.flags
+    if flags.head == "linear":
+        scores = model.probe_linear(linear_segmentation, SEGMENTATION, train, val, "mask")
+    else:
+        both = model.annotated(train, "mask"), model.annotated(val, "mask")
+        options = {"k": flags.k, **model.loading}
+        scores = patch_knn_segmentation(model.windowed, *both, model.device, **options)
+    return {"head": flags.head, **scores}
 
 
-def loading(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    workers = default_workers(device.type) if arguments.workers is None else arguments.workers
-    progress = partial(tqdm, desc=arguments.task, disable=not sys.stderr.isatty())
-    return {"batch_size": arguments.batch_size, "workers": workers, "progress": progress}
+def estimate_depth(model: DenseModel, train: ImageData, val: ImageData) -> dict:
+    span = model.flags.span
+    return model.probe_linear(linear_depth, DEPTH, train, val, "depth", span=span)
 
 
-def segmentation(
-    arguments, backbone, train: ImageData, val: ImageData, device: torch.device
-) -> dict:
-    options, ignore = loading(arguments, device), {"ignore": arguments.ignore_index}
-    seen = seen_through(arguments, backbone)
-    training = prepared(arguments, backbone, train, "mask", **ignore)
-    if arguments.head == "knn":
-        validation = prepared(arguments, backbone, val, "mask", **ignore)
-        return {
-            "head": "knn",
-            **patch_knn_segmentation(seen, training, validation, device, k=arguments.k, **options),
-        }
-    vals = variants(arguments, backbone, val, "mask", **ignore)
-    recipe = replace(SEGMENTATION, lrs=tuple(arguments.lr or SEGMENTATION.lrs))
-    training_options = {"recipe": recipe, "steps": arguments.steps, "seed": arguments.seed}
-    return {
-        "head": "linear",
-        **linear_segmentation(seen, training, vals, device, **training_options, **options),
-    }
-
-
-def depth(arguments, backbone, train: ImageData, val: ImageData, device: torch.device) -> dict:
-    seen, training = (
-        seen_through(arguments, backbone),
-        prepared(arguments, backbone, train, "depth"),
-    )
-    vals = variants(arguments, backbone, val, "depth")
-    recipe = replace(DEPTH, lrs=tuple(arguments.lr or DEPTH.lrs))
-    options = {
-        "span": arguments.span,
-        "recipe": recipe,
-        "steps": arguments.steps,
-        "seed": arguments.seed,
-    }
-    return linear_depth(seen, training, vals, device, **options, **loading(arguments, device))
-
-
-def variants(arguments, backbone, data: ImageData, kind: str, **options) -> list[Dataset]:
-    if not arguments.multi_scale:
-        return [prepared(arguments, backbone, data, kind, **options)]
-    each = [(scale, flip) for scale in SCALES for flip in (False, True)]
-    return [
-        prepared(arguments, backbone, data, kind, scale, flip=flip, **options)
-        for scale, flip in each
-    ]
-
-
-def matching(
-    arguments, backbone, train: ImageData | None, val: ImageData, device: torch.device
-) -> dict:
-    seen, thresholds = seen_through(arguments, backbone), arguments.thresholds
-    there = kinds_of(val)
-    if not {"pair", "keypoints"} & set(there):
+def match(model: DenseModel, train: None, val: ImageData) -> dict:
+    kinds, thresholds = kinds_of(val), model.flags.thresholds
+    if not {"pair", "keypoints"} & set(kinds):
         raise UserError(
             f"{val.name(0)} has neither pairs of views nor keypoints; `scenes` has both"
         )
     result = {"recall": None, "keypoints": None}
-    if "pair" in there:
-        images = prepared(arguments, backbone, val, ())
-        result |= correspondence.match_views(
-            seen, tqdm_if_terminal(views(images), len(val)), device, thresholds
-        )
-    if "keypoints" not in there:
-        return result
-    data = prepared(arguments, backbone, val, "keypoints")
-    items = []
-    for item in extract_patches(seen, data, device, **loading(arguments, device)):
-        shape = tuple(val.image(item.index).shape[-2:])
-        scale = torch.tensor([shape[1], shape[0], 1.0])
-        items.append((item.tokens, item.grid, item.target.float() / scale, shape))
-    labels = [-1] * len(val) if val.labels is None else val.labels.tolist()
-    return result | {"keypoints": correspondence.match_keypoints(items, labels, thresholds)}
+    if "pair" in kinds:
+        views = progress_bar("views", total=len(val))(read_views(model.annotated(val, ())))
+        result |= match_views(model.windowed, views, model.device, thresholds)
+    if "keypoints" in kinds:
+        images, items = model.annotated(val, "keypoints"), []
+        for item in extract_patches(model.windowed, images, model.device, **model.loading):
+            shape = tuple(val.image(item.index).shape[-2:])
+            scale = torch.tensor([shape[1], shape[0], 1.0])
+            items.append((item.tokens, item.grid, item.target.float() / scale, shape))
+        labels = [-1] * len(val) if val.labels is None else val.labels.tolist()
+        result["keypoints"] = match_keypoints(items, labels, thresholds)
+    return result
 
 
-def views(images: Annotated) -> Iterator[tuple]:
+def read_views(images: Annotated) -> Iterator[tuple]:
     """Pairs as `match_views` takes them, points as shares of width and height."""
     for index in range(len(images)):
         image_a, image_b, points_a, points_b, visible = pair(images.data, index)
-        points = [
-            torch.as_tensor(points) / torch.tensor([image.shape[-1], image.shape[-2]])
-            for points, image in ((points_a, image_a), (points_b, image_b))
-        ]
-        shape = tuple(image_b.shape[-2:])
-        yield (
-            images.prepare(image_a),
-            images.prepare(image_b),
-            *points,
-            torch.as_tensor(visible),
-            shape,
-        )
+        points = []
+        for image, pixels in ((image_a, points_a), (image_b, points_b)):
+            size = torch.tensor([image.shape[-1], image.shape[-2]])
+            points.append(torch.as_tensor(pixels) / size)
+        prepared = images.prepare(image_a), images.prepare(image_b)
+        yield *prepared, *points, torch.as_tensor(visible), tuple(image_b.shape[-2:])
 
 
-def tracking(
-    arguments, backbone, train: ImageData | None, val: ImageData, device: torch.device
-) -> dict:
-    clip(val, 0)
-    images = prepared(arguments, backbone, val, ())
+def track_clips(model: DenseModel, train: None, val: ImageData) -> dict:
+    clip(val, 0)  # data without clips is refused before anything runs
+    images = model.annotated(val, ())
 
     def clips() -> Iterator[tuple[list[Tensor], Tensor]]:
         for index in range(len(val)):
             frames, instances = clip(val, index)
             yield [images.prepare(frame) for frame in frames], torch.as_tensor(instances)
 
-    options = {
-        name: getattr(arguments, name) for name in ("context", "radius", "top", "temperature")
-    }
-    seen = seen_through(arguments, backbone)
-    return correspondence.track(seen, tqdm_if_terminal(clips(), len(val)), device, **options)
+    names = ("context", "radius", "top", "temperature")
+    options = {name: getattr(model.flags, name) for name in names}
+    bar = progress_bar("clips", total=len(val))
+    return track(model.windowed, bar(clips()), model.device, **options)
 
 
-def discovery(
-    arguments, backbone, train: ImageData | None, val: ImageData, device: torch.device
-) -> dict:
-    result = localization.localize(objects(arguments, backbone, val, device))
-    chosen = "val"
-    grid = result["tokencut"]
+def find_objects(model: DenseModel, train: ImageData | None, val: ImageData) -> dict:
+    result = localize(read_objects(model, val))
+    grid, chosen_on = result["tokencut"], "val"
     if train is not None:
-        grid, chosen = (
-            localization.localize(objects(arguments, backbone, train, device))["tokencut"],
-            "train",
-        )
+        grid, chosen_on = localize(read_objects(model, train))["tokencut"], "train"
     tau = max(grid, key=lambda one: grid[one]["corloc"])
-    side = max(result["centre"], key=lambda one: result["centre"][one]["corloc"])
-    best = {"tokencut": {"tau": float(tau), "chosen_on": chosen, **result["tokencut"][tau]}}
-    best["centre"] = {
-        "share": float(side),
-        **result["centre"][side],
-    }  # the best of them: the baseline is given every chance
-    corloc = {tau: one["corloc"] for tau, one in result["tokencut"].items()}
-    return result | best | {"tokencut_corloc": corloc}
+    cuts, boxes = result["tokencut"], result["centre"]
+    # The baseline is reported at its best share, chosen on --val.
+    share = max(boxes, key=lambda one: boxes[one]["corloc"])
+    result["tokencut"] = {"tau": float(tau), "chosen_on": chosen_on, **cuts[tau]}
+    result["centre"] = {"share": float(share), **boxes[share]}
+    return result | {"tokencut_corloc": {tau: scores["corloc"] for tau, scores in cuts.items()}}
 
 
-def objects(arguments, backbone, data: ImageData, device: torch.device) -> Iterator[tuple]:
+def read_objects(model: DenseModel, data: ImageData) -> Iterator[tuple]:
     """Tokens, attention and truth of each image, as `localize` takes them."""
     known = [kind for kind in ("boxes", "instance", "mask") if kind in kinds_of(data)]
     if not known:
         raise UserError(f"{data.name(0)} has neither boxes nor masks of objects")
-    images = prepared(arguments, backbone, data, known)
-    for item in tqdm_if_terminal(
-        extract_patches(backbone, images, device, **loading(arguments, device)), len(data)
-    ):
+    images = model.annotated(data, known)
+    for item in extract_patches(model.backbone, images, model.device, **model.loading):
         notes = item.target
         if known == ["boxes"]:
             notes = notes | {"shape": torch.tensor(data.image(item.index).shape[-2:])}
         attention = None
-        if hasattr(backbone, "attention"):
+        if hasattr(model.backbone, "attention"):
+            image = images[item.index][0][None].to(model.device)
             with torch.inference_mode():
-                weights = backbone.attention(images[item.index][0][None].to(device))[0, :, 0]
-            attention = weights[:, -item.tokens.shape[0] :].unflatten(1, item.grid).cpu()
-        yield item, attention, localization.read_truth(notes)
-
-
-def tqdm_if_terminal(items, total: int):
-    return tqdm(items, total=total, disable=not sys.stderr.isatty())
+                weights = model.backbone.attention(image)[0, :, 0]
+            attention = weights[:, -len(item.tokens) :].unflatten(1, item.grid).cpu()
+        yield item, attention, read_truth(notes)
 
 
 TASKS: dict[str, Callable[..., dict]] = {
-    "segmentation": segmentation,
-    "depth": depth,
-    "correspondence": matching,
-    "tracking": tracking,
-    "localization": discovery,
+    "segmentation": segment,
+    "depth": estimate_depth,
+    "correspondence": match,
+    "tracking": track_clips,
+    "localization": find_objects,
 }
-
 
 if __name__ == "__main__":
     run_script(main)

@@ -1,22 +1,26 @@
-"""Weighted k-NN on frozen features: the first number to look at. Also retrieval and copy detection.
+r"""Weighted k-NN on frozen features, the first number to look at; also retrieval and copies.
 
-    python eval_knn.py --model runs/quickstart --train "scenes?split=train&size=4000" --val "scenes?split=val&size=1000"
-    python eval_knn.py --model pixels --train "scenes?split=train&size=4000" --val "scenes?split=val&size=1000"
-    python eval_knn.py --model pixels --train "scenes?size=1000" --val "scenes?split=val&size=100" --retrieval --copies
+    python eval_knn.py --model runs/quickstart --train "scenes?split=train&size=4000" \
+        --val "scenes?split=val&size=1000"
+    python eval_knn.py --model pixels --train "scenes?split=train&size=4000" \
+        --val "scenes?split=val&size=1000"
+    python eval_knn.py --model pixels --train "scenes?size=1000" \
+        --val "scenes?split=val&size=100" --retrieval --copies
 
-Protocol of DINO (arXiv 2104.14294, appendix F.1): L2-normalised CLS features, cosine similarity, the k nearest training
-images vote with exp(similarity / temperature). Exact. Several k in one pass; `top1` is that of the best k.
+Protocol of DINO (arXiv 2104.14294, appendix F.1): the k training images whose L2-normalised CLS
+features are most similar vote with exp(cosine / temperature). The vote is exact. One pass serves
+several k; `top1` is that of the best k.
 
---retrieval ranks --train for every image of --val by the same similarity: mean average precision, where the images of
-its class should come first (the image itself does not count), or those that --truth FILE.json names in the manner of
-the revisited Oxford and Paris, {"query": {"easy": [names], "hard": [names], "junk": [names]}}: `medium` looks for easy
-and hard, `hard` for hard only. --copies edits every image of --val and looks for the original among --val and --train,
-by CLS and GeM-pooled patches, as DINO on Copydays.
+--retrieval ranks --train by the same similarity for every image of --val and prints the mean
+average precision. Images of the same class should come first; the image itself does not count.
+With --truth FILE.json the file says what should, as for the revisited Oxford and Paris:
+{"query": {"easy": [names], "hard": [names], "junk": [names]}}. `medium` looks for easy and hard,
+`hard` for hard only. --copies edits every image of --val and looks for the original among --val and
+--train, by CLS and GeM-pooled patches, as DINO does on Copydays.
 """
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,31 +29,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from data.corruptions import Copies
-from data.loader import EvalDataset, default_workers
 from data.sources.specs import ImageData, open_data, open_labelled
-from engine import distributed
-from engine.cli import evaluation_parser, preparation, print_result, run_script
+from engine.cli import evaluation_parser, print_result, run_script
 from errors import UserError
-from evals.knn import extract_features, knn_accuracy, retrieval_map, whitening
-from models.weights.load import load_backbone
+from evals.frozen import FrozenModel
+from evals.knn import cls_features, knn_accuracy, retrieval_map, whitening
 
 GEM = 4  # exponent of the generalised mean (DINO's copy detection)
-SHOWN = {
-    "medium": (("easy", "hard"), ("junk",)),
-    "hard": (("hard",), ("easy", "junk")),
-}  # looked for, ignored
-
-
-def cls_features(scales: list[float], backbone: nn.Module, images: Tensor) -> Tensor:
-    """L2-normalised CLS (B, D); of several scales the mean, normalised."""
-    views = [
-        images if s == 1 else F.interpolate(images, scale_factor=s, mode="bilinear") for s in scales
-    ]
-    return F.normalize(torch.stack([backbone(view).cls.float() for view in views]).mean(0), dim=1)
+# Level of difficulty -> keys of the truth to look for, and those to ignore.
+LEVELS = {"medium": (("easy", "hard"), ("junk",)), "hard": (("hard",), ("easy", "junk"))}
+Judge = Callable[[range], tuple[Tensor, Tensor]]  # rows of queries -> relevant, ignored (rows, n)
 
 
 def copy_features(backbone: nn.Module, images: Tensor) -> Tensor:
@@ -59,37 +50,11 @@ def copy_features(backbone: nn.Module, images: Tensor) -> Tensor:
     return F.normalize(torch.cat([features.cls.float(), pooled], dim=1), dim=1)
 
 
-class Extractor:
-    """Features of data sets by one model and the flags, L2-normalised, whitened where asked for."""
-
-    def __init__(self, arguments: argparse.Namespace):
-        self.device = distributed.choose_device(arguments.device)
-        self.backbone = load_backbone(arguments.model).to(self.device)
-        self.prepare = preparation(self.backbone.preprocessing, arguments.resize, arguments.size)
-        workers = (
-            default_workers(self.device.type) if arguments.workers is None else arguments.workers
-        )
-        self.options = {"batch_size": arguments.batch_size, "workers": workers}
-
-    def items(self, data: ImageData) -> EvalDataset:
-        return EvalDataset(data, **self.prepare)
-
-    def __call__(self, describe: Callable, items: Dataset, name: str) -> tuple[Tensor, Tensor]:
-        """Features (n, D) and labels (n,) on the device."""
-        progress = partial(
-            tqdm, desc=f"features of {name}", unit="batch", disable=not sys.stderr.isatty()
-        )
-        found = extract_features(
-            partial(describe, self.backbone), items, self.device, progress=progress, **self.options
-        )
-        return found[0].to(self.device), found[1].to(self.device)
-
-
 def names_of(data: ImageData) -> list[str]:
     return [data.name(index) for index in range(len(data))]
 
 
-def by_class(train: ImageData, val: ImageData) -> Callable[[range], tuple[Tensor, Tensor]]:
+def by_class(train: ImageData, val: ImageData) -> Judge:
     """Relevant: the same class. Ignored: the image itself, told by its name."""
     labels, names = torch.from_numpy(train.labels), names_of(val)
     place = {name: index for index, name in enumerate(names_of(train))}
@@ -97,73 +62,68 @@ def by_class(train: ImageData, val: ImageData) -> Callable[[range], tuple[Tensor
     def judge(rows: range) -> tuple[Tensor, Tensor]:
         wanted = torch.from_numpy(val.labels[rows.start : rows.stop])[:, None]
         ignored = torch.zeros(len(rows), len(labels), dtype=torch.bool)
-        for row in rows:
+        for number, row in enumerate(rows):
             if names[row] in place:
-                ignored[row - rows.start, place[names[row]]] = True
+                ignored[number, place[names[row]]] = True
         return (labels == wanted) & (wanted >= 0), ignored
 
     return judge
 
 
-def by_truth(
-    path: Path, level: str, train: ImageData, val: ImageData
-) -> Callable[[range], tuple[Tensor, Tensor]]:
-    """Relevant and ignored as a file says for each query; names of files, with or without extension.
+def by_truth(path: Path, level: str, train: ImageData, val: ImageData) -> Judge:
+    """Relevant and ignored images of each query by a file of names, with or without extension.
 
     Raises:
-        UserError: if the file is of another form or names what is not there.
+        UserError: if the file has another form or names an image that --train lacks.
     """
     try:
         truth = json.loads(path.read_text())
-        truth = {Path(query).stem: entry for query, entry in truth.items()}
         lists = {
-            query: {Path(n).stem for key in entry for n in entry[key]}
+            Path(query).stem: {key: {Path(name).stem for name in entry[key]} for key in entry}
             for query, entry in truth.items()
         }
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise UserError(
-            f'{path} is not {{"query": {{"easy": [names], "hard": [names], "junk": [names]}}}}'
-        ) from error
+        form = '{"query": {"easy": [names], "hard": [names], "junk": [names]}}'
+        raise UserError(f"{path} is not {form}") from error
     place = {Path(name).stem: index for index, name in enumerate(names_of(train))}
     queries = [Path(name).stem for name in names_of(val)]
-    unknown = [name for query in queries for name in lists.get(query, ()) if name not in place]
-    if unknown or not set(queries) & set(lists):
-        raise UserError(
-            f"{path} names {unknown[0]!r}, which --train lacks"
-            if unknown
-            else f"{path} has no query of --val"
-        )
+    if not set(queries) & set(lists):
+        raise UserError(f"{path} has no query of --val")
+    for query in queries:
+        for name in set().union(*lists.get(query, {}).values()) - place.keys():
+            raise UserError(f"{path} names {name!r}, which --train lacks")
 
     def judge(rows: range) -> tuple[Tensor, Tensor]:
         masks = torch.zeros(2, len(rows), len(place), dtype=torch.bool)
         for number, row in enumerate(rows):
-            entry = truth.get(queries[row], {})
-            for mask, keys in zip(masks, SHOWN[level]):
-                mask[
-                    number, [place[Path(name).stem] for key in keys for name in entry.get(key, ())]
-                ] = True
+            entry = lists.get(queries[row], {})
+            for mask, keys in zip(masks, LEVELS[level], strict=True):
+                named = [place[name] for key in keys for name in entry.get(key, ())]
+                mask[number, named] = True
         return masks[0], masks[1]
 
     return judge
 
 
+def whitener(model: FrozenModel, describe: Callable, data: ImageData | None) -> Callable:
+    """PCA whitening learned on the features of `data`; without data, features stay as they are."""
+    if data is None:
+        return lambda rows: rows
+    return whitening(model.features(describe, model.items(data), "--whiten")[0].to(model.device))
+
+
 def copy_detection(
-    extract: Extractor, train: ImageData, val: ImageData, whiten: ImageData | None
+    model: FrozenModel, train: ImageData, val: ImageData, whiten: ImageData | None
 ) -> dict:
     """Edited copies of `val` look for their originals among `val` and the distractors `train`."""
-    items = extract.items(val)
+    describe = partial(copy_features, model.backbone)
+    items = model.items(val)
+    sets = {"copies": Copies(items), "originals": items, "distractors": model.items(train)}
     queries, originals, others = (
-        extract(copy_features, part, name)[0]
-        for part, name in (
-            (Copies(items), "copies"),
-            (items, "originals"),
-            (extract.items(train), "distractors"),
-        )
+        model.features(describe, part, name)[0].to(model.device) for name, part in sets.items()
     )
-    database = torch.cat([originals, others])
-    if whiten is not None:
-        white = whitening(extract(copy_features, extract.items(whiten), "--whiten")[0])
-        queries, database = white(queries), white(database)
+    white = whitener(model, describe, whiten)
+    queries, database = white(queries), white(torch.cat([originals, others]))
 
     def judge(rows: range) -> tuple[Tensor, Tensor]:
         relevant = torch.zeros(len(rows), len(database), dtype=torch.bool)
@@ -171,58 +131,31 @@ def copy_detection(
         return relevant, torch.zeros_like(relevant)
 
     nearest = torch.cat([(part @ database.T).argmax(1) for part in queries.split(256)]).cpu()
-    top1 = (nearest == torch.arange(len(queries))).double().mean()
-    return {
-        **retrieval_map(queries, database, judge),
-        "top1": float(top1),
-        "database": len(database),
-    }
+    top1 = float((nearest == torch.arange(len(queries))).double().mean())
+    result = retrieval_map(queries, database, judge)
+    return {**result, "top1": top1, "database": len(database)}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = evaluation_parser(__doc__)
-    parser.add_argument("--train", required=True, help="DATA with labels that vote")
-    parser.add_argument("--val", required=True, help="DATA with labels to be found")
-    parser.add_argument(
-        "--k", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.07, help="of the vote; lower trusts the nearest more"
-    )
-    parser.add_argument(
-        "--retrieval",
-        action="store_true",
-        help="mean average precision of --train ranked for --val",
-    )
-    parser.add_argument(
-        "--truth",
-        type=Path,
-        metavar="FILE.json",
-        help="what --retrieval looks for, in place of the class",
-    )
-    parser.add_argument("--copies", action="store_true", help="copy detection")
-    parser.add_argument(
-        "--whiten", metavar="DATA", help="images, no labels needed, to learn PCA whitening from"
-    )
-    parser.add_argument(
-        "--scales", type=float, nargs="+", default=[1.0], help="of the images; DINO: 1 0.7071 0.5"
-    )
+    add = parser.add_argument
+    add("--train", required=True, help="DATA with labels that vote")
+    add("--val", required=True, help="DATA with labels to predict")
+    add("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
+    add("--temperature", type=float, default=0.07, help="of the vote; low favours the nearest")
+    add("--retrieval", action="store_true", help="rank --train for each image of --val")
+    add("--truth", type=Path, metavar="FILE.json", help="what --retrieval should find")
+    add("--copies", action="store_true", help="copy detection")
+    add("--whiten", metavar="DATA", help="images to learn PCA whitening from; labels not needed")
+    add("--scales", type=float, nargs="+", default=[1.0], help="of images; DINO: 1 0.7071 0.5")
     arguments = parser.parse_args(argv)
-    if (
-        min(arguments.k) < 1
-        or arguments.temperature <= 0
-        or arguments.batch_size < 1
-        or min(arguments.scales) <= 0
-    ):
+    positive = arguments.temperature > 0 and min(arguments.scales) > 0
+    if min(arguments.k) < 1 or arguments.batch_size < 1 or not positive:
         raise UserError(
             "--k and --batch-size must be at least 1, --temperature and --scales more than 0"
         )
-    if (
-        arguments.truth
-        and not arguments.retrieval
-        or arguments.whiten
-        and not (arguments.retrieval or arguments.copies)
-    ):
+    ranks = arguments.retrieval or arguments.copies
+    if arguments.truth and not arguments.retrieval or arguments.whiten and not ranks:
         raise UserError(
             "--truth is for --retrieval, --whiten for --retrieval and --copies; add one of them"
         )
@@ -230,53 +163,45 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def open_both(arguments: argparse.Namespace, channels: int) -> tuple[ImageData, ImageData, bool]:
-    """--train and --val, and whether they have labels in common, which only --truth and --copies can do without."""
+    """--train and --val, and whether both have labels. Only --truth and --copies need none."""
     if arguments.truth or arguments.copies and not arguments.retrieval:
-        both = open_data(arguments.train, channels), open_data(arguments.val, channels)
-        if any(data.labels is None for data in both):
-            return *both, False
+        train, val = (open_data(spec, channels) for spec in (arguments.train, arguments.val))
+        if train.labels is None or val.labels is None:
+            return train, val, False
     return *open_labelled(arguments.train, arguments.val, channels), True
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     began = time.perf_counter()
-    extract = Extractor(arguments)
-    channels = extract.backbone.in_channels
-    train, val, labelled = open_both(arguments, channels)
-    whiten = open_data(arguments.whiten, channels) if arguments.whiten else None
+    model = FrozenModel(arguments)
+    train, val, labelled = open_both(arguments, model.channels)
+    whiten = open_data(arguments.whiten, model.channels) if arguments.whiten else None
     result = {"task": "knn" if labelled else "retrieval", "model": arguments.model}
+    describe = partial(cls_features, model.backbone, scales=arguments.scales)
     if labelled or arguments.retrieval:
-        describe = partial(cls_features, arguments.scales)
         database, queries = (
-            extract(describe, extract.items(data), name)
+            [part.to(model.device) for part in model.features(describe, model.items(data), name)]
             for name, data in (("train", train), ("val", val))
         )
     if labelled:
-        scores = knn_accuracy(
-            *database, *queries, ks=arguments.k, temperature=arguments.temperature
-        )
-        result |= {
-            "k": {str(k): value for k, value in scores.items()},
-            "top1": max(scores.values()),
-        }
+        settings = {"ks": arguments.k, "temperature": arguments.temperature}
+        scores = knn_accuracy(*database, *queries, **settings)
+        result["k"] = {str(k): top1 for k, top1 in scores.items()}
+        result["top1"] = max(scores.values())
     result |= {"n_train": len(train), "n_val": len(val)}
     if arguments.retrieval:
-        white = (
-            (lambda rows: rows)
-            if whiten is None
-            else whitening(extract(describe, extract.items(whiten), "--whiten")[0])
-        )
+        white = whitener(model, describe, whiten)
         ranked = white(queries[0]), white(database[0])
         if arguments.truth:
-            judges = {level: by_truth(arguments.truth, level, train, val) for level in SHOWN}
+            judges = {level: by_truth(arguments.truth, level, train, val) for level in LEVELS}
             result["retrieval"] = {
                 level: retrieval_map(*ranked, judge) for level, judge in judges.items()
             }
         else:
             result["retrieval"] = retrieval_map(*ranked, by_class(train, val))
     if arguments.copies:
-        result["copies"] = copy_detection(extract, train, val, whiten)
+        result["copies"] = copy_detection(model, train, val, whiten)
     print_result(result | {"seconds": round(time.perf_counter() - began, 1)}, arguments.output)
 
 

@@ -45,7 +45,7 @@ from engine.settings import provenance, refuse_changes, to_yaml
 from engine.stages import Stage, plan_stages
 from engine.start import build_student, load_initial, start_from
 from engine.validation import size_pair
-from evals.figures import draw_curves
+from evals.curves import draw_curves
 from evals.inloop import probe_teacher, report_teacher
 from evals.patches import mean_locality
 from losses.centering import Centering, build_centering

@@ -1,6 +1,8 @@
-"""Frozen features, the k-NN vote and ranking, shared by train.py's probe and the evaluation scripts."""
+"""Features of frozen models, their weighted k-NN vote, and rankings by similarity."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,64 +22,60 @@ def extract_features(
     dtype: torch.dtype = torch.float32,
     progress: Callable[[Iterable], Iterator] = iter,
 ) -> tuple[Tensor, Tensor]:
-    """What `describe` says of every image. Ranks share the work and each gets the whole; no random state is touched.
+    """Features of every image by `describe`. Ranks share the work and each gets all of it.
+
+    The global random state is neither read nor changed.
 
     Args:
         describe: normalised images (B, C, H, W) on `device` -> features (B, ...).
         data: items (image (C, H, W) normalised, label, index).
-        dtype: in which the features are kept.
+        dtype: of the features that are kept.
 
     Returns:
         features (n, ...) and labels (n,), in the data's order, on the host.
     """
     rank, world = distributed.rank(), distributed.world_size()
     part = Subset(data, range(rank, len(data), world))
-    loader = DataLoader(
-        part, batch_size=batch_size, num_workers=workers, generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(part, batch_size, num_workers=workers, generator=generator)
     features, labels, filled = None, torch.empty(len(part), dtype=torch.int64), 0
     for images, label, _ in progress(loader):
-        with torch.inference_mode():  # what is returned may be trained on, so no more than this
+        with torch.inference_mode():  # no longer than this: the result may be trained on
             values = describe(images.to(device))
-        if (
-            features is None
-        ):  # filled in place: a list of batches would have to be copied as a whole
+        if features is None:  # filled in place: a list of batches would have to be copied
             features = torch.empty(len(part), *values.shape[1:], dtype=dtype)
-        rows = slice(filled, filled := filled + len(values))
+        rows = slice(filled, filled + len(values))
         features[rows], labels[rows] = values, label
+        filled = rows.stop
     if world == 1:
         return features, labels
     parts = [pair for pair in distributed.gather_objects((features, labels)) if pair[0] is not None]
-    whole = [column[0].new_empty(len(data), *column[0].shape[1:]) for column in zip(*parts)]
+    whole = [part.new_empty(len(data), *part.shape[1:]) for part in parts[0]]
     for k, pair in enumerate(parts):
-        for column, values in zip(whole, pair):
+        for column, values in zip(whole, pair, strict=True):
             column[k::world] = values
     return tuple(whole)
 
 
+def cls_features(backbone: nn.Module, images: Tensor, scales: Sequence[float] = (1.0,)) -> Tensor:
+    """L2-normalised CLS (B, D) float32; of several scales of the images the mean, normalised."""
+    found = []
+    for scale in scales:
+        view = images
+        if scale != 1:
+            view = F.interpolate(images, scale_factor=scale, mode="bilinear")
+        found.append(backbone(view).cls.float())
+    return F.normalize(torch.stack(found).mean(0), dim=1)
+
+
 def extract_cls(
-    backbone: nn.Module,
-    data: Dataset,
-    device: torch.device,
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-    progress: Callable[[Iterable], Iterator] = iter,
+    backbone: nn.Module, data: Dataset, device: torch.device, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """L2-normalised CLS features of every image, in float32, whatever the training precision.
+    """L2-normalised CLS features (n, D) and labels (n,) of every image, on `device`.
 
-    Args:
-        data: items (image (C, H, W) normalised, label, index). Ranks share the work and each gets the whole.
-
-    Returns:
-        features (n, D) and labels (n,), in the data's order, on `device`.
+    Float32, whatever the training precision. For the items and options see `extract_features`.
     """
-
-    def describe(images: Tensor) -> Tensor:
-        return F.normalize(backbone(images).cls.float(), dim=1)
-
-    options = {"batch_size": batch_size, "workers": workers, "progress": progress}
-    features, labels = extract_features(describe, data, device, **options)
+    features, labels = extract_features(partial(cls_features, backbone), data, device, **options)
     return features.to(device), labels.to(device)
 
 
@@ -91,13 +89,15 @@ def knn_accuracy(
     temperature: float = 0.07,
     chunk: int = 2048,
 ) -> dict[int, float]:
-    """Weighted k-NN (DINO, appendix F.1): the k most similar training images vote with exp(similarity / temperature).
+    """Weighted k-NN (DINO, arXiv 2104.14294, appendix F.1), exact.
 
-    Exact, and never holds more than a chunk of the similarity matrix: (`chunk`, 65,536) at a time.
+    The k most similar training images vote with exp(similarity / temperature). Memory holds
+    (`chunk`, 65,536) similarities at a time.
 
     Args:
         train_features, val_features: (n, D) and (m, D), L2-normalised.
-        train_labels, val_labels: (n,) and (m,), class numbers from 0; -1 = none: no vote in train, never right in val.
+        train_labels, val_labels: (n,) and (m,), class numbers from 0. An image of train with
+            label -1 does not vote; one of val is never right.
         ks: numbers of neighbours; a k above n counts all n.
 
     Returns:
@@ -110,9 +110,8 @@ def knn_accuracy(
     correct = dict.fromkeys(ks, 0)
     for begin in range(0, len(val_features), chunk):
         similarity, nearest = _nearest(val_features[begin : begin + chunk], train_features, ks[-1])
-        weights = (
-            (similarity - similarity[:, :1]) / temperature
-        ).exp()  # relative to the nearest: never overflows
+        # Relative to the nearest, so that exp never overflows.
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
         votes = weights.new_zeros(len(weights), classes)
         truth, counted = val_labels[begin : begin + chunk], 0
         for k in ks:
@@ -138,14 +137,16 @@ def _nearest(queries: Tensor, train: Tensor, k: int, block: int = 65536) -> tupl
 
 
 def _largest(scores: Tensor, k: int, group: int = 64) -> tuple[Tensor, Tensor]:
-    """`scores.topk(k, dim=1)`, several times faster over many columns: the k largest lie in the k groups of columns with the
-    largest maxima, and what is left over."""
+    """`scores.topk(k, dim=1)`, several times faster over many columns.
+
+    The k largest lie in the k groups of columns with the largest maxima, or in the columns left
+    over.
+    """
     rows, whole = len(scores), scores.shape[1] // group * group
     if k * group >= whole:
         return scores.topk(k, dim=1)
-    chosen = (
-        scores[:, :whole].unflatten(1, (-1, group)).amax(-1).topk(k, dim=1, sorted=False).indices
-    )
+    maxima = scores[:, :whole].unflatten(1, (-1, group)).amax(-1)
+    chosen = maxima.topk(k, dim=1, sorted=False).indices
     columns = (chosen[..., None] * group + torch.arange(group, device=scores.device)).flatten(1)
     rest = torch.arange(whole, scores.shape[1], device=scores.device).expand(rows, -1)
     columns = torch.cat([columns, rest], dim=1)
@@ -157,8 +158,9 @@ def _largest(scores: Tensor, k: int, group: int = 64) -> tuple[Tensor, Tensor]:
 def average_precision(
     similarity: Tensor, relevant: Tensor, ignored: Tensor | None = None
 ) -> Tensor:
-    """Area under each query's precision-recall curve by trapezoids, as in the evaluation of Holidays, Copydays and the
-    revisited Oxford and Paris.
+    """Area under each query's precision-recall curve by trapezoids.
+
+    As in the evaluation of Holidays, Copydays and the revisited Oxford and Paris.
 
     Args:
         similarity: (Q, n) of queries to the database.
@@ -169,7 +171,8 @@ def average_precision(
         (Q,) in [0, 1]; NaN where nothing is relevant.
     """
     if ignored is not None:  # moved behind everything, where they change no rank that counts
-        similarity, relevant = similarity.masked_fill(ignored, -float("inf")), relevant & ~ignored
+        similarity = similarity.masked_fill(ignored, -float("inf"))
+        relevant = relevant & ~ignored
     hits = relevant.gather(1, similarity.argsort(dim=1, descending=True, stable=True)).double()
     found, rank = hits.cumsum(1), torch.arange(hits.shape[1], device=hits.device)
     before = torch.where(rank == 0, 1.0, (found - 1) / rank.clamp(min=1))
@@ -205,8 +208,10 @@ def retrieval_map(
 
 
 def whitening(features: Tensor) -> Callable[[Tensor], Tensor]:
-    """PCA whitening learned on (n, D), followed by L2 normalisation (DINO's copy detection); directions in which
-    `features` do not vary are left out."""
+    """PCA whitening learned on (n, D), followed by L2 normalisation (DINO's copy detection).
+
+    Directions in which `features` do not vary are left out.
+    """
     mean = features.mean(0)
     _, scale, axes = torch.linalg.svd(features.double() - mean.double(), full_matrices=False)
     kept = scale > 1e-5 * scale[0]
@@ -217,6 +222,6 @@ def whitening(features: Tensor) -> Callable[[Tensor], Tensor]:
 def knn_probe(
     backbone: nn.Module, train: Dataset, val: Dataset, device: torch.device, k: int = 20
 ) -> float:
-    """Top-1 accuracy of the weighted vote of the k nearest of `train` on `val`; see `extract_cls` for the items."""
-    features = [extract_cls(backbone, data, device) for data in (train, val)]
-    return knn_accuracy(*features[0], *features[1], ks=(k,))[k]
+    """Top-1 accuracy on `val` by the k nearest of `train`; items as of `extract_features`."""
+    train_features, val_features = (extract_cls(backbone, data, device) for data in (train, val))
+    return knn_accuracy(*train_features, *val_features, ks=(k,))[k]

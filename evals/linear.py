@@ -1,13 +1,15 @@
-"""Linear probes on frozen features: a grid of softmax regressions trained in one pass, and logistic regression.
+"""Linear probes on frozen features: a grid of softmax regressions, and logistic regression.
 
-A row of features holds the CLS of the last blocks, first to last, then the mean patch of the last block, each after the
-final norm (`describe`). A head reads the columns of its kind (`columns`), as in the authors' code of DINO (arXiv
-2104.14294, eval_linear.py) and DINOv2 (2304.07193, dinov2/eval/linear.py).
+A row of features holds the CLS of the last blocks, first to last, then the mean patch of the last
+block, each after the final norm (`describe`). A head reads the columns of its kind (`columns`), as
+in the authors' code of DINO (arXiv 2104.14294, eval_linear.py) and DINOv2 (2304.07193,
+dinov2/eval/linear.py).
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,33 +20,15 @@ from errors import UserError
 from evals.knn import extract_features
 
 BLOCKS = (1, 4)
-# Before · batch / 256: those of DINOv2's code, then up to the 5 that DINOv3's appendix D.7 sweeps.
-LEARNING_RATES = (
-    1e-5,
-    2e-5,
-    5e-5,
-    1e-4,
-    2e-4,
-    5e-4,
-    1e-3,
-    2e-3,
-    5e-3,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.5,
-    1.0,
-    2.0,
-    5.0,
+LEARNING_RATES = (  # of a batch of 256
+    *(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1),  # DINOv2's code
+    *(0.2, 0.5, 1.0, 2.0, 5.0),  # up to what DINOv3's appendix D.7 sweeps
 )
 BATCH_SIZE = 128
 MOST_STEPS, LEAST_STEPS, EPOCHS = 12_500, 1000, 10  # DINOv2's length; ours for small data
-STRENGTHS = tuple(
-    (10.0 ** torch.linspace(-6, 5, 45, dtype=torch.float64)).tolist()
-)  # C, as DINOv2's logistic regression
-SEPARATED = 1e-3  # nats
+# C of DINOv2's logistic regression.
+STRENGTHS = tuple((10.0 ** torch.linspace(-6, 5, 45, dtype=torch.float64)).tolist())
+SEPARATED = 1e-3  # nats of loss below which the training images are told apart
 
 Classifier = Callable[[Tensor], Tensor]  # rows (B, width) -> logits (B, classes)
 
@@ -55,11 +39,11 @@ class Head:
 
     blocks: int  # CLS of so many last blocks, concatenated
     avgpool: bool  # with the mean patch of the last block
-    lr: float  # before · batch / 256
+    lr: float  # of a batch of 256; scales linearly with the batch
 
 
 def available_blocks(backbone: nn.Module, wanted: Iterable[int] = BLOCKS) -> list[int]:
-    """What can be asked for: at most the depth; 1 where a backbone gives its last features only (timm, pixels)."""
+    """`wanted`, at most the depth; 1 for a backbone without `intermediate` (timm, pixels)."""
     depth = backbone.depth if hasattr(backbone, "intermediate") else 1
     return sorted({min(blocks, depth) for blocks in wanted})
 
@@ -72,19 +56,21 @@ def describe(backbone: nn.Module, images: Tensor, blocks: int = 1) -> Tensor:
 
 
 def columns(blocks: int, avgpool: bool, *, width: int, pooled: int, most: int) -> slice:
-    """Which part of a row of `width` numbers, the mean patch being `pooled` of them, after the CLS of `most` blocks."""
+    """The part of a row that a head reads: CLS of the last `blocks`, with or without mean patch.
+
+    A row has `width` numbers: the CLS of `most` blocks, then a mean patch of `pooled` numbers.
+    """
     cls = (width - pooled) // most
     return slice((most - blocks) * cls, width if avgpool else most * cls)
 
 
 class HeadGrid:
-    """Softmax regressions trained side by side by SGD with momentum 0.9, each with its own inputs and learning rate.
+    """Softmax regressions trained side by side, each with its own inputs and learning rate.
 
-    Weights start as N(0, 0.01), the same for all heads of a kind, biases as 0. No head sees another; one that diverges
-    leaves the rest alone.
+    The optimizer is SGD with momentum 0.9. Weights start as N(0, 0.01), the same for all heads of
+    a kind, biases as 0. A head that diverges does not affect the others.
 
     Args:
-        heads: of the grid.
         width, pooled: of a row, see `columns`.
         batch_size: scales the learning rates by batch_size / 256.
     """
@@ -104,26 +90,24 @@ class HeadGrid:
         most = max(head.blocks for head in self.heads)
         generator = torch.Generator().manual_seed(seed)
         self.groups: list[tuple[slice, list[Head], Tensor, Tensor, Tensor]] = []
-        for blocks, avgpool in sorted({(head.blocks, head.avgpool) for head in self.heads}):
-            group = [
-                head for head in self.heads if (head.blocks, head.avgpool) == (blocks, avgpool)
-            ]
-            part = columns(blocks, avgpool, width=width, pooled=pooled, most=most)
-            weight = 0.01 * torch.randn(
-                classes, part.stop - part.start + 1, generator=generator
-            ).repeat(len(group), 1, 1)
-            weight[..., -1] = 0  # the bias: inputs get a 1 at the end
-            rates = torch.tensor([head.lr * batch_size / 256 for head in group]).view(-1, 1, 1)
-            weight, rates = weight.to(device), rates.to(device)
+        for kind in sorted({(head.blocks, head.avgpool) for head in self.heads}):
+            group = [head for head in self.heads if (head.blocks, head.avgpool) == kind]
+            part = columns(*kind, width=width, pooled=pooled, most=most)
+            inputs = part.stop - part.start + 1  # the last weight is the bias: its input is 1
+            weight = 0.01 * torch.randn(classes, inputs, generator=generator)
+            weight[:, -1] = 0
+            weight = weight.repeat(len(group), 1, 1).to(device)
+            rates = torch.tensor([head.lr * batch_size / 256 for head in group])
+            rates = rates.view(-1, 1, 1).to(device)
             self.groups.append((part, group, weight, torch.zeros_like(weight), rates))
 
     @torch.no_grad()
     def step(self, rows: Tensor, labels: Tensor, share: float = 1.0) -> None:
-        """One update of every head on rows (B, width) and labels (B,), at `share` of its learning rate."""
+        """Updates every head on rows (B, width) and labels (B,), at `share` of its rate."""
         target = F.one_hot(labels, self.groups[0][2].shape[1])[:, None]
         for part, _, weight, velocity, rates in self.groups:
             inputs = _with_one(rows[:, part])
-            # Cross-entropy's gradient, (softmax - target)ᵀ · inputs / B, of all heads as one product.
+            # Cross-entropy's gradient, (softmax - target)ᵀ · inputs / B, in one product.
             error = _logits(inputs, weight).softmax(-1).sub_(target).flatten(1)
             velocity.flatten(0, 1).mul_(0.9).addmm_(error.T, inputs, alpha=1 / len(rows))
             weight.addcmul_(velocity, rates, value=-share)
@@ -136,7 +120,7 @@ class HeadGrid:
 
     @torch.inference_mode()
     def accuracies(self, rows: Tensor, labels: Tensor, chunk: int = 1024) -> dict[Head, float]:
-        """Top-1 of every head as a fraction; 0 for one that diverged. A label of -1 is never right."""
+        """Top-1 of every head; 0 for one that diverged. A label of -1 is never right."""
         found = {}
         for part, group, weight, _, _ in self.groups:
             correct = torch.zeros(len(group), dtype=torch.int64, device=weight.device)
@@ -145,20 +129,21 @@ class HeadGrid:
                 truth = labels[begin : begin + chunk, None].to(weight.device)
                 correct += (_logits(inputs, weight).argmax(-1) == truth).sum(0)
             correct *= weight.isfinite().all((1, 2))
-            found |= {head: count / len(rows) for head, count in zip(group, correct.tolist())}
+            for head, count in zip(group, correct.tolist(), strict=True):
+                found[head] = count / len(rows)
         return {head: found[head] for head in self.heads}
 
 
 def fit_heads(grid: HeadGrid, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> None:
-    """`steps` updates on batches of rows and labels, learning rates going to 0 by a cosine."""
-    for step, (rows, labels) in zip(range(steps), batches):
+    """`steps` updates on batches of rows and labels; learning rates go to 0 by a cosine."""
+    for step, (rows, labels) in zip(range(steps), batches, strict=False):
         grid.step(rows, labels, (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 def cached_batches(
     rows: Tensor, labels: Tensor, batch_size: int, device: torch.device, seed: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches in a new order each epoch; those of fewer rows than `batch_size` hold each once."""
+    """Endless batches, in a new order each epoch; with fewer rows, a batch holds each once."""
     generator = torch.Generator().manual_seed(seed)
     size = min(batch_size, len(rows))
     while True:
@@ -183,47 +168,50 @@ def accuracy(
     allowed: Tensor | None = None,
     chunk: int = 1024,
 ) -> float:
-    """Top-1 as a fraction, the choice being among the `allowed` classes (k,) where they are given."""
+    """Top-1 as a fraction; the choice is among the `allowed` classes (k,) if they are given."""
     correct = 0
     for begin in range(0, len(rows), chunk):
         logits = classifier(rows[begin : begin + chunk].float())
         if allowed is not None:
-            out = torch.full_like(logits, -math.inf)
-            out[:, allowed] = logits[:, allowed]
-            logits = out
+            allowed_logits = torch.full_like(logits, -math.inf)
+            allowed_logits[:, allowed] = logits[:, allowed]
+            logits = allowed_logits
         correct += int((logits.argmax(1).cpu() == labels[begin : begin + chunk].cpu()).sum())
     return correct / len(rows)
 
 
 def linear_probe(backbone: nn.Module, train: Dataset, val: Dataset, device: torch.device) -> float:
-    """Top-1 on `val` of the best head on the last block: over learning rates, with and without the mean patch.
+    """Top-1 on `val` of the best head on the last block.
 
-    For use in a training loop: moves no random state, and ranks share the forward passes.
+    The grid is over learning rates, with and without the mean patch. For use in a training loop:
+    the global random state does not change, and ranks share the forward passes.
 
     Args:
-        train, val: items (image (C, H, W) normalised, label, index); a label of -1 trains nothing and is never right.
+        train, val: items (image (C, H, W) normalised, label, index). An image of train with label
+            -1 is left out; one of val is never right.
     """
-    rows, labels = extract_features(lambda images: describe(backbone, images), train, device)
+    row_of = partial(describe, backbone)
+    rows, labels = extract_features(row_of, train, device)
     rows, labels = rows[labels >= 0], labels[labels >= 0]
-    val_rows, val_labels = extract_features(lambda images: describe(backbone, images), val, device)
+    val_rows, val_labels = extract_features(row_of, val, device)
     heads = [Head(1, avgpool, lr) for avgpool in (False, True) for lr in LEARNING_RATES]
     batch_size = min(BATCH_SIZE, len(rows))
     sizes = {"width": rows.shape[1], "pooled": backbone.embed_dim, "classes": int(labels.max()) + 1}
     grid = HeadGrid(heads, **sizes, batch_size=batch_size, device=device)
-    fit_heads(
-        grid, cached_batches(rows, labels, batch_size, device), default_steps(len(rows), batch_size)
-    )
+    batches = cached_batches(rows, labels, batch_size, device)
+    fit_heads(grid, batches, default_steps(len(rows), batch_size))
     return max(grid.accuracies(val_rows, val_labels).values())
 
 
-# ----------------------------------------------------------------- logistic regression
+# Logistic regression.
 
 
 class LogisticRegression:
-    """Multinomial logistic regression by L-BFGS, at most 1000 iterations, float64: least Σ loss · C + ‖weights‖² / 2.
+    """Multinomial logistic regression: the minimum of Σ loss · C + ‖weights‖² / 2, in float64.
 
-    Solved about the mean and along the principal axes of the rows, each scaled by about the curvature there. That moves
-    no minimum and takes far fewer iterations: features of a network share most of their mean, and few axes vary.
+    L-BFGS, at most 1000 iterations, works on the centred rows along their principal axes, each
+    scaled by about the curvature there. The minimum is the same and takes far fewer iterations:
+    features of a network share most of their mean, and few axes vary.
 
     Args:
         rows, labels: (n, d) float64 and (n,).
@@ -234,22 +222,23 @@ class LogisticRegression:
     def __init__(self, rows: Tensor, labels: Tensor, classes: int):
         self.mean, self.labels = rows.mean(0), labels
         _, scale, axes = torch.linalg.svd(rows - self.mean, full_matrices=False)
-        kept = scale > 1e-9 * scale.max()  # no weight can come from where nothing varies
+        kept = scale > 1e-9 * scale.max()  # along the other axes nothing varies
         self.axes, self.variance = axes[kept].T, scale[kept].square() / len(rows)
         self.inputs = _with_one((rows - self.mean) @ self.axes)
         self.weight = rows.new_zeros(classes, self.inputs.shape[1])
 
     def fit(self, strength: float) -> Tensor:
-        """(classes, d + 1) for this C, the bias, which is not drawn to 0, last; starts from the last solution."""
-        penalty = 1 / (
-            strength * len(self.labels)
-        )  # all divided by n · C: tolerances mean the same for any data
+        """(classes, d + 1) for this C. The last column is the bias, which has no penalty.
+
+        Starts from the solution of the previous call.
+        """
+        # The sum is divided by n · C, so that tolerances mean the same for any data.
+        penalty = 1 / (strength * len(self.labels))
         scale = 1 / _with_one(self.CURVATURE * self.variance + penalty).sqrt()
         inputs, scaled = self.inputs * scale, (self.weight / scale).requires_grad_()
         options = {"history_size": 10, "tolerance_grad": 1e-6, "tolerance_change": 1e-9}
-        optimizer = torch.optim.LBFGS(
-            [scaled], max_iter=1000, line_search_fn="strong_wolfe", **options
-        )
+        options |= {"max_iter": 1000, "line_search_fn": "strong_wolfe"}
+        optimizer = torch.optim.LBFGS([scaled], **options)
 
         def objective() -> Tensor:
             optimizer.zero_grad()
@@ -273,13 +262,14 @@ def logistic_probe(
     seed: int = 0,
     progress: Callable[[Iterable], Iterator] = iter,
 ) -> tuple[Classifier, float, dict[float, float]]:
-    """DINOv2's logistic regression: C chosen on a tenth of the training images, then all of them fitted with it.
+    """DINOv2's logistic regression: C is chosen on a tenth of the images, then all are fitted.
 
-    Each C starts from the solution of the one before. Of equal ones the smallest C is taken. Where the fitted images
-    are told apart, a larger C would only lengthen the weights, slowly: the sweep ends there (ours).
+    Each C starts from the solution of the previous one. Of equal accuracies the smallest C is
+    taken. Once the fitted images are told apart, a larger C would only lengthen the weights, and
+    slowly: the sweep ends there (ours).
 
     Returns:
-        The classifier, its C, and C -> top-1 on that tenth.
+        The classifier, its C, and C -> top-1 on the held-out tenth.
     """
     rows, labels = rows.cpu().double(), labels.cpu()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
@@ -293,7 +283,8 @@ def logistic_probe(
         if F.cross_entropy(_with_one(rows[fitted]) @ weight.T, labels[fitted]) < SEPARATED:
             break
     best = max(scores, key=scores.get)
-    return _linear(LogisticRegression(rows, labels, classes).fit(best), slice(None)), best, scores
+    weight = LogisticRegression(rows, labels, classes).fit(best)
+    return _linear(weight, slice(None)), best, scores
 
 
 def _logits(inputs: Tensor, weight: Tensor) -> Tensor:

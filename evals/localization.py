@@ -1,4 +1,4 @@
-"""Objects without labels: where CLS looks, LOST and TokenCut on patch similarities, against boxes or masks."""
+"""Objects found without labels, by attention, LOST and TokenCut, against boxes or masks."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -11,9 +11,9 @@ from errors import UserError
 from evals.patches import Patches
 
 TAUS = tuple(round(0.05 * k, 2) for k in range(9))  # TokenCut's threshold as DINOv3 sweeps it
-MOST_PATCHES = (
-    8192  # of an image: its graph has half a gigabyte in float64, and its eigenvectors take minutes
-)
+# Of an image: its graph takes half a gigabyte in float64, its eigenvectors minutes.
+MOST_PATCHES = 8192
+Grid = tuple[int, int]  # (h, w) in patches
 SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # sides of the centred box
 
 
@@ -25,18 +25,18 @@ class Found(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """What is in an image; at least one object."""
+    """Annotated objects of an image, at least one."""
 
     boxes: Tensor  # (n, 4) float x0, y0, x1, y1 in pixels
-    masks: Tensor | None  # (n, H, W) bool, where there are masks
+    masks: Tensor | None  # (n, H, W) bool, if the data has masks
     shape: tuple[int, int]  # (height, width) in pixels that the boxes refer to
 
 
-# Three ways to find an object.
+# Three methods.
 
 
 def by_attention(attention: Tensor, mass: float = 0.6) -> Found:
-    """The fewest patches that hold `mass` of what CLS gives to patches, heads averaged (DINO's pictures are cut so).
+    """The fewest patches that hold `mass` of the attention, heads averaged (as in DINO's pictures).
 
     Args:
         attention: (heads, h, w) from CLS to patches.
@@ -46,16 +46,17 @@ def by_attention(attention: Tensor, mass: float = 0.6) -> Found:
     before = values.cumsum(0) - values
     mask = torch.zeros(mean.numel(), dtype=torch.bool)
     mask[order[before < mass * values.sum()].cpu()] = True
-    mask[order[0]] = True  # also where CLS gives nothing to patches
+    mask[order[0]] = True  # also where CLS attends to no patch
     peak = divmod(int(order[0]), mean.shape[1])
     return Found(component(mask.view(mean.shape), peak), peak)
 
 
-def by_lost(tokens: Tensor, grid: tuple[int, int]) -> Found:
-    """LOST (Siméoni et al., arXiv 2109.14279): the patch that resembles fewest others, and those that resemble it.
+def by_lost(tokens: Tensor, grid: Grid) -> Found:
+    """LOST (arXiv 2109.14279): the patch similar to the fewest others, and those similar to it.
 
-    The image's mean token is taken away first (ours): the paper uses keys, and of output tokens nearly all pairs are
-    similar. The seed is expanded among the 100 patches of lowest degree, or a seventh of all in small grids (ours).
+    The image's mean token is subtracted first (ours): the paper uses keys, and nearly all pairs of
+    output tokens are similar. The seed is expanded among the 100 patches of lowest degree, or a
+    seventh of all in small grids (ours).
 
     Args:
         tokens: (N, D) of one image.
@@ -74,14 +75,12 @@ def by_lost(tokens: Tensor, grid: tuple[int, int]) -> Found:
     return Found(component(mask.view(grid).cpu(), peak), peak)
 
 
-def by_tokencut(
-    tokens: Tensor, grid: tuple[int, int], taus: Sequence[float] = (0.2,)
-) -> list[Found]:
-    """TokenCut (Wang et al., arXiv 2202.11539): a normalised cut of the graph of similar patches, one for each τ.
+def by_tokencut(tokens: Tensor, grid: Grid, taus: Sequence[float] = (0.2,)) -> list[Found]:
+    """TokenCut (arXiv 2202.11539): a normalised cut of the graph of similar patches for each τ.
 
-    Edges are 1 above τ, else 1e-5; the second smallest eigenvector of (D − E) y = λ D y is split at its mean, and the
-    side of its largest entry is the object, of which the largest connected part is kept. O(N³): seconds from 2,000
-    patches on.
+    Edges are 1 above τ, else 1e-5. The second smallest eigenvector of (D − E) y = λ D y is split at
+    its mean. The object is the largest connected part of the side with the largest entry. O(N³):
+    seconds from 2,000 patches on.
 
     Raises:
         UserError: if there are more patches than MOST_PATCHES.
@@ -130,11 +129,11 @@ def largest_component(mask: Tensor) -> Tensor:
     return best
 
 
-# How well it was found.
+# Scores.
 
 
 def box_of(mask: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(4,) x0, y0, x1, y1 in pixels of an image of that (height, width), around a mask (h, w) over all of it."""
+    """(4,) x0, y0, x1, y1 around a mask (h, w), in pixels of an image of (height, width)."""
     rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
     tall, wide = shape[0] / mask.shape[0], shape[1] / mask.shape[1]
     corners = [columns[0] * wide, rows[0] * tall, (columns[-1] + 1) * wide, (rows[-1] + 1) * tall]
@@ -150,34 +149,26 @@ def box_iou(box: Tensor, boxes: Tensor) -> Tensor:
 
 
 def score(found: Found, truth: Truth) -> dict[str, float]:
-    """CorLoc (IoU above 0.5 with any object), best IoU of box and of mask, and whether the peak hits an object."""
+    """CorLoc (IoU above 0.5), best IoU of box and of mask, and whether the peak hits an object."""
     overlaps = box_iou(box_of(found.mask, truth.shape), truth.boxes)
     (row, column), (h, w) = found.peak, found.mask.shape
     x, y = (column + 0.5) / w * truth.shape[1], (row + 0.5) / h * truth.shape[0]
     if truth.masks is None:
-        inside = (
-            (truth.boxes[:, 0] <= x)
-            & (x < truth.boxes[:, 2])
-            & (truth.boxes[:, 1] <= y)
-            & (y < truth.boxes[:, 3])
-        )
+        point = torch.tensor([x, y])
+        inside = ((truth.boxes[:, :2] <= point) & (point < truth.boxes[:, 2:])).all(dim=1)
         mask_iou = {}
     else:
         inside = truth.masks[:, int(y), int(x)]
-        said = F.interpolate(found.mask[None, None].float(), truth.masks.shape[1:])[0, 0].bool()
-        both, either = (said & truth.masks).sum((1, 2)), (said | truth.masks).sum((1, 2))
+        guess = F.interpolate(found.mask[None, None].float(), truth.masks.shape[1:])[0, 0].bool()
+        both, either = (guess & truth.masks).sum((1, 2)), (guess | truth.masks).sum((1, 2))
         mask_iou = {"mask_iou": float((both / either.clamp(min=1)).max())}
     best = float(overlaps.max())
-    return {
-        "corloc": float(best > 0.5),
-        "box_iou": best,
-        **mask_iou,
-        "pointing": float(inside.any()),
-    }
+    result = {"corloc": float(best > 0.5), "box_iou": best, **mask_iou}
+    return result | {"pointing": float(inside.any())}
 
 
 def centred_scores(truth: Truth) -> dict[float, dict[str, float]]:
-    """The baseline that sees nothing: a centred box of that share of height and width, pointing at the centre."""
+    """A baseline: centred boxes of several shares of height and width, their peak at the centre."""
     height, width = truth.shape
     results = {}
     for share in SHARES:
@@ -189,9 +180,9 @@ def centred_scores(truth: Truth) -> dict[float, dict[str, float]]:
 
 
 def read_truth(notes: dict[str, Tensor]) -> Truth | None:
-    """Objects from "boxes", "instance" or "mask", whichever there is; None for an image without objects.
+    """Objects from "boxes", "instance" or "mask"; None for an image without objects.
 
-    Of masks by class, each class is one object, and class 0 is the background.
+    In masks of classes each class is one object, and class 0 is the background.
     """
     numbers = notes.get("instance", notes.get("mask"))
     boxes, masks = notes.get("boxes"), None
@@ -202,24 +193,22 @@ def read_truth(notes: dict[str, Tensor]) -> Truth | None:
         boxes = torch.stack([box_of(mask, tuple(mask.shape)) for mask in masks])
     if boxes is None or not len(boxes):
         return None
-    shape = (
-        tuple(numbers.shape) if numbers is not None else tuple(int(side) for side in notes["shape"])
-    )
-    return Truth(boxes.float(), masks, shape)
+    shape = notes["shape"].tolist() if numbers is None else numbers.shape
+    return Truth(boxes.float(), masks, tuple(shape))
 
 
 def localize(
     items: Iterable[tuple[Patches, Tensor | None, Truth | None]], taus: Sequence[float] = TAUS
 ) -> dict[str, Any]:
-    """Means over images of `score` for each way, and for the centred box.
+    """Means of `score` over images, for each method and the centred boxes.
 
     Args:
-        items: patch tokens of each image, what CLS gives to patches (heads, h, w) or None where the backbone has no
-            attention, and the truth; images without objects are left out.
+        items: patch tokens of each image, attention of CLS to patches (heads, h, w) or None where
+            the backbone has no attention, and the truth; images without objects are left out.
 
     Returns:
-        {"attention": {"corloc", "box_iou", "mask_iou", "pointing"} or None, "lost": {...}, "tokencut": {τ: {...}},
-        "centre": {share of the side: {...}}, "n_images"}.
+        {"attention": {"corloc", "box_iou", "mask_iou", "pointing"} or None, "lost": {...},
+        "tokencut": {τ: {...}}, "centre": {share of the side: {...}}, "n_images"}.
 
     Raises:
         UserError: if no image has an object.
@@ -230,8 +219,8 @@ def localize(
         if truth is None:
             continue
         count += 1
-        cuts = by_tokencut(patches.tokens, patches.grid, taus)
-        found: dict[Any, Found] = {("tokencut", f"{tau:g}"): cut for tau, cut in zip(taus, cuts)}
+        cuts = zip(taus, by_tokencut(patches.tokens, patches.grid, taus), strict=True)
+        found: dict[Any, Found] = {("tokencut", f"{tau:g}"): cut for tau, cut in cuts}
         found["lost"] = by_lost(patches.tokens, patches.grid)
         if attention is not None:
             found["attention"] = by_attention(attention)

@@ -1,10 +1,9 @@
-"""From a backbone to small maps: principal components of patch tokens, attention of CLS and registers, similarity.
+"""Small maps of an image: principal components of patch tokens, attention, similarity.
 
-A map has one value or one colour a patch; evals/figures.py enlarges it and puts it on a sheet. Nothing here depends on
-a model's class: attention is read off PyTorch's own function as the model calls it.
+A map has one value or one colour for each patch; evals/figures.py enlarges it. Nothing here depends
+on a model's class: attention is read from the model's calls of PyTorch's own function.
 """
 
-import math
 import zipfile
 from collections import deque
 from collections.abc import Sequence
@@ -22,58 +21,11 @@ from errors import UserError
 
 Picture = np.ndarray  # (H, W, 3) uint8
 
-# Tokens of one image.
-
-
-@torch.inference_mode()
-def patch_tokens(
-    backbone: nn.Module, image: Tensor, device: torch.device, window: int | None = None
-) -> tuple[Tensor, tuple[int, int]]:
-    """Patch tokens (N, D), float32 on the CPU, and their grid (h, w) of one normalised image (C, H, W).
-
-    Args:
-        window: pixels; the image goes through the model in squares of that side, each seen alone, the tokens being
-            averaged where two overlap (a quarter of a square, or more). The cost of attention then grows with the
-            image's area, not with its square. None: the whole image at once.
-
-    Raises:
-        UserError: if the window is smaller than a patch.
-    """
-    p, (height, width) = backbone.patch_size, image.shape[-2:]
-    window = max(height, width) if window is None else window
-    if window < p:
-        raise UserError(f"--window is {window}; the model's patches are {p} pixels")
-    side, total, count = window // p, None, None
-    for top in window_starts(height // p, side):
-        for left in window_starts(width // p, side):
-            tile = image[None, :, top * p : (top + side) * p, left * p : (left + side) * p]
-            features = backbone(tile.to(device))
-            h, w = features.grid
-            if tile.shape[-2:] == image.shape[-2:]:
-                return features.patches[0].float().cpu(), (h, w)
-            if total is None:
-                total = torch.zeros(height // p, width // p, features.patches.shape[-1])
-                count = torch.zeros(height // p, width // p, 1)
-            total[top : top + h, left : left + w] += (
-                features.patches[0].float().cpu().view(h, w, -1)
-            )
-            count[top : top + h, left : left + w] += 1
-    return (total / count).flatten(0, 1), (height // p, width // p)
-
-
-def window_starts(length: int, side: int) -> list[int]:
-    """Where windows of `side` begin that cover `length`, evenly spaced, at least a quarter of each in the next."""
-    if length <= side:
-        return [0]
-    steps = math.ceil((length - side) / max(1, side * 3 // 4))
-    return [round(step * (length - side) / steps) for step in range(steps + 1)]
-
-
 # Attention.
 
 
 class _Watch(TorchFunctionMode):
-    """Keeps the queries and keys of one call of `scaled_dot_product_attention`, block 0 first; layer -1 is the last."""
+    """Keeps queries and keys of one call of `scaled_dot_product_attention`; -1 is the last."""
 
     def __init__(self, layer: int):
         super().__init__()
@@ -93,18 +45,17 @@ class _Watch(TorchFunctionMode):
         if self.calls == 0:
             raise UserError("this model computes no attention that could be drawn")
         if not -self.calls <= self.layer < self.calls:
-            raise UserError(
-                f"--layer is {self.layer}; this model has {self.calls} blocks, 0 to {self.calls - 1}"
-            )
+            blocks = f"{self.calls} blocks, 0 to {self.calls - 1}"
+            raise UserError(f"--layer is {self.layer}; this model has {blocks}")
         return self.last[0]
 
 
 @torch.inference_mode()
 def prefix_attention(backbone: nn.Module, images: Tensor, layer: int = -1) -> tuple[Tensor, Any]:
-    """softmax(q kᵀ / √d) of one block for CLS and registers as queries, and the images' `Features`.
+    """softmax(q kᵀ / √d) of one block for CLS and registers, and the images' `Features`.
 
-    The queries and keys are those that the model itself computes, rotated and normed as it does, of our ViT or any
-    other that calls PyTorch's attention. Only these rows are made: memory grows with T, never with T².
+    Queries and keys are those that the model computes, ours or any other that calls PyTorch's
+    attention. Only these rows are computed: memory grows with T, not with T².
 
     Args:
         images: (B, C, H, W), normalised.
@@ -123,19 +74,19 @@ def prefix_attention(backbone: nn.Module, images: Tensor, layer: int = -1) -> tu
     tokens = prefix + features.patches.shape[1]
     if q.shape[-2] != tokens or k.shape[-2] != tokens:
         raise UserError(
-            f"attention of this model is over {k.shape[-2]} tokens, which are not CLS, {prefix - 1} registers and "
-            f"{tokens - prefix} patches"
+            f"attention of this model is over {k.shape[-2]} tokens, which are not CLS, "
+            f"{prefix - 1} registers and {tokens - prefix} patches"
         )
     scores = (q[:, :, :prefix] @ k.mT).float() * q.shape[-1] ** -0.5
     return scores.softmax(dim=-1), features
 
 
 def attention_image(attention: Tensor, grid: tuple[int, int], prefix: int, row: int = 0) -> Tensor:
-    """What CLS (row 0) or a register (rows 1 to R) attends to among the patches, each head apart.
+    """Attention of CLS (row 0) or a register (rows 1 to R) to the patches, of each head.
 
     Args:
         attention: (heads, rows, T) of one image, T = prefix + h * w; rows sum to 1.
-        prefix: tokens before the patches: CLS and registers, which are left out of the picture.
+        prefix: tokens before the patches (CLS and registers), which are left out.
 
     Returns:
         (heads, h, w); sums to less than 1, for CLS also attends to the prefix.
@@ -153,7 +104,7 @@ def cosine_maps(queries: Tensor, patches: Tensor) -> Tensor:
 
 @dataclass
 class PCABasis:
-    """Directions of largest variance of tokens, and the range of each that spans a colour."""
+    """Directions of largest variance of tokens, and the range of each that is drawn."""
 
     mean: Tensor  # (D,) float64
     axes: Tensor  # (components, D), unit length; 0 where the tokens have fewer directions than that
@@ -168,20 +119,19 @@ class PCABasis:
 def pca_basis(patches: Tensor, components: int = 3) -> PCABasis:
     """Principal components of patches (n, D), of one or of several images; most variance first.
 
-    The same tokens in any order give the same basis: an axis points to where its largest loading
-    is positive. Colours span the 2nd to the 98th percentile, for a few outlier tokens would leave
-    the rest grey.
+    The same tokens in any order give the same basis: the largest loading of an axis is positive.
+    Colours span the 2nd to the 98th percentile, because a few outliers would leave the rest grey.
     """
     points = patches.detach().cpu().double()
     mean = points.mean(dim=0)
     centred = points - mean
     variances, axes = (item[:components] for item in _principal(centred))
     largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
-    # What rounding of float32 features leaves of a variance of 0; its directions are chance.
+    # Rounding of float32 features turns a variance of 0 into this; its directions are chance.
     rounding = 1e-12 * points.square().sum(dim=1).mean()
     axes = axes * largest.sign() * (variances > rounding)[:, None]
     axes = F.pad(axes, (0, 0, 0, components - len(axes)))
-    # NumPy's, for torch.quantile refuses what a joint basis of many large images comes to.
+    # NumPy's, because torch.quantile refuses as many tokens as many large images have.
     low, high = torch.from_numpy(np.quantile((centred @ axes.T).numpy(), [0.02, 0.98], axis=0))
     return PCABasis(mean, axes, low, high)
 
@@ -209,9 +159,8 @@ def load_basis(path: Path) -> PCABasis:
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return PCABasis(
-                *(torch.from_numpy(arrays[name]) for name in ("mean", "axes", "low", "high"))
-            )
+            names = ("mean", "axes", "low", "high")
+            return PCABasis(*(torch.from_numpy(arrays[name]) for name in names))
     except (ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no basis that `visualize.py pca --basis` wrote") from error
 
@@ -236,16 +185,6 @@ def pca_image(
     return (scaled * 255).to(torch.uint8).view(*grid, -1).numpy()
 
 
-def pca_map(features: Tensor) -> tuple[np.ndarray, tuple[str, str]]:
-    """Positions (n, 2) along the first two components, and their shares of the variance as labels of the axes."""
-    positions = pca_basis(features, components=2).project(features)
-    total = features.double().var(dim=0, unbiased=False).sum().clamp(min=1e-12)
-    shares = (positions.var(dim=0, unbiased=False) / total).tolist()
-    return positions.numpy(), tuple(
-        f"component {k}, {share:.0%} of the variance" for k, share in zip((1, 2), shares)
-    )
-
-
 def foreground(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """(N,) bool: one side of the mean along the first component, as in DINOv2's PCA pictures.
 
@@ -264,7 +203,10 @@ def foreground(patches: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def heat_picture(values: Tensor) -> Picture:
-    """(h, w) from its least value (dark) to its 99th percentile (bright): a token or two would leave the rest dark."""
+    """(h, w) from its least value (dark) to its 99th percentile (bright).
+
+    The maximum would leave the rest dark where a token or two stand out.
+    """
     from matplotlib import colormaps
 
     values = values.detach().cpu().double().numpy()
@@ -280,9 +222,8 @@ def to_picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Pi
     Of 3 channels or more the first three are red, green and blue; fewer are averaged to grey.
     """
     mean, std = (torch.tensor(list(values)[:3]).float().view(-1, 1, 1) for values in (mean, std))
-    pixels = (image.detach()[:3].cpu().float() * std).add_(
-        mean
-    )  # in place from here on: scans are large
+    pixels = image.detach()[:3].cpu().float() * std
+    pixels.add_(mean)  # in place from here on: scans are large
     if len(pixels) < 3:
         pixels = pixels.mean(dim=0, keepdim=True)
     pixels = pixels.nan_to_num_(0.0).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
@@ -290,7 +231,7 @@ def to_picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Pi
 
 
 def hide_patches(picture: Picture, mask: Tensor) -> Picture:
-    """The masked patches in blue, with a hint of what is below; `mask` is (h, w) bool, p · h by p · w the picture."""
+    """Masked patches in blue over a dim picture; `mask` is (h, w) bool, the picture (p·h, p·w)."""
     h, w = mask.shape
     hidden = np.kron(mask.numpy(), np.ones((picture.shape[0] // h, picture.shape[1] // w), bool))
     return np.where(hidden[..., None], np.uint8([40, 80, 140]) + picture // 8, picture)

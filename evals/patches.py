@@ -1,7 +1,9 @@
-"""Patch tokens of a frozen backbone, and two quick measures of them: k-NN segmentation and locality."""
+"""Patch tokens of a frozen backbone, and two quick measures: k-NN segmentation and locality."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +15,15 @@ from engine import distributed
 from errors import UserError
 
 IGNORE = 255  # in masks of bytes: counts neither for nor against
-CLASSES = 256  # that masks may hold, in all; no rank knows beforehand which occur
+CLASSES = 256  # that masks may hold; no rank knows beforehand which occur
 
 
 class Patches(NamedTuple):
-    """What the backbone makes of one image, and what is known of it."""
+    """Patch tokens of one image, and its annotation."""
 
     tokens: Tensor  # (N, D) float32, row by row
     grid: tuple[int, int]  # (h, w), h · w = N
-    target: Any  # whatever the data gives beside the image
+    target: Any  # the second part of the data's item
     index: int  # of the image in the data
 
 
@@ -35,19 +37,17 @@ def extract_patches(
     workers: int = 0,
     progress: Callable[[Iterable], Iterator] = iter,
 ) -> Iterator[Patches]:
-    """Patch tokens image by image, in the data's order; images of different sizes are welcome.
+    """Patch tokens image by image, in the data's order; images may differ in size.
 
     Args:
         data: items (image (C, H, W) normalised, target, index).
     """
     # A generator of its own: the loader would take its seed from torch's global random state.
     generator = torch.Generator().manual_seed(0)
-    loader = DataLoader(
-        data, batch_size=batch_size, num_workers=workers, collate_fn=list, generator=generator
-    )
-    for items in progress(loader):
+    options = {"num_workers": workers, "collate_fn": list, "generator": generator}
+    for items in progress(DataLoader(data, batch_size, **options)):
         found = tokens_of(backbone, [image.to(device) for image, _, _ in items])
-        for (tokens, grid), (_, target, index) in zip(found, items):
+        for (tokens, grid), (_, target, index) in zip(found, items, strict=True):
             yield Patches(tokens, grid, target, index)
 
 
@@ -55,18 +55,35 @@ def extract_patches(
 def tokens_of(
     backbone: nn.Module, images: Sequence[Tensor]
 ) -> list[tuple[Tensor, tuple[int, int]]]:
-    """(N, D) float32 and the grid of each image (C, H, W); those of one shape share a forward pass."""
+    """(N, D) float32 and the grid of each image (C, H, W); one forward pass for each shape."""
     results: list = [None] * len(images)
     for shape in dict.fromkeys(image.shape for image in images):
         chosen = [k for k, image in enumerate(images) if image.shape == shape]
         features = backbone(torch.stack([images[k] for k in chosen]))
-        for k, tokens in zip(chosen, features.patches.float()):
+        for k, tokens in zip(chosen, features.patches.float(), strict=True):
             results[k] = tokens, tuple(features.grid)
     return results
 
 
+def patch_tokens(
+    backbone: nn.Module, image: Tensor, device: torch.device, window: int | None = None
+) -> tuple[Tensor, tuple[int, int]]:
+    """Patch tokens (N, D), float32 on the CPU, and their grid (h, w) of one image (C, H, W).
+
+    Args:
+        window: side in pixels of the squares that the model gets, see `Sliding`. The cost of
+            attention then grows with the image's area, not with its square.
+    """
+    if window is not None:
+        backbone = Sliding(backbone, window, window_starts)
+    tokens, grid = tokens_of(backbone, [image.to(device)])[0]
+    return tokens.cpu(), grid
+
+
 class LastLayers(nn.Module):
-    """A backbone whose patches are those of its last `count` blocks, each through the final norm, side by side in D.
+    """A backbone whose patches are those of its last `count` blocks, concatenated in D.
+
+    Each block's patches pass the final norm.
 
     Raises:
         UserError: if the backbone has no `intermediate` or fewer blocks.
@@ -84,59 +101,72 @@ class LastLayers(nn.Module):
 
 
 class Sliding(nn.Module):
-    """A backbone that sees an image through overlapping windows; where they overlap, patches are averaged.
+    """A backbone that gets an image in overlapping windows; patches in several are averaged.
 
-    Under a linear head that is the sliding inference of segmentation papers, for the mean of scores is the score of the
-    mean.
+    Under a linear head that is the sliding inference of segmentation papers: the mean of scores is
+    the score of the mean.
 
     Args:
-        window: side in pixels; the published 512 goes with a stride of 341, so the stride is two thirds.
+        window: side in pixels; the published 512 goes with a stride of 341, so the stride is two
+            thirds.
+        starts: length and side in patches -> where windows begin, in place of that stride.
 
     Raises:
         UserError: if the window is smaller than a patch.
     """
 
-    def __init__(self, backbone: nn.Module, window: int):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        window: int,
+        starts: Callable[[int, int], list[int]] | None = None,
+    ):
         super().__init__()
         p = backbone.patch_size
         if window < p:
-            raise UserError(f"a window of {window} pixels is smaller than a patch of {p}")
-        self.backbone, self.patch_size = backbone, p
-        self.window, self.stride = window // p * p, max(1, round(window * 2 / 3 / p)) * p
+            raise UserError(f"--window is {window}, smaller than a patch of {p} pixels")
+        self.backbone, self.patch_size, self.side = backbone, p, window // p
+        self.starts = starts or partial(strided_starts, stride=max(1, round(window * 2 / 3 / p)))
 
     def forward(self, images: Tensor) -> Any:
-        p, (height, width) = self.patch_size, images.shape[-2:]
-        grid, total = (height // p, width // p), None
-        count = images.new_zeros(1, 1, *grid)
-        for top in self._starts(grid[0] * p):
-            for left in self._starts(grid[1] * p):
-                features = self.backbone(
-                    images[..., top : top + self.window, left : left + self.window]
-                )
+        p, side = self.patch_size, self.side
+        grid = images.shape[-2] // p, images.shape[-1] // p
+        total, count = None, images.new_zeros(1, 1, *grid)
+        for top in self.starts(grid[0], side):
+            for left in self.starts(grid[1], side):
+                rows = slice(top * p, (top + side) * p)
+                columns = slice(left * p, (left + side) * p)
+                features = self.backbone(images[..., rows, columns])
                 maps = features.patches.float().mT.unflatten(2, features.grid)
                 if total is None:
                     total = maps.new_zeros(*maps.shape[:2], *grid)
-                place = (
-                    ...,
-                    slice(top // p, top // p + maps.shape[2]),
-                    slice(left // p, left // p + maps.shape[3]),
-                )
-                total[place] += maps
-                count[place] += 1
+                total[..., top : top + side, left : left + side] += maps
+                count[..., top : top + side, left : left + side] += 1
         return replace(features, patches=(total / count).flatten(2).mT, grid=grid)
 
-    def _starts(self, side: int) -> list[int]:
-        last = max(0, side - self.window)
-        return [*range(0, last, self.stride), last]
+
+def strided_starts(length: int, side: int, stride: int) -> list[int]:
+    """Where windows of `side` begin that cover `length`, `stride` apart, the last at the end."""
+    last = max(0, length - side)
+    return [*range(0, last, stride), last]
+
+
+def window_starts(length: int, side: int) -> list[int]:
+    """The same, evenly spaced, with at least a quarter of each window in the next."""
+    if length <= side:
+        return [0]
+    steps = math.ceil((length - side) / max(1, side * 3 // 4))
+    return [round(step * (length - side) / steps) for step in range(steps + 1)]
 
 
 def class_shares(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """How many pixels of each class lie in each patch: (H, W) class numbers -> (N, K) counts.
 
-    K is the largest class in the mask plus one; pixels of IGNORE and below 0 are not counted. A pixel belongs to the
-    patch that its centre lies in.
+    K is the largest class in the mask plus one; pixels of IGNORE and below 0 are not counted. A
+    pixel belongs to the patch that its centre lies in.
     """
-    rows, columns = (_cells(side, count, mask.device) for side, count in zip(mask.shape, grid))
+    sizes = zip(mask.shape, grid, strict=True)
+    rows, columns = (_cells(side, count, mask.device) for side, count in sizes)
     cell = rows[:, None] * grid[1] + columns
     mask = mask.long()
     known = (mask >= 0) & (mask != IGNORE)
@@ -156,12 +186,14 @@ def upsample(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def pooled_classes(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(H, W): what the true class shares of each patch say when they are enlarged like a prediction."""
+    """(H, W): classes by the true shares of each patch, enlarged like a prediction."""
     return upsample(class_shares(mask, grid).T.unflatten(1, grid), mask.shape).argmax(dim=0)
 
 
 def confusion(prediction: Tensor, mask: Tensor) -> Tensor:
-    """(CLASSES, CLASSES) pixel counts, rows what is there, columns what was said; IGNORE and below 0 left out.
+    """(CLASSES, CLASSES) pixel counts: true classes in rows, predicted ones in columns.
+
+    Pixels of IGNORE and below 0 are left out.
 
     Raises:
         UserError: if a class is too large.
@@ -178,9 +210,9 @@ def confusion(prediction: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_iou(counts: Tensor) -> tuple[float, list[float | None]]:
-    """mIoU over all pixels of a data set at once, and the IoU of each class up to the last that occurs.
+    """mIoU over all pixels of a data set, and the IoU of each class up to the last that occurs.
 
-    A class that is neither there nor said is None and does not count.
+    A class that neither occurs nor is predicted is None and does not count.
 
     Raises:
         UserError: if nothing was counted.
@@ -188,7 +220,7 @@ def mean_iou(counts: Tensor) -> tuple[float, list[float | None]]:
     counts = counts.cpu().double()
     right = counts.diag()
     union = counts.sum(0) + counts.sum(1) - right
-    each = [float(r / u) if u > 0 else None for r, u in zip(right, union)]
+    each = [float(r / u) if u > 0 else None for r, u in zip(right, union, strict=True)]
     known = [value for value in each if value is not None]
     if not known:
         raise UserError("no pixel of the masks has a class: all are to be ignored")
@@ -204,7 +236,7 @@ class PatchBank(NamedTuple):
 
 
 def label_patches(items: Iterable[Patches], per_image: int) -> list[PatchBank]:
-    """One bank an image: at most `per_image` patches with a class, drawn by the image's index alone."""
+    """A bank for each image: at most `per_image` labelled patches, drawn by the image's index."""
     banks = []
     for item in items:
         counts = class_shares(item.target.to(item.tokens.device), item.grid)
@@ -212,17 +244,13 @@ def label_patches(items: Iterable[Patches], per_image: int) -> list[PatchBank]:
         order = torch.randperm(len(known), generator=torch.Generator().manual_seed(int(item.index)))
         chosen = known[order[:per_image]].to(item.tokens.device)
         if len(chosen):
-            banks.append(
-                PatchBank(
-                    F.normalize(item.tokens[chosen], dim=1),
-                    F.normalize(counts[chosen], p=1.0, dim=1),
-                )
-            )
+            shares = F.normalize(counts[chosen], p=1.0, dim=1)
+            banks.append(PatchBank(F.normalize(item.tokens[chosen], dim=1), shares))
     return banks
 
 
 def merge_banks(banks: Sequence[PatchBank]) -> PatchBank:
-    """One bank of several, which may know of different numbers of classes.
+    """One bank of several, which may hold different numbers of classes.
 
     Raises:
         UserError: if there is none.
@@ -238,7 +266,7 @@ def merge_banks(banks: Sequence[PatchBank]) -> PatchBank:
 def vote(
     tokens: Tensor, bank: PatchBank, k: int = 30, temperature: float = 0.07, chunk: int = 1024
 ) -> Tensor:
-    """(N, K) class probabilities: the k most similar patches give their shares, weighted by softmax(cosine / T)."""
+    """(N, K) class probabilities: shares of the k most similar patches, by softmax(cosine / T)."""
     votes = []
     for part in F.normalize(tokens, dim=1).split(chunk):
         similarity, nearest = (part @ bank.features.T).topk(min(k, len(bank.features)), dim=1)
@@ -256,40 +284,36 @@ def patch_knn_segmentation(
     k: int = 30,
     temperature: float = 0.07,
     bank: int = 16384,
-    batch_size: int = 64,
-    workers: int = 0,
-    progress: Callable[[Iterable], Iterator] = iter,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Segmentation without training: each patch asks the most similar labelled patches (ours, after k-NN on CLS).
+    """Segmentation without training (ours): each patch takes a vote of similar labelled patches.
 
-    The votes are enlarged bilinearly and compared at the masks' full size. Ranks share the images and each gets the
-    whole result, whatever their number; the caller's random state is neither used nor moved.
+    The votes are enlarged bilinearly and compared at the masks' full size. Ranks share the images
+    and each gets the whole result. The global random state is neither read nor changed.
 
     Args:
         train, val: items (image (C, H, W) normalised, mask (H', W') class numbers, index), such as
             `data.annotated.Annotated`.
         bank: labelled patches to keep in all, the same number of each image.
+        options: of `extract_patches`.
 
     Returns:
-        {"miou", "iou": [each class, None where it does not occur], "limit": mIoU of the truth pooled to the patch grid,
-        "n_patches": of the bank}.
+        {"miou", "iou": [each class, None where it does not occur], "limit": mIoU of the truth
+        pooled to the patch grid, "n_patches": of the bank}.
 
     Raises:
         UserError: if there is no labelled pixel.
     """
-    options = {"batch_size": batch_size, "workers": workers, "progress": progress}
     rank, world = distributed.rank(), distributed.world_size()
     part = Subset(train, range(rank, len(train), world))
-    mine = label_patches(
-        extract_patches(backbone, part, device, **options), max(1, bank // len(train))
-    )
+    items = extract_patches(backbone, part, device, **options)
+    mine = label_patches(items, max(1, bank // len(train)))
     mine = [PatchBank(*(tensor.cpu() for tensor in one)) for one in mine]
     whole = merge_banks(sum(distributed.gather_objects(mine), []))
     whole = PatchBank(*(tensor.to(device) for tensor in whole))
     counts, limit = torch.zeros(2, CLASSES, CLASSES, dtype=torch.long, device=device)
-    for item in extract_patches(
-        backbone, Subset(val, range(rank, len(val), world)), device, **options
-    ):
+    part = Subset(val, range(rank, len(val), world))
+    for item in extract_patches(backbone, part, device, **options):
         votes = vote(item.tokens, whole, k, temperature)
         prediction = upsample(votes.T.unflatten(1, item.grid), item.target.shape).argmax(dim=0)
         mask = item.target.to(device)
@@ -304,15 +328,16 @@ def patch_knn_segmentation(
 def patch_locality(features: Any, anchors: int = 64) -> float:
     """How cleanly patch similarity tells near from far, without labels: 0.5 is chance, 1 the best.
 
-    For an anchor patch, the probability that one of its up to eight neighbours is more similar to it than a patch at
-    least half the grid away: the area under the ROC curve, averaged over anchors and images. Similarity is the cosine
-    after the image's mean token is taken away, for a part that all tokens share says nothing about where things are.
+    For an anchor patch, the probability that one of its up to eight neighbours is more similar to
+    it than a patch at least half the grid away: the area under the ROC curve, averaged over anchors
+    and images. Similarity is the cosine after the image's mean token is subtracted, because a part
+    that all tokens share carries no position.
 
-    Ours. It goes by ranks, so neither the scale nor the spread of similarities counts, and it falls when similarity
-    maps get noisy, which is how dense features degrade in long training (DINOv3, arXiv 2508.10104). Of twelve such
-    measures it followed mIoU of patch k-NN best, over 41 trained, untrained and noised models on `scenes` (rank
-    correlation 0.73). It cannot tell features of positions alone from good ones: compare models of one architecture and
-    one run.
+    Ours. The measure uses ranks only, so neither the scale nor the spread of similarities counts.
+    It falls when similarity maps get noisy, as dense features do in long training (DINOv3, arXiv
+    2508.10104). Of twelve such measures it followed mIoU of patch k-NN best, over 41 trained,
+    untrained and noised models on `scenes` (rank correlation 0.73). It cannot tell features of
+    positions alone from good ones: compare models of one architecture and one run.
 
     Args:
         features: with `patches` (B, N, D) and `grid`, such as a backbone's output.
@@ -327,16 +352,14 @@ def patch_locality(features: Any, anchors: int = 64) -> float:
     tokens = F.normalize(tokens - tokens.mean(dim=1, keepdim=True), dim=-1)
     rows, columns = torch.arange(h * w) // w, torch.arange(h * w) % w
     chosen = torch.linspace(0, h * w - 1, min(anchors, h * w)).round().long()
-    steps = torch.maximum(
-        (rows[chosen, None] - rows).abs(), (columns[chosen, None] - columns).abs()
-    )
+    down, right = (rows[chosen, None] - rows).abs(), (columns[chosen, None] - columns).abs()
+    steps = torch.maximum(down, right)
     near, far = steps == 1, steps >= max(2, max(h, w) // 2)
     total = 0.0
     for image in tokens:
         similarity = (image[chosen.to(image.device)] @ image.T).cpu()
-        total += sum(
-            _wins(row[close], row[apart]) for row, close, apart in zip(similarity, near, far)
-        )
+        anchored = zip(similarity, near, far, strict=True)
+        total += sum(_wins(row[close], row[apart]) for row, close, apart in anchored)
     return total / (len(tokens) * len(chosen))
 
 
@@ -346,12 +369,11 @@ def _wins(higher: Tensor, lower: Tensor) -> float:
     return float((difference > 0).float().mean() + 0.5 * (difference == 0).float().mean())
 
 
+@torch.inference_mode()
 def mean_locality(
     backbone: nn.Module, data: Dataset, device: torch.device, images: int = 64
 ) -> float:
-    """`patch_locality` over the first `images` of the data: items begin with a normalised image, of any size."""
-    values = []
-    with torch.inference_mode():
-        for index in range(min(images, len(data))):
-            values.append(patch_locality(backbone(data[index][0][None].to(device))))
+    """`patch_locality` over the first `images` of items that begin with a normalised image."""
+    first = (data[index][0] for index in range(min(images, len(data))))
+    values = [patch_locality(backbone(image[None].to(device))) for image in first]
     return sum(values) / len(values)

@@ -27,7 +27,10 @@ ALLOWED = {
         *("torch", "numpy", "tqdm", "yaml", "models", "data"),
         *("wandb", "safetensors"),  # where asked for
     },
-    "evals": {"torch", "numpy", "PIL", "matplotlib", "tqdm", "models", "data", "engine"},
+    "evals": {
+        *("torch", "numpy", "PIL", "matplotlib", "tqdm", "models", "data", "engine"),
+        "sklearn",  # where asked for
+    },
 }
 STEPS_ARE_TAKEN_FROM = {"distill": {"train"}, "bench": {"train", "distill"}}
 

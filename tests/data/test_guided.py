@@ -92,7 +92,7 @@ def test_pictures_of_crops_show_where_guided_ones_look(tmp_path, monkeypatch):
         str(tmp_path / "crops.png"),
     ]
     drawn = []
-    monkeypatch.setattr(visualize, "draw_report", lambda *_, crops, **__: drawn.append(crops))
+    monkeypatch.setattr("evals.views.draw_report", lambda *_, crops, **__: drawn.append(crops))
     for guided in (0, 1):
         visualize.main(["crops", *arguments, *keys, f"crops.guided={guided}"])
     plain, steered = (

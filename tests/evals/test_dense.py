@@ -15,21 +15,16 @@ from data.annotated import Annotated, target_size
 from data.images import ImageData
 from data.sources.specs import open_data
 from evals.dense import (
-    DEPTH,
     SEGMENTATION,
-    DepthHead,
     FrozenPatches,
     Recipe,
     at_pixels,
-    depth_errors,
     largest_class,
-    linear_depth,
     linear_segmentation,
-    pooled_depth,
     predict,
     schedule,
-    sig_loss,
-)  # fmt: skip
+)
+from evals.depth import DEPTH, DepthHead, depth_errors, linear_depth, pooled_depth, sig_loss
 from evals.patches import LastLayers, Patches, Sliding, upsample
 from models.weights.load import load_backbone
 from tests.oracles import Oracle, class_maps, depth_maps, painted

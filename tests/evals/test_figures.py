@@ -15,17 +15,13 @@ from PIL import Image
 from data.augment import POLICIES, channel_statistics, multi_crop_from
 from data.masking import draw_masks
 from engine.config import CropsConfig
-from evals.figures import (
-    COLOURS,
-    curve_names,
-    draw_curves,
-    draw_embedding,
-    draw_report,
-    running_mean,
-)
+from evals.curves import curve_names, draw_curves, running_mean
+from evals.embedding import draw_embedding
+from evals.figures import COLOURS, draw_report
 from evals.maps import pca_basis
+from evals.photographs import fit, patch_at
 from models.features import Features
-from visualize import fit, main, patch_at
+from visualize import main
 
 ROOT = Path(__file__).parents[2]
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -11,14 +11,13 @@ from evals.maps import (
     heat_picture,
     hide_patches,
     load_basis,
-    patch_tokens,
     pca_basis,
     pca_image,
     prefix_attention,
     save_basis,
     to_picture,
-    window_starts,
 )  # fmt: skip
+from evals.patches import patch_tokens, window_starts
 from models import load_backbone
 
 CPU = torch.device("cpu")

@@ -1,0 +1,150 @@
+"""Depth from frozen patches by a linear head, as DINOv3 measures it; training as in dense.py."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from errors import UserError
+from evals.dense import FrozenPatches, LinearHead, Recipe, predict, train_heads
+from evals.patches import extract_patches, upsample
+
+# DINOv3's file for NYUv2. Published is 3e-4; the larger ones are ours, for short runs.
+DEPTH = Recipe(
+    (3e-4, 3e-2, 3e-1), 1e-4, (0.9, 0.99), 1 / 3, 0.04, 1e-3, epochs=25, longest=38_400, clip=35.0
+)
+
+
+class DepthHead(LinearHead):
+    """(n, D) tokens -> (n, 1) metres.
+
+    The mean of evenly spaced bins from `low` to `high`, weighted by ReLU(score) + 0.1.
+    """
+
+    def __init__(self, dim: int, low: float, high: float, bins: int = 256):
+        super().__init__(dim, bins)
+        self.register_buffer("centres", torch.linspace(low, high, bins))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weights = super().forward(tokens).relu() + 0.1
+        return (weights / weights.sum(dim=1, keepdim=True)) @ self.centres[:, None]
+
+
+@torch.inference_mode()
+def linear_depth(
+    backbone: nn.Module,
+    train: Dataset,
+    vals: Sequence[Dataset],
+    device: torch.device,
+    *,
+    span: tuple[float, float] | None = None,
+    recipe: Recipe = DEPTH,
+    steps: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """RMSE and delta1 of a linear head into 256 depth bins on frozen patches (DINOv3).
+
+    arXiv 2508.10104. Both are means over pixels, then over images. Pixels whose depth is not above
+    0, or not finite, are left out.
+
+    Args:
+        train, vals: as of `linear_segmentation`, with depth (H', W') in metres as the target.
+        span: depth of the first and last bin in metres; None takes the range of train.
+
+    Returns:
+        {"rmse": metres, lower is better, "delta1": share of pixels within a factor of 1.25,
+        "lr": {rate: rmse}, "limit": {"rmse", "delta1"} of the truth pooled to the patch grid,
+        "constant": RMSE of train's mean depth, "span", "steps"}.
+
+    Raises:
+        UserError: if no pixel has a depth.
+    """
+    patches = FrozenPatches(backbone, train, device, depth_summary, **options)
+    known = [summary for summary in patches.summaries if summary is not None]
+    if not known:
+        raise UserError("no pixel of the training depth is above 0")
+    lows, highs, means = zip(*known, strict=True)
+    low, high = span or (min(lows), max(highs))
+    steps = recipe.steps(len(train)) if steps is None else steps
+    build = partial(DepthHead, patches.dim, low, high)
+    loss = partial(sig_loss, begin=min(0.1, 100 / steps))
+    progress = options.get("progress", iter)
+    heads = train_heads(patches, build, loss, recipe, steps, seed, progress)
+    errors: dict[Any, list] = {name: [] for name in (*heads, "limit", "constant")}
+    flips = [val.flip for val in vals]
+    streams = [extract_patches(backbone, val, device, **options) for val in vals]
+    for variants in zip(*streams, strict=True):
+        depth = variants[0].target.to(device)
+        if not is_depth(depth).any():
+            continue
+        guesses = {lr: predict(head, variants, flips, torch.clone)[0] for lr, head in heads.items()}
+        guesses = {lr: guess.clamp(low, high) for lr, guess in guesses.items()}
+        guesses["limit"] = pooled_depth(depth, variants[0].grid)
+        guesses["constant"] = torch.full_like(depth, sum(means) / len(means))
+        for name, guess in guesses.items():
+            errors[name].append(depth_errors(guess, depth))
+    if not errors["limit"]:
+        raise UserError("no pixel of the validation depth is above 0")
+    images = len(errors["limit"])
+    rmse = {name: sum(error for error, _ in rows) / images for name, rows in errors.items()}
+    delta = {name: sum(share for _, share in rows) / images for name, rows in errors.items()}
+    best = min(heads, key=rmse.get)
+    result = {"rmse": rmse[best], "delta1": delta[best]}
+    result["lr"] = {f"{lr:g}": rmse[lr] for lr in heads}
+    result["limit"] = {"rmse": rmse["limit"], "delta1": delta["limit"]}
+    return result | {"constant": rmse["constant"], "span": [low, high], "steps": steps}
+
+
+def is_depth(depth: Tensor) -> Tensor:
+    return depth.isfinite() & (depth > 0)
+
+
+def depth_summary(depth: Tensor) -> tuple[float, float, float] | None:
+    """Least, largest and mean depth; None where there is none."""
+    known = depth[is_depth(depth)].float()
+    return (float(known.min()), float(known.max()), float(known.mean())) if len(known) else None
+
+
+def sig_loss(
+    values: Tensor, depth: Tensor, done: float, begin: float = 0.0, eps: float = 1e-3
+) -> Tensor:
+    """√(Var(g) + 0.15 mean(g)²) with g = log(predicted + ε) − log(true + ε).
+
+    As in DINOv3's file, Var(g) joins only after a share of the training.
+
+    Args:
+        values, depth: (P, 1) and (P,) in metres.
+        done, begin: shares of the training: what is done, and where Var(g) joins.
+    """
+    known = is_depth(depth)
+    if known.sum() < 2:
+        return 0.0 * values.sum()
+    g = (values[known, 0] + eps).log() - (depth[known].float() + eps).log()
+    spread = g.var() if done >= begin else 0.0
+    return (spread + 0.15 * g.mean().square()).clamp(min=1e-12).sqrt()
+
+
+def depth_errors(guess: Tensor, depth: Tensor) -> tuple[float, float]:
+    """RMSE in metres and delta1 of one image (H, W)."""
+    known = is_depth(depth)
+    guess, depth = guess[known].cpu().double(), depth[known].cpu().double()
+    rmse = (guess - depth).square().mean().sqrt()
+    within = torch.maximum(guess / depth, depth / guess) < 1.25
+    return float(rmse), float(within.double().mean())
+
+
+def pooled_depth(depth: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(H, W): the geometric mean depth of each patch, enlarged like a prediction.
+
+    Geometric, because the loss compares logarithms. Patches without depth take the image's mean.
+    """
+    known = is_depth(depth)
+    value = torch.where(known, depth.float().clamp(min=1e-6).log(), 0.0)
+    total, count = (F.adaptive_avg_pool2d(item[None].float(), grid) for item in (value, known))
+    mean = torch.where(count > 0, total / count.clamp(min=1e-9), value.sum() / known.sum())
+    return upsample(mean.exp(), depth.shape)[0]

@@ -1,0 +1,76 @@
+"""What the evaluation scripts share: a frozen model with the flags of `evaluation_parser`."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from data.images import ImageData
+from data.loader import EvalDataset, default_workers
+from engine.cli import preparation
+from engine.distributed import choose_device
+from errors import UserError
+from evals.knn import extract_features
+from models.weights.load import load_backbone
+
+
+class FrozenModel:
+    """The backbone of --model on its --device, and how images are prepared and loaded for it.
+
+    Attributes:
+        channels: of the images that the backbone takes.
+        prepare: arguments of `EvalDataset` after the data.
+        loading: batch_size and workers of a loader.
+    """
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.device = choose_device(arguments.device)
+        self.backbone = load_backbone(arguments.model).to(self.device)
+        self.channels = self.backbone.in_channels
+        self.prepare = preparation(self.backbone.preprocessing, arguments.resize, arguments.size)
+        workers = arguments.workers
+        if workers is None:
+            workers = default_workers(self.device.type)
+        self.loading = {"batch_size": arguments.batch_size, "workers": workers}
+
+    def items(self, data: ImageData) -> EvalDataset:
+        return EvalDataset(data, **self.prepare)
+
+    def features(
+        self, describe: Callable[[Tensor], Tensor], items: Dataset, name: str, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Features (n, ...) and labels (n,) on the host, see `extract_features`."""
+        progress = progress_bar(f"features of {name}", unit="batch")
+        options = self.loading | options
+        return extract_features(describe, items, self.device, progress=progress, **options)
+
+
+def progress_bar(name: str, **options: Any) -> Callable:
+    """tqdm with that description; it draws only on a terminal."""
+    return partial(tqdm, desc=name, disable=not sys.stderr.isatty(), **options)
+
+
+def class_name(data: ImageData, index: int) -> str:
+    """The name of an image's class, its number where classes have no names, "" without a label."""
+    label = -1 if data.labels is None else int(data.labels[index])
+    if label < 0:
+        return ""
+    return str(label) if data.classes is None else data.classes[label]
+
+
+def check_least(arguments: argparse.Namespace, least: int, *names: str) -> None:
+    """Refuses flags that are given and smaller than `least`.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {value}; it must be at least {least}")

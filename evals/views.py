@@ -1,0 +1,65 @@
+"""Pictures of what a configuration trains on: the crops of images, and the patches it hides."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from data.augment import channel_statistics, multi_crop_from
+from data.guided import guidance_from
+from data.images import ImageData
+from data.masking import draw_masks
+from engine.config import TrainConfig
+from evals.figures import draw_report
+from evals.maps import Picture, hide_patches, to_picture
+from evals.photographs import normalized
+
+
+class Views(NamedTuple):
+    """Images and the views that training makes of them."""
+
+    images: list[Tensor]  # (C, H, W) as stored
+    crops: list[list[Tensor]]  # of each image, normalised, globals first
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def make_views(cfg: TrainConfig, loaded: Sequence[tuple[str, ImageData, int, Tensor]]) -> Views:
+    """Views of images that `load_images` gave, drawn by the configuration's seed."""
+    mean, std = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
+    images = [image for *_, image in loaded]
+    multi_crop, guidance = multi_crop_from(cfg.crops, mean, std), guidance_from(cfg.crops)
+    targets = None
+    if guidance is not None:
+        # Whether a crop follows a mark depends on the place in a run's stream; here, in this list.
+        counts = multi_crop.globals, multi_crop.crops
+        targets = [
+            guidance.targets(data, index, place, cfg.seed, *counts)
+            for place, (_, data, index, _) in enumerate(loaded)
+        ]
+    return Views(images, multi_crop.examples(images, cfg.seed, targets), mean, std)
+
+
+def draw_views(path: Path, views: Views, crops: Sequence[Sequence[Tensor | Picture]]) -> None:
+    """A row for each image, with its crops or pictures of them."""
+    statistics = {"mean": views.mean, "std": views.std}
+    images = [normalized(image, **statistics) for image in views.images]
+    draw_report(path, images, crops=crops, height=192, **statistics)
+
+
+def hide_in_crops(cfg: TrainConfig, views: Views) -> tuple[list[list[Picture]], Tensor]:
+    """The global crops of each image with their hidden patches, and the masks (crops, h, w).
+
+    The masks are drawn as for a batch of these images, in crop-major order.
+    """
+    ibot, count = cfg.loss.ibot, cfg.crops.global_count
+    grid = tuple(side // cfg.model.patch_size for side in views.crops[0][0].shape[-2:])
+    crops = count * len(views.images)
+    masks = draw_masks(crops, grid, ibot.mask_probability, ibot.mask_ratio, (cfg.seed,))
+    masks = masks.view(count, len(views.images), *grid)
+    pictures = []
+    for index, of_image in enumerate(views.crops):
+        crops = [to_picture(crop, views.mean, views.std) for crop in of_image[:count]]
+        pictures.append([hide_patches(*pair) for pair in zip(crops, masks[:, index], strict=True)])
+    return pictures, masks.flatten(0, 1)
