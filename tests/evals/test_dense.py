@@ -61,7 +61,11 @@ def test_depth_errors_and_pooling_equal_loops_over_pixels_and_leave_unknown_dept
     depth, said = (torch.rand(6, 9, generator=generator) * 5 + 0.1 for _ in range(2))
     depth[0] = 0
     depth[1, 0] = math.nan
-    pairs = [(float(a), float(b)) for a, b in zip(said.flatten(), depth.flatten()) if float(b) > 0]
+    pairs = [
+        (float(a), float(b))
+        for a, b in zip(said.flatten(), depth.flatten(), strict=True)
+        if float(b) > 0
+    ]
     rmse = math.sqrt(sum((a - b) ** 2 for a, b in pairs) / len(pairs))
     delta = sum(max(a / b, b / a) < 1.25 for a, b in pairs) / len(pairs)
     assert depth_errors(said, depth) == pytest.approx((rmse, delta), rel=1e-5)
@@ -91,9 +95,11 @@ def test_depth_is_the_weighted_mean_of_its_bins():
     head = DepthHead(4, 1.0, 9.0, bins=5).eval()
     tokens = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     scores = head.linear(head.norm(tokens)).detach()
-    for row, said in zip(scores, head(tokens).detach()):
+    for row, said in zip(scores, head(tokens).detach(), strict=True):
         weights = [max(0.0, float(score)) + 0.1 for score in row]
-        expected = sum(weight * bin for weight, bin in zip(weights, (1, 3, 5, 7, 9))) / sum(weights)
+        expected = sum(
+            weight * bin for weight, bin in zip(weights, (1, 3, 5, 7, 9), strict=True)
+        ) / sum(weights)
         assert float(said) == pytest.approx(expected, rel=1e-5)
 
 
@@ -105,7 +111,7 @@ def test_scores_at_pixels_equal_the_enlarged_map_there():
         batch.append(Patches(values[-1], grid, torch.zeros(size), 0))
     pixels = [torch.randint(item.target.numel(), (30,), generator=generator) for item in batch]
     found = at_pixels(values, batch, pixels).split(30)
-    for part, one, item, chosen in zip(found, values, batch, pixels):
+    for part, one, item, chosen in zip(found, values, batch, pixels, strict=True):
         whole = upsample(one.T.unflatten(1, item.grid), item.target.shape)
         torch.testing.assert_close(part, whole.flatten(1).T[chosen], atol=1e-5, rtol=1e-4)
 
@@ -131,7 +137,7 @@ def test_patches_that_do_not_fit_into_memory_are_computed_anew_and_are_the_same(
     assert streamed.kept is None and streamed.summaries == kept.summaries
     for one, other in zip(kept.draws(4, 3, seed=0), streamed.draws(4, 3, seed=0), strict=True):
         assert [item.index for item in one] == [item.index for item in other] and len(one) == 3
-        for a, b in zip(one, other):
+        for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a.tokens, b.tokens, atol=1e-5, rtol=1e-4)
     drawn = [item.index for batch in kept.draws(5, 3, seed=1) for item in batch]
     assert sorted(drawn) == sorted([*range(5)] * 3)  # three whole epochs

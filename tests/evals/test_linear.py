@@ -52,7 +52,8 @@ class Oracle(nn.Module):
         if blind:
             labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
         self.known = {
-            image.numpy().tobytes(): label for (image, _), label in zip(items, labels.tolist())
+            image.numpy().tobytes(): label
+            for (image, _), label in zip(items, labels.tolist(), strict=True)
         }
 
     def forward(self, images):
@@ -144,10 +145,10 @@ def test_each_head_is_trained_as_if_alone_by_autograd_and_sgd():
         alone.append(linear(x))
     fit_heads(grid, [(rows[chosen], labels[chosen]) for chosen in torch.arange(36).split(3)], 12)
     scores = grid.accuracies(rows, labels, chunk=7)
-    for head, logits in zip(heads, alone):
+    for head, logits in zip(heads, alone, strict=True):
         torch.testing.assert_close(grid.classifier(head)(rows), logits, atol=1e-5, rtol=1e-4)
         assert scores[head] == pytest.approx(
-            sum(int(row.argmax()) == int(y) for row, y in zip(logits, labels)) / 40
+            sum(int(row.argmax()) == int(y) for row, y in zip(logits, labels, strict=True)) / 40
         )
     assert len(set(scores.values())) > 1
 
@@ -226,7 +227,9 @@ def test_logistic_regression_finds_the_least_of_its_objective(strength):
     found = LogisticRegression(rows, labels, 3).fit(strength)
 
     def objective(weight, bias):
-        loss = sum(-(weight @ x + bias).log_softmax(0)[y] for x, y in zip(rows, labels))
+        loss = sum(
+            -(weight @ x + bias).log_softmax(0)[y] for x, y in zip(rows, labels, strict=True)
+        )
         return strength * loss + weight.square().sum() / 2
 
     weight, bias = (part.clone().requires_grad_() for part in (found[:, :-1], found[:, -1]))

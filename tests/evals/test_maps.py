@@ -231,7 +231,9 @@ def test_a_window_keeps_tokens_from_seeing_beyond_it():
 def test_windows_cover_everything_and_overlap_by_a_quarter(length, side):
     starts = window_starts(length, side)
     assert starts[0] == 0 and (starts[-1] + side == length or length <= side)
-    assert all(0 < b - a <= max(1, side - side // 4) for a, b in zip(starts, starts[1:]))
+    assert all(
+        0 < b - a <= max(1, side - side // 4) for a, b in zip(starts, starts[1:], strict=False)
+    )
 
 
 def test_similarity_is_the_cosine_of_each_pair():

@@ -66,7 +66,7 @@ def test_a_point_goes_to_the_most_similar_patch_as_in_a_loop():
     places = [(0, 0), (1, 2), (2, 3)]
     points = torch.tensor([[(column + 0.5) / 4, (row + 0.5) / 3] for row, column in places])
     found = match_points(a, (3, 4), b, (4, 5), points)
-    for (row, column), guess in zip(places, found):
+    for (row, column), guess in zip(places, found, strict=True):
         best = max(
             range(20), key=lambda k: float(F.cosine_similarity(a[row * 4 + column], b[k], dim=0))
         )
@@ -196,8 +196,8 @@ def test_tracking_with_perfect_features_reaches_the_limit_and_chance_features_do
 
 def test_j_equals_a_loop_over_pixels_and_two_empty_masks_agree():
     said, truth = random_masks()
-    both = sum(bool(a and b) for a, b in zip(said.flatten(), truth.flatten()))
-    either = sum(bool(a or b) for a, b in zip(said.flatten(), truth.flatten()))
+    both = sum(bool(a and b) for a, b in zip(said.flatten(), truth.flatten(), strict=True))
+    either = sum(bool(a or b) for a, b in zip(said.flatten(), truth.flatten(), strict=True))
     assert region_j(said, truth) == pytest.approx(both / either)
     empty = torch.zeros(4, 4, dtype=torch.bool)
     assert (
@@ -261,7 +261,7 @@ def test_boxes_and_their_overlap_equal_counting_pixels():
     assert box_of(mask, (40, 100)).tolist() == [40, 10, 100, 30]
     boxes = torch.tensor([[1.0, 2, 6, 7], [4, 0, 9, 9], [20, 20, 21, 21]])
     box = torch.tensor([2.0, 3, 8, 6])
-    for other, found in zip(boxes, box_iou(box, boxes)):
+    for other, found in zip(boxes, box_iou(box, boxes), strict=True):
         inside = [
             (
                 box[0] <= x < box[2] and box[1] <= y < box[3],

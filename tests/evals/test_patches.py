@@ -44,8 +44,12 @@ def test_miou_equals_a_loop_over_classes_and_leaves_ignored_pixels_out():
     mask[:2] = 255
     mean, each = mean_iou(confusion(said, mask))
     for c in range(3):
-        both = sum(a == c and b == c for a, b in zip(mask[2:].flatten(), said[2:].flatten()))
-        either = sum(a == c or b == c for a, b in zip(mask[2:].flatten(), said[2:].flatten()))
+        both = sum(
+            a == c and b == c for a, b in zip(mask[2:].flatten(), said[2:].flatten(), strict=True)
+        )
+        either = sum(
+            a == c or b == c for a, b in zip(mask[2:].flatten(), said[2:].flatten(), strict=True)
+        )
         assert each[c] == pytest.approx(float(both) / float(either))
     assert len(each) == 3 and mean == pytest.approx(sum(each[:3]) / 3)
 
@@ -61,12 +65,14 @@ def test_votes_equal_a_loop_over_patches():
     shares = torch.rand(20, 3, generator=generator)
     queries = torch.randn(7, 6, generator=generator)
     found = vote(queries, PatchBank(features, shares), k=5, temperature=0.3, chunk=3)
-    for query, votes in zip(queries, found):
+    for query, votes in zip(queries, found, strict=True):
         ranked = sorted(
             ((float(F.cosine_similarity(query, item, dim=0)), i) for i, item in enumerate(features))
         )[-5:]
         weights = [math.exp(similarity / 0.3) for similarity, _ in ranked]
-        expected = sum(weight * shares[i] for weight, (_, i) in zip(weights, ranked)) / sum(weights)
+        expected = sum(
+            weight * shares[i] for weight, (_, i) in zip(weights, ranked, strict=True)
+        ) / sum(weights)
         torch.testing.assert_close(votes, expected)
 
 
@@ -80,7 +86,7 @@ def test_images_of_several_sizes_keep_their_order_and_do_not_mix():
         )
     )
     assert [item.index for item in found] == list(range(7)) and found[1].grid == (5, 4)
-    for item, image in zip(found, images):
+    for item, image in zip(found, images, strict=True):
         torch.testing.assert_close(
             item.tokens, backbone(image[None]).patches[0].detach(), atol=1e-5, rtol=1e-4
         )

@@ -22,9 +22,12 @@ def random_problem(train=60, val=25, dim=8, classes=4):
 
 def vote_by_loops(train, train_labels, val, val_labels, k, temperature):
     correct = 0
-    for query, truth in zip(val, val_labels):
+    for query, truth in zip(val, val_labels, strict=True):
         similar = sorted(
-            ((float(query @ item), int(label)) for item, label in zip(train, train_labels)),
+            (
+                (float(query @ item), int(label))
+                for item, label in zip(train, train_labels, strict=True)
+            ),
             reverse=True,
         )[:k]
         votes = {}

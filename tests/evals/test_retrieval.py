@@ -46,7 +46,7 @@ def test_average_precision_equals_a_loop_over_the_ranking():
     for drop in (ignored, torch.zeros_like(ignored)):
         expected = [
             precision_by_loops(*(column.tolist() for column in row))
-            for row in zip(similarity, relevant, drop)
+            for row in zip(similarity, relevant, drop, strict=True)
         ]
         found = average_precision(similarity, relevant, drop)
         torch.testing.assert_close(found, torch.tensor(expected, dtype=found.dtype), equal_nan=True)
@@ -112,7 +112,7 @@ def map_of_pixels(train: str, val: str, itself: bool) -> float:
     ]
     labels = sides[0].data.labels
     scores = []
-    for number, (query, truth) in enumerate(zip(pixels[1], sides[1].data.labels)):
+    for number, (query, truth) in enumerate(zip(pixels[1], sides[1].data.labels, strict=True)):
         ignored = [itself and k == number for k in range(len(labels))]
         scores.append(
             precision_by_loops(
@@ -173,7 +173,7 @@ def test_copies_are_edited_and_the_same_on_every_call():
         and copies[2][1:] == items[2][1:]
     )
     for (copy, _, _), (image, _, _) in zip(
-        map(copies.__getitem__, range(3)), map(items.__getitem__, range(3))
+        map(copies.__getitem__, range(3)), map(items.__getitem__, range(3)), strict=True
     ):
         assert copy.shape == image.shape and (copy - image).abs().mean() > 0.1
 
