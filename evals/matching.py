@@ -17,11 +17,7 @@ Grid = tuple[int, int]  # (h, w) in patches
 
 
 def match_points(
-    tokens_a: Tensor,
-    grid_a: Grid,
-    tokens_b: Tensor,
-    grid_b: Grid,
-    points: Tensor,
+    tokens_a: Tensor, grid_a: Grid, tokens_b: Tensor, grid_b: Grid, points: Tensor
 ) -> Tensor:
     """Points of image a found in image b: the centre of the patch with the most similar token.
 

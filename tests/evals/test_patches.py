@@ -44,8 +44,12 @@ def test_miou_equals_a_loop_over_classes_and_leaves_ignored_pixels_out():
     mask[:2] = 255
     mean, each = mean_iou(confusion(said, mask))
     for c in range(3):
-        both = sum(a == c and b == c for a, b in zip(mask[2:].flatten(), said[2:].flatten()))
-        either = sum(a == c or b == c for a, b in zip(mask[2:].flatten(), said[2:].flatten()))
+        both = sum(
+            a == c and b == c for a, b in zip(mask[2:].flatten(), said[2:].flatten(), strict=True)
+        )
+        either = sum(
+            a == c or b == c for a, b in zip(mask[2:].flatten(), said[2:].flatten(), strict=True)
+        )
         assert each[c] == pytest.approx(float(both) / float(either))
     assert len(each) == 3 and mean == pytest.approx(sum(each[:3]) / 3)
 
@@ -61,12 +65,14 @@ def test_votes_equal_a_loop_over_patches():
     shares = torch.rand(20, 3, generator=generator)
     queries = torch.randn(7, 6, generator=generator)
     found = vote(queries, PatchBank(features, shares), k=5, temperature=0.3, chunk=3)
-    for query, votes in zip(queries, found):
+    for query, votes in zip(queries, found, strict=True):
         ranked = sorted(
             ((float(F.cosine_similarity(query, item, dim=0)), i) for i, item in enumerate(features))
         )[-5:]
         weights = [math.exp(similarity / 0.3) for similarity, _ in ranked]
-        expected = sum(weight * shares[i] for weight, (_, i) in zip(weights, ranked)) / sum(weights)
+        expected = sum(
+            weight * shares[i] for weight, (_, i) in zip(weights, ranked, strict=True)
+        ) / sum(weights)
         torch.testing.assert_close(votes, expected)
 
 
@@ -80,7 +86,7 @@ def test_images_of_several_sizes_keep_their_order_and_do_not_mix():
         )
     )
     assert [item.index for item in found] == list(range(7)) and found[1].grid == (5, 4)
-    for item, image in zip(found, images):
+    for item, image in zip(found, images, strict=True):
         torch.testing.assert_close(
             item.tokens, backbone(image[None]).patches[0].detach(), atol=1e-5, rtol=1e-4
         )
@@ -90,14 +96,13 @@ def test_perfect_features_reach_what_pooled_ground_truth_reaches_and_chance_feat
     train, val = painted("mask", "train", 100), painted("mask", "val")
     perfect = patch_knn_segmentation(Oracle(class_maps), train, val, CPU)
     counts = 0
-    for image, mask, _ in val:
+    for _, mask, _ in val:
         maps = F.interpolate(F.avg_pool2d(class_maps(mask), 8)[None], mask.shape, mode="bilinear")
         counts = counts + confusion(maps[0].argmax(0), mask)
     assert perfect["limit"] == pytest.approx(mean_iou(counts)[0])
     assert perfect["miou"] >= 0.99 * perfect["limit"] > 0.6
-    assert (
-        patch_knn_segmentation(Oracle(None), train, val, CPU)["miou"] < 0.1
-    )  # all background is 0.07
+    # All background is 0.07.
+    assert patch_knn_segmentation(Oracle(None), train, val, CPU)["miou"] < 0.1
 
 
 def test_patch_knn_leaves_random_state_alone_and_repeats():
@@ -105,9 +110,8 @@ def test_patch_knn_leaves_random_state_alone_and_repeats():
     data = Annotated(open_data("scenes?size=6"), "mask", 32, 8, (0.5,) * 3, (0.5,) * 3)
     state = torch.get_rng_state()
     first, second = (patch_knn_segmentation(backbone, data, data, CPU, bank=60) for _ in range(2))
-    assert (
-        torch.equal(torch.get_rng_state(), state) and first == second and first["n_patches"] == 60
-    )
+    assert torch.equal(torch.get_rng_state(), state) and first == second
+    assert first["n_patches"] == 60
 
 
 def smooth(noise: float = 0.0, count: int = 4, side: int = 8) -> Features:
@@ -122,9 +126,8 @@ def smooth(noise: float = 0.0, count: int = 4, side: int = 8) -> Features:
 
 def test_locality_is_high_for_smooth_maps_and_falls_with_noise_to_a_half():
     values = [patch_locality(smooth(noise)) for noise in (0.0, 0.5, 1.5, 50.0)]
-    assert (
-        values[0] > 0.9 and values == sorted(values, reverse=True) and abs(values[-1] - 0.5) < 0.05
-    )
+    assert values[0] > 0.9 and values == sorted(values, reverse=True)
+    assert abs(values[-1] - 0.5) < 0.05
 
 
 def test_locality_equals_a_loop_over_pairs_and_ignores_a_part_common_to_all_tokens():

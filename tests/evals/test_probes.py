@@ -1,4 +1,4 @@
-"""The k-NN vote against a loop over images, and features that do not depend on how they are batched."""
+"""The k-NN vote against a loop over images; features do not depend on the batches."""
 
 import math
 
@@ -22,9 +22,12 @@ def random_problem(train=60, val=25, dim=8, classes=4):
 
 def vote_by_loops(train, train_labels, val, val_labels, k, temperature):
     correct = 0
-    for query, truth in zip(val, val_labels):
+    for query, truth in zip(val, val_labels, strict=True):
         similar = sorted(
-            ((float(query @ item), int(label)) for item, label in zip(train, train_labels)),
+            (
+                (float(query @ item), int(label))
+                for item, label in zip(train, train_labels, strict=True)
+            ),
             reverse=True,
         )[:k]
         votes = {}
@@ -83,9 +86,8 @@ def test_health_of_hand_made_targets_and_features():
     assert healthy["health/effective_rank"] == pytest.approx(4)
     assert health(uniform, independent)["health/teacher_entropy"] == pytest.approx(1)
     dead = health(collapsed, torch.ones(8, 4))
-    assert dead["health/prototype_use"] == pytest.approx(0.25) and dead[
-        "health/feature_std"
-    ] == pytest.approx(0, abs=1e-6)
+    assert dead["health/prototype_use"] == pytest.approx(0.25)
+    assert dead["health/feature_std"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_largest_by_groups_are_those_of_topk():
