@@ -6,7 +6,7 @@ then computes each image only once.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -78,6 +78,7 @@ class FrozenPatches:
         **options: Any,
     ):
         self.data, self.device = data, device
+        self.progress = options.get("progress", iter)
         self.extract = partial(extract_patches, backbone, device=device, **options)
         self.kept: list[Patches] | None = []
         self.summaries, used = [], 0
@@ -131,7 +132,6 @@ def train_heads(
     recipe: Recipe,
     steps: int,
     seed: int,
-    progress: Callable[[Iterable], Iterator] = iter,
 ) -> dict[float, nn.Module]:
     """One trained head for each learning rate, in eval mode; all get the same batches and pixels.
 
@@ -150,7 +150,8 @@ def train_heads(
         optimizers = {
             lr: torch.optim.AdamW(head.parameters(), lr, **settings) for lr, head in heads.items()
         }
-        for step, batch in enumerate(progress(patches.draws(steps, recipe.batch_size, seed))):
+        batches = patches.draws(steps, recipe.batch_size, seed)
+        for step, batch in enumerate(patches.progress(batches)):
             tokens = torch.cat([item.tokens for item in batch]).to(device)
             pixels = [torch.randint(item.target.numel(), (recipe.points,)) for item in batch]
             flat = [item.target.flatten() for item in batch]
@@ -249,8 +250,7 @@ def linear_segmentation(
         raise UserError("no pixel of the training masks has a class")
     steps = recipe.steps(len(train)) if steps is None else steps
     build = partial(LinearHead, patches.dim, classes, dropout=0.1)
-    progress = options.get("progress", iter)
-    heads = train_heads(patches, build, segmentation_loss, recipe, steps, seed, progress)
+    heads = train_heads(patches, build, segmentation_loss, recipe, steps, seed)
     # No head predicts a class of val that train lacks, but that class counts.
     blank = torch.zeros(CLASSES, CLASSES, dtype=torch.long, device=device)
     counts = {name: blank.clone() for name in (*heads, "limit")}

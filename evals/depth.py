@@ -47,10 +47,9 @@ def linear_depth(
     seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """RMSE and delta1 of a linear head into 256 depth bins on frozen patches (DINOv3).
+    """RMSE and delta1 of a linear head into 256 depth bins (DINOv3, arXiv 2508.10104).
 
-    arXiv 2508.10104. Both are means over pixels, then over images. Pixels whose depth is not above
-    0, or not finite, are left out.
+    Means over pixels, then over images. Pixels of depth 0 or below, or not finite, are left out.
 
     Args:
         train, vals: as of `linear_segmentation`, with depth (H', W') in metres as the target.
@@ -73,22 +72,21 @@ def linear_depth(
     steps = recipe.steps(len(train)) if steps is None else steps
     build = partial(DepthHead, patches.dim, low, high)
     loss = partial(sig_loss, begin=min(0.1, 100 / steps))
-    progress = options.get("progress", iter)
-    heads = train_heads(patches, build, loss, recipe, steps, seed, progress)
-    errors: dict[Any, list] = {name: [] for name in (*heads, "limit", "constant")}
+    heads = train_heads(patches, build, loss, recipe, steps, seed)
+    errors: dict[Any, list] = {}
     flips = [val.flip for val in vals]
     streams = [extract_patches(backbone, val, device, **options) for val in vals]
     for variants in zip(*streams, strict=True):
         depth = variants[0].target.to(device)
-        if not is_depth(depth).any():
-            continue
-        guesses = {lr: predict(head, variants, flips, torch.clone)[0] for lr, head in heads.items()}
-        guesses = {lr: guess.clamp(low, high) for lr, guess in guesses.items()}
-        guesses["limit"] = pooled_depth(depth, variants[0].grid)
-        guesses["constant"] = torch.full_like(depth, sum(means) / len(means))
-        for name, guess in guesses.items():
-            errors[name].append(depth_errors(guess, depth))
-    if not errors["limit"]:
+        if is_depth(depth).any():
+            for lr, head in heads.items():
+                guess = predict(head, variants, flips, torch.clone)[0].clamp(low, high)
+                errors.setdefault(lr, []).append(depth_errors(guess, depth))
+            limit = pooled_depth(depth, variants[0].grid)
+            constant = torch.full_like(depth, sum(means) / len(means))
+            errors.setdefault("limit", []).append(depth_errors(limit, depth))
+            errors.setdefault("constant", []).append(depth_errors(constant, depth))
+    if not errors:
         raise UserError("no pixel of the validation depth is above 0")
     images = len(errors["limit"])
     rmse = {name: sum(error for error, _ in rows) / images for name, rows in errors.items()}

@@ -62,7 +62,7 @@ def prefix_attention(backbone: nn.Module, images: Tensor, layer: int = -1) -> tu
         layer: from 0, or from the end.
 
     Returns:
-        (B, heads, 1 + R, T) in float32, T = 1 + R + N in the order CLS, registers, patches; rows sum to 1.
+        (B, heads, 1 + R, T) float32, T = 1 + R + N: CLS, registers, patches; rows sum to 1.
 
     Raises:
         UserError: if there is no such block, or its tokens are not CLS, registers and patches.

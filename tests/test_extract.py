@@ -32,9 +32,8 @@ def run(capsys, output, *arguments, model=MODEL):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     result = json.loads(lines[0])
-    assert (
-        json.loads((output / "extract.json").read_text()) == result and result["task"] == "extract"
-    )
+    assert json.loads((output / "extract.json").read_text()) == result
+    assert result["task"] == "extract"
     arrays = {kind: np.load(output / f"{kind}.npy", mmap_mode="r") for kind in result["features"]}
     assert {kind: list(array.shape) for kind, array in arrays.items()} == result["features"]
     with (output / "index.csv").open(newline="") as file:
@@ -73,11 +72,8 @@ def test_rows_are_the_models_features_whatever_the_batch(
         workers,
     ]
     result, arrays, index = run(capsys, tmp_path, "--data", spec, *flags)
-    assert result["features"] == {
-        "cls": [7, 32],
-        "mean": [7, 32],
-        "patches": [7, 16, 32],
-    } and result["grid"] == [4, 4]
+    assert result["features"] == {"cls": [7, 32], "mean": [7, 32], "patches": [7, 16, 32]}
+    assert result["grid"] == [4, 4]
     data = open_data(spec)
     for row, features in enumerate(features_of(spec)):
         assert all(array.dtype == dtype for array in arrays.values())
@@ -114,10 +110,8 @@ def test_images_that_cannot_be_read_have_no_row_and_are_listed(tmp_path, capsys,
         (images / name).unlink()
     for row, features in enumerate(features_of(images)):
         assert np.allclose(arrays["mean"][row], features.patches[0].mean(0), atol=1e-5)
-    assert (
-        run(capsys, output, "--data", images)[0]["unreadable"] == 0
-        and not (output / "bad_images.txt").exists()
-    )
+    assert run(capsys, output, "--data", images)[0]["unreadable"] == 0
+    assert not (output / "bad_images.txt").exists()
 
 
 @pytest.mark.parametrize("channels", [1, 6])
@@ -135,10 +129,8 @@ def test_one_image_of_any_channels_and_aspect_by_any_model(tmp_path, capsys, cha
         "patches",
     ]
     result, _, _ = run(capsys, tmp_path, *data, model=f"{MODEL}&in_channels={channels}")
-    assert result["features"] == {"cls": [1, 32], "patches": [1, 10, 32]} and result["grid"] == [
-        2,
-        5,
-    ]
+    assert result["features"] == {"cls": [1, 32], "patches": [1, 10, 32]}
+    assert result["grid"] == [2, 5]
     model = f"pixels?patch_size=8&image_size=16&in_channels={channels}"
     result, _, _ = run(capsys, tmp_path, *data, model=model)
     assert result["features"] == {"cls": [1, channels * 256], "patches": [1, 10, channels * 64]}
@@ -209,8 +201,5 @@ def test_a_mistake_ends_with_status_two(tmp_path):
         str(tmp_path),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("error: --batch-size is 0")
-        and not done.stdout
-    )
+    assert done.returncode == 2 and done.stderr.startswith("error: --batch-size is 0")
+    assert not done.stdout

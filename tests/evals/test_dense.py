@@ -1,5 +1,4 @@
-"""Segmentation and depth heads between their bounds, their parts against plain loops, and eval_dense.py as users call
-it."""
+"""Segmentation and depth heads between their bounds, their parts, and eval_dense.py in use."""
 
 import json
 import math
@@ -39,9 +38,8 @@ def test_segmentation_with_perfect_features_reaches_the_limit_and_chance_feature
     train, val = painted("mask", "train", 60), painted("mask", "val")
     perfect = linear_segmentation(Oracle(class_maps), train, [val], CPU, recipe=FAST, steps=250)
     assert perfect["miou"] >= 0.99 * perfect["limit"] > 0.6
-    assert (
-        linear_segmentation(Oracle(None), train, [val], CPU, recipe=FAST, **SHORT)["miou"] < 0.1
-    )  # all background is 0.07
+    # All background is 0.07.
+    assert linear_segmentation(Oracle(None), train, [val], CPU, recipe=FAST, **SHORT)["miou"] < 0.1
 
 
 def test_depth_with_perfect_features_reaches_the_limit_and_chance_features_do_not():
@@ -49,9 +47,8 @@ def test_depth_with_perfect_features_reaches_the_limit_and_chance_features_do_no
     recipe = replace(DEPTH, lrs=(3e-2, 1e-1), points=256)
     perfect = linear_depth(Oracle(depth_maps), train, [val], CPU, recipe=recipe, **SHORT)
     assert perfect["delta1"] >= 0.99 * perfect["limit"]["delta1"] > 0.7
-    assert (
-        perfect["rmse"] < 1.15 * perfect["limit"]["rmse"]
-    )  # the published loss weighs ratios, RMSE metres
+    # The published loss weighs ratios, RMSE metres.
+    assert perfect["rmse"] < 1.15 * perfect["limit"]["rmse"]
     chance = linear_depth(Oracle(None), train, [val], CPU, recipe=recipe, **SHORT)
     assert chance["rmse"] > 0.95 * chance["constant"] and chance["delta1"] < 0.3
 
@@ -120,12 +117,10 @@ def test_the_schedule_warms_up_then_falls_and_small_data_gets_few_steps():
     recipe = Recipe(
         (1.0,), 0, (0.9, 0.999), warmup=0.25, start=0.1, end=0.01, epochs=10, longest=1000
     )
-    assert schedule(0, recipe) == pytest.approx(0.1) and schedule(0.25, recipe) == pytest.approx(
-        1.0
-    )
-    assert schedule(0.625, recipe) == pytest.approx(0.505) and schedule(
-        1.0, recipe
-    ) == pytest.approx(0.01)
+    assert schedule(0, recipe) == pytest.approx(0.1)
+    assert schedule(0.25, recipe) == pytest.approx(1.0)
+    assert schedule(0.625, recipe) == pytest.approx(0.505)
+    assert schedule(1.0, recipe) == pytest.approx(0.01)
     assert [recipe.steps(n) for n in (4, 1000, 10**6)] == [300, 625, 1000]
 
 
@@ -197,13 +192,12 @@ def test_an_ignored_class_becomes_255_in_masks_only():
     options = ("mask", 32, 8, (0.5,) * 3, (0.5,) * 3)
     plain = Annotated(open_data("scenes?size=3"), *options)[1][1]
     ignored = Annotated(open_data("scenes?size=3"), *options, ignore=0)[1][1]
-    assert torch.equal(ignored == 255, plain == 0) and torch.equal(
-        ignored[plain > 0], plain[plain > 0]
-    )
+    assert torch.equal(ignored == 255, plain == 0)
+    assert torch.equal(ignored[plain > 0], plain[plain > 0])
 
 
 class Wide(ImageData):
-    """Non-square pictures of six channels and several sizes; the left part is class 1 and bright."""
+    """Non-square pictures of six channels, several sizes; the left part is class 1 and bright."""
 
     labels = np.zeros(6, np.int64)
 
@@ -251,12 +245,8 @@ def test_every_task_ends_with_one_line_of_json_in_colour_and_grey(task, model, t
     eval_dense.main([task, "--model", model, *DATA, *EVERY[task], "--output", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
-    assert (
-        len(lines) == 1
-        and result["task"] == task
-        and result["model"] == model
-        and result["n_val"] in (2, 4)
-    )
+    assert len(lines) == 1 and result["task"] == task and result["model"] == model
+    assert result["n_val"] in (2, 4)
     assert json.loads((tmp_path / f"{task}.json").read_text()) == result
     measure = {"segmentation": "miou", "depth": "delta1", "tracking": "jf"}.get(task)
     assert measure is None or 0 <= result[measure] <= 1

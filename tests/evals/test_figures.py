@@ -276,9 +276,8 @@ def test_a_point_of_the_original_is_found_in_its_patch(height, width, size):
         grid = tuple(side // 8 for side in fitted.shape[-2:])
         row, column = patch_at((x + 0.5, y + 0.5), "image", (height, width), size, grid, 8)
         light = fitted[0].unflatten(0, (-1, 8)).unflatten(2, (-1, 8)).sum(dim=(1, 3))
-        assert (
-            light.sum() < 1e-3 or light[row, column] > 0.3 * light.max()
-        )  # no light: the point is in the rim
+        # No light: the point is in the rim.
+        assert light.sum() < 1e-3 or light[row, column] > 0.3 * light.max()
     assert patch_at(None, "image", (height, width), size, grid, 8) == (grid[0] // 2, grid[1] // 2)
 
 

@@ -1,4 +1,4 @@
-"""Linear probes: the grid against autograd, bounds by perfect and by blind features, and every flag end to end."""
+"""Linear probes: the grid against autograd, perfect and blind features, every flag in use."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def prepared(spec: str, side: int = 16) -> EvalDataset:
 
 
 class Oracle(nn.Module):
-    """Knows the class of every image of some data, by its pixels; `blind` says the class of another image instead."""
+    """Gives the class of an image by its pixels; `blind` gives that of another image instead."""
 
     embed_dim, in_channels = 10, 3
 
@@ -74,9 +74,8 @@ def test_perfect_features_reach_one_and_the_probe_moves_no_random_state(scenes):
 
 
 def test_features_that_do_not_depend_on_the_image_stay_near_chance(scenes):
-    assert (
-        linear_probe(Oracle(*scenes, blind=True), *scenes, CPU) < 0.2
-    )  # ten classes; the best of 36 heads
+    # Ten classes; the best of 36 heads.
+    assert linear_probe(Oracle(*scenes, blind=True), *scenes, CPU) < 0.2
 
 
 def test_logistic_regression_has_the_same_bounds(scenes):
@@ -169,9 +168,8 @@ def test_a_head_that_diverges_scores_nothing_and_leaves_the_others_alone():
     for grid in (alone, both):
         fit_heads(grid, cached_batches(rows, labels, 40, CPU), 30)
     scores = both.accuracies(rows, labels)
-    assert scores[Head(1, True, 1e41)] == 0 and math.isfinite(
-        float(both.classifier(Head(1, True, 0.1))(rows).sum())
-    )
+    assert scores[Head(1, True, 1e41)] == 0
+    assert math.isfinite(float(both.classifier(Head(1, True, 0.1))(rows).sum()))
     assert scores[Head(1, True, 0.1)] == alone.accuracies(rows, labels)[Head(1, True, 0.1)] > 0.4
 
 
@@ -194,17 +192,13 @@ def test_batches_show_every_row_once_an_epoch_in_an_order_of_its_own():
     rows, labels = torch.arange(12.0)[:, None], torch.arange(12)
     batches = cached_batches(rows, labels, 4, CPU, seed=1)
     epochs = [torch.cat([next(batches)[1] for _ in range(3)]) for _ in range(2)]
-    assert all(sorted(epoch.tolist()) == list(range(12)) for epoch in epochs) and not torch.equal(
-        *epochs
-    )
+    assert all(sorted(epoch.tolist()) == list(range(12)) for epoch in epochs)
+    assert not torch.equal(*epochs)
 
 
 def test_length_follows_the_size_of_the_data_up_to_the_published_one():
-    assert (
-        default_steps(4) == 1000
-        and default_steps(50_000) == 3906
-        and default_steps(1_281_167) == 12_500
-    )
+    assert default_steps(4) == 1000 and default_steps(50_000) == 3906
+    assert default_steps(1_281_167) == 12_500
     assert default_steps(1_281_167, 1024, 100, None) == 125_113
 
 
@@ -279,9 +273,8 @@ def test_corrupted_items_are_the_same_on_every_call_and_keep_label_and_normalisa
     noisy = Corrupted(items, "noise", 5)
     assert torch.equal(noisy[1][0], noisy[1][0]) and noisy[1][1] == items[1][1] and len(noisy) == 3
     mild = Corrupted(items, "jpeg", 1)[2][0]
-    assert float((mild - items[2][0]).abs().mean()) < 0.3 and not torch.equal(
-        noisy[0][0] - items[0][0], noisy[1][0] - items[1][0]
-    )
+    assert float((mild - items[2][0]).abs().mean()) < 0.3
+    assert not torch.equal(noisy[0][0] - items[0][0], noisy[1][0] - items[1][0])
     with pytest.raises(ValueError, match="noise, blur, contrast, jpeg"):
         corrupt(torch.zeros(3, 8, 8), "fog", 1, torch.Generator())
 
@@ -365,7 +358,7 @@ def test_shots_take_so_many_of_each_class_and_all_of_a_rare_one():
 
 @pytest.fixture
 def folders(tmp_path) -> dict[str, Path]:
-    """Grey images: `dark` and `light` to learn from; another set that also has a class unknown to training."""
+    """Grey images, `dark` and `light`; another set also has a class unknown to training."""
     rng = np.random.default_rng(0)
     sets = {
         "train": {"dark": 20, "light": 230},

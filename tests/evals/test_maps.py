@@ -1,4 +1,4 @@
-"""Maps: colours free of chance, attention as the model computes it, tokens that do not depend on the window."""
+"""Maps: colours free of chance, attention as the model computes it, tokens through windows."""
 
 import numpy as np
 import pytest
@@ -97,12 +97,10 @@ def test_a_pca_picture_lies_row_by_row_on_a_grid_that_is_not_square():
     patches = torch.stack([30 * rows, columns, torch.zeros(4, 7)], dim=-1).flatten(0, 1)
     picture = pca_image(patches, (4, 7), pca_basis(patches)).astype(int)
     assert picture.shape == (4, 7, 3)
-    assert (np.diff(picture[..., 0], axis=0) > 0).all() and (
-        np.diff(picture[..., 0], axis=1) == 0
-    ).all()
-    assert (np.diff(picture[..., 1], axis=1) > 0).all() and (
-        np.diff(picture[..., 1], axis=0) == 0
-    ).all()
+    assert (np.diff(picture[..., 0], axis=0) > 0).all()
+    assert (np.diff(picture[..., 0], axis=1) == 0).all()
+    assert (np.diff(picture[..., 1], axis=1) > 0).all()
+    assert (np.diff(picture[..., 1], axis=0) == 0).all()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -135,7 +133,8 @@ def eager_attention(qkv, heads):
     "channels, registers, size", [(3, 0, (32, 32)), (1, 2, (24, 40)), (6, 4, (16, 56))]
 )
 def test_attention_equals_eager_softmax_and_its_rows_sum_to_one(layer, channels, registers, size):
-    options = f"embed_dim=32&depth=3&num_heads=2&patch_size=8&registers={registers}&in_channels={channels}"
+    options = "embed_dim=32&depth=3&num_heads=2&patch_size=8"
+    options += f"&registers={registers}&in_channels={channels}"
     backbone = load_backbone(f"random:vit_nano?{options}")
     torch.nn.init.normal_(backbone.blocks[layer].attn.qkv.weight, std=0.5)  # far from uniform
     projected = []

@@ -96,14 +96,13 @@ def test_perfect_features_reach_what_pooled_ground_truth_reaches_and_chance_feat
     train, val = painted("mask", "train", 100), painted("mask", "val")
     perfect = patch_knn_segmentation(Oracle(class_maps), train, val, CPU)
     counts = 0
-    for image, mask, _ in val:
+    for _, mask, _ in val:
         maps = F.interpolate(F.avg_pool2d(class_maps(mask), 8)[None], mask.shape, mode="bilinear")
         counts = counts + confusion(maps[0].argmax(0), mask)
     assert perfect["limit"] == pytest.approx(mean_iou(counts)[0])
     assert perfect["miou"] >= 0.99 * perfect["limit"] > 0.6
-    assert (
-        patch_knn_segmentation(Oracle(None), train, val, CPU)["miou"] < 0.1
-    )  # all background is 0.07
+    # All background is 0.07.
+    assert patch_knn_segmentation(Oracle(None), train, val, CPU)["miou"] < 0.1
 
 
 def test_patch_knn_leaves_random_state_alone_and_repeats():
@@ -111,9 +110,8 @@ def test_patch_knn_leaves_random_state_alone_and_repeats():
     data = Annotated(open_data("scenes?size=6"), "mask", 32, 8, (0.5,) * 3, (0.5,) * 3)
     state = torch.get_rng_state()
     first, second = (patch_knn_segmentation(backbone, data, data, CPU, bank=60) for _ in range(2))
-    assert (
-        torch.equal(torch.get_rng_state(), state) and first == second and first["n_patches"] == 60
-    )
+    assert torch.equal(torch.get_rng_state(), state) and first == second
+    assert first["n_patches"] == 60
 
 
 def smooth(noise: float = 0.0, count: int = 4, side: int = 8) -> Features:
@@ -128,9 +126,8 @@ def smooth(noise: float = 0.0, count: int = 4, side: int = 8) -> Features:
 
 def test_locality_is_high_for_smooth_maps_and_falls_with_noise_to_a_half():
     values = [patch_locality(smooth(noise)) for noise in (0.0, 0.5, 1.5, 50.0)]
-    assert (
-        values[0] > 0.9 and values == sorted(values, reverse=True) and abs(values[-1] - 0.5) < 0.05
-    )
+    assert values[0] > 0.9 and values == sorted(values, reverse=True)
+    assert abs(values[-1] - 0.5) < 0.05
 
 
 def test_locality_equals_a_loop_over_pairs_and_ignores_a_part_common_to_all_tokens():

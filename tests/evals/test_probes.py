@@ -1,4 +1,4 @@
-"""The k-NN vote against a loop over images, and features that do not depend on how they are batched."""
+"""The k-NN vote against a loop over images; features do not depend on the batches."""
 
 import math
 
@@ -86,9 +86,8 @@ def test_health_of_hand_made_targets_and_features():
     assert healthy["health/effective_rank"] == pytest.approx(4)
     assert health(uniform, independent)["health/teacher_entropy"] == pytest.approx(1)
     dead = health(collapsed, torch.ones(8, 4))
-    assert dead["health/prototype_use"] == pytest.approx(0.25) and dead[
-        "health/feature_std"
-    ] == pytest.approx(0, abs=1e-6)
+    assert dead["health/prototype_use"] == pytest.approx(0.25)
+    assert dead["health/feature_std"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_largest_by_groups_are_those_of_topk():
