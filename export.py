@@ -1,11 +1,12 @@
-"""Weights for the software of others: Hugging Face, timm, Meta's code, ONNX; each with a model card.
+"""Weights for other software: Hugging Face, timm, Meta's code and ONNX, each with a model card.
 
-    python export.py --model runs/quickstart --format hf --output exported/hf      # transformers.AutoModel.from_pretrained
-    python export.py --model runs/quickstart --format timm --output exported/timm  # timm.create_model("local-dir:...")
-    python export.py --model runs/quickstart --format meta --output exported/meta  # backbone.pth with the authors' names
+    python export.py --model runs/quickstart --format hf --output exported/hf
+    python export.py --model runs/quickstart --format timm --output exported/timm
+    python export.py --model runs/quickstart --format meta --output exported/meta
     python export.py --model runs/quickstart --format onnx --output exported/onnx --dynamic-batch
 
-What a format cannot hold is named on standard error and in the card. A model without a counterpart in a format is refused.
+What a format cannot hold is named on standard error and in the card. A model without a counterpart
+in a format is refused.
 """
 
 import argparse
@@ -25,15 +26,20 @@ from models.weights.load import find_weights, load_backbone
 from models.weights.save import FORMATS, write_backbone
 
 OPENED_BY = {
-    "hf": 'transformers.AutoModel.from_pretrained("FOLDER")\ntransformers.AutoImageProcessor.from_pretrained("FOLDER")',
+    "hf": 'transformers.AutoModel.from_pretrained("FOLDER")\n'
+    'transformers.AutoImageProcessor.from_pretrained("FOLDER")',
     "timm": 'timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)',
-    "meta": 'torch.load("FOLDER/backbone.pth", weights_only=True)  # the state_dict of the authors\' VisionTransformer',
+    "meta": 'torch.load("FOLDER/backbone.pth", weights_only=True)  '
+    "# the state_dict of the authors' VisionTransformer",
     "own": 'models.load_backbone("FOLDER")',
-    "onnx": 'onnxruntime.InferenceSession("FOLDER/model.onnx").run(None, {"images": images})  # (B, C, H, W)',
+    "onnx": 'onnxruntime.InferenceSession("FOLDER/model.onnx")'
+    '.run(None, {"images": images})  # (B, C, H, W)',
 }
-# Of the weights that a model may have started from, by what their names contain; the first that fits.
+# Of the weights that a model may have started from, by what their names contain; the first that
+# fits.
 LICENSES = {
-    "dinov3": "DINOv3 License (https://ai.meta.com/resources/models-and-libraries/dinov3-license/), which binds derived weights too",
+    "dinov3": "DINOv3 License (https://ai.meta.com/resources/models-and-libraries/"
+    "dinov3-license/), which binds derived weights too",
     "dinov2": "Apache-2.0",
     "dino": "Apache-2.0",
 }
@@ -87,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         size = tuple(arguments.size or preprocessing.size)
         if len(size) > 2 or min(size) < 1:
             raise UserError(
-                f"--size is {' '.join(map(str, size))}; give one number, or height and width, in pixels"
+                f"--size is {' '.join(map(str, size))}; give one number, or height and width, in "
+                "pixels"
             )
         result |= write_onnx(
             backbone,
@@ -112,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
 def write_onnx(
     backbone: nn.Module, folder: Path, size: tuple[int, int], opset: int, dynamic_batch: bool
 ) -> dict[str, Any]:
-    """model.onnx with the outputs cls, registers (if there are any) and patches; compared with onnxruntime where that is installed.
+    """model.onnx with the outputs cls, registers (if there are any) and patches; compared with
+    onnxruntime where that is installed.
 
     Raises:
         ImportError: if what torch.onnx needs is not installed.
@@ -121,7 +129,8 @@ def write_onnx(
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
-                f"--format onnx needs the package {package}, which is not installed: pip install onnx onnxscript"
+                f"--format onnx needs the package {package}, which is not installed: pip install "
+                "onnx onnxscript"
             )
     if opset < 18:
         raise UserError(f"--opset is {opset}; it must be at least 18")
@@ -163,7 +172,9 @@ def write_onnx(
 
 @torch.no_grad()
 def onnx_error(path: Path, model: nn.Module, images: Tensor) -> float | None:
-    """The largest deviation of onnxruntime's outputs over the largest number in ours, None if it is not installed."""
+    """The largest deviation of onnxruntime's outputs over the largest number in ours, None if it is
+    not installed.
+    """
     if importlib.util.find_spec("onnxruntime") is None:
         print(f"{path} was not compared: the package onnxruntime is not installed", file=sys.stderr)
         return None
@@ -177,13 +188,16 @@ def onnx_error(path: Path, model: nn.Module, images: Tensor) -> float | None:
     error = max(((theirs - ours).abs().max() / ours.abs().max()).item() for theirs, ours in pairs)
     if not error < 1e-3:
         raise UserError(
-            f"{path}: onnxruntime deviates from this backbone by {error:.1e} of the largest number, more than 1e-3"
+            f"{path}: onnxruntime deviates from this backbone by {error:.1e} of the largest "
+            "number, more than 1e-3"
         )
     return error
 
 
 def model_card(spec: str, format: str, backbone: nn.Module, notes: list[str]) -> str:
-    """README.md: how to open the files, how images are prepared, what the model was trained on, whose weights it started from."""
+    """README.md: how to open the files, how images are prepared, what the model was trained on,
+    whose weights it started from.
+    """
     recipe = run_config(spec)
     start = recipe.get("init") or ("none" if recipe else spec)
     known = (text for name, text in LICENSES.items() if name in str(start).lower())
@@ -198,8 +212,10 @@ def model_card(spec: str, format: str, backbone: nn.Module, notes: list[str]) ->
         "Trained on": f"`{data}`",
         "Started from": f"`{start}`",
         "Licence of the starting weights": license,
-        "Images": f"values in [0, 1]; short side to {preprocessing.resize} pixels ({preprocessing.interpolation}), centre crop "
-        f"{' x '.join(map(str, preprocessing.size))}, mean {preprocessing.mean}, std {preprocessing.std}",
+        "Images": f"values in [0, 1]; short side to {preprocessing.resize} pixels "
+        f"({preprocessing.interpolation}), centre crop "
+        f"{' x '.join(map(str, preprocessing.size))}, mean {preprocessing.mean}, std "
+        f"{preprocessing.std}",
         "Not held by this format": "; ".join(notes) or "nothing is lost",
     }
     lines = [f"- {title}: {text}" for title, text in facts.items()]

@@ -182,7 +182,8 @@ def apply_lora(
     rank · (in + out) parameters.
 
     Args:
-        targets: as in `freeze_for`: ["q", "v"], ["qkv", "proj", "fc1", "fc2"], ["blocks.1*.attn.v"].
+        targets: as in `freeze_for`: ["q", "v"], ["qkv", "proj", "fc1", "fc2"],
+            ["blocks.1*.attn.v"].
         alpha: over `rank`, the factor of the adapters.
         dropout: in [0, 1), of the adapters' inputs.
 
@@ -194,7 +195,8 @@ def apply_lora(
         raise UserError(f"the rank of adapters is {rank!r}; it must be a whole number from 1 on")
     if alpha <= 0 or not 0 <= dropout < 1:
         raise UserError(
-            f"alpha {alpha} and dropout {dropout} of adapters; alpha must be above 0 and dropout in "
+            f"alpha {alpha} and dropout {dropout} of adapters; alpha must be above 0 and dropout "
+            "in "
             "[0, 1)"
         )
     backbone.requires_grad_(False)

@@ -1,4 +1,6 @@
-"""Backbone and projection heads behind ONE forward (DDP and FSDP need one), and the teacher's update."""
+"""Backbone and projection heads behind ONE forward (DDP and FSDP need one), and the teacher's
+update.
+"""
 
 import copy
 from collections.abc import Callable, Iterable
