@@ -1,24 +1,37 @@
-"""The machinery behind engine.config: YAML files with `base:`, `key=value` overrides, conversion by declared type.
+"""Configurations as files and dataclasses: YAML with `base:`, `key=value`, types, rules, changes.
 
-It knows dataclasses, not what they are for; every mistake is one sentence that names the key and what is allowed.
+Nothing here knows a key by its meaning, but for the lengths of a run and its stages.
+Every mistake is one sentence that names the key and what is allowed.
 """
 
 import dataclasses
-import difflib
+import math
 import platform
 import subprocess
 import types
 import typing
+from collections.abc import Callable
 from functools import reduce
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
+from engine.keys import all_keys, dotted, is_union, notes, sections_of, suggestion
 from errors import UserError
 
+if TYPE_CHECKING:
+    from engine.config import TrainConfig
+
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+# Three words for one thing: a layer that gives one, or steps of stages, replaces those below.
+ONE_OF = ("total_steps", "epochs", "images")
+KINDS = {
+    **{int: "a whole number", float: "a number", bool: "true or false", str: "text"},
+    **{list: "a list such as [0.1, 0.5]", dict: "names and their keys", types.NoneType: "null"},
+}
+Config = TypeVar("Config")  # a dataclass
 
 
 def free(default: Any) -> Any:
@@ -26,11 +39,11 @@ def free(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"free": True})
 
 
-def section(cls: type) -> Any:
-    return dataclasses.field(default_factory=cls)
+def section(factory: Callable[[], Any], free: bool = False) -> Any:
+    return dataclasses.field(default_factory=factory, metadata={"free": free})
 
 
-# ----------------------------------------------------------------- from YAML and the command line to dataclasses
+# ----------------------------------------------------------------- files and the command line
 
 
 def find_config(name: str) -> Path:
@@ -43,25 +56,22 @@ def find_config(name: str) -> Path:
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[dict]:
-    """The file's keys after those of its `base:` (relative to the file, or in `configs/`; or a list, such as of a model's recipe
-    and of continue.yaml): layers, the last one wins.
+    """The file's keys after those of its `base:`: layers, the last one wins.
 
-    Args:
-        above: the files whose base this is.
+    `base:` is a file or a list of files, relative to this one or in `configs/`; `above` are the
+    files whose base this is.
     """
     if path.resolve() in above:
         raise UserError(f"{path} is its own base, by way of {', '.join(map(str, above))}")
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except (
-        yaml.YAMLError,
-        ValueError,
-    ) as error:  # ValueError: no text, or `2020-99-99` and `!!float x`
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no text, or `2020-99-99`
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values")
-    bases, layers = values.pop("base", None), []
-    for base in bases if isinstance(bases, list) else [] if bases is None else [bases]:
+    bases = values.pop("base", None) or []
+    layers = []
+    for base in bases if isinstance(bases, list) else [bases]:
         beside = path.parent / str(base)
         below = beside if beside.is_file() else find_config(str(base))
         layers += read_yaml(below, (*above, path.resolve()))
@@ -72,9 +82,8 @@ def parse_override(argument: str) -> dict:
     """ "a.b=1" as {"a": {"b": 1}}."""
     key, equals, text = argument.partition("=")
     if not equals or not key:
-        raise UserError(
-            f"cannot read {argument!r}: write key=value, for example optim.clip_grad=1.0"
-        )
+        example = "write key=value, for example optim.clip_grad=1.0"
+        raise UserError(f"cannot read {argument!r}: {example}")
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
@@ -84,206 +93,151 @@ def parse_override(argument: str) -> dict:
     return value
 
 
-ONE_OF = (
-    "total_steps",
-    "epochs",
-    "images",
-)  # three words for one thing: a layer that gives one, or steps of stages, replaces them
-
-
 def merge(below: Any, above: Any) -> Any:
     """Deep merge of mappings, `above` wins."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     stages = above.get("stages")
     stages = stages.values() if isinstance(stages, dict) else ()
-    if any(above.get(name) is not None for name in ONE_OF) or any(
-        isinstance(stage, dict) and "steps" in stage for stage in stages
-    ):
+    gives_steps = any(isinstance(stage, dict) and "steps" in stage for stage in stages)
+    if gives_steps or any(above.get(name) is not None for name in ONE_OF):
         below = {key: value for key, value in below.items() if key not in ONE_OF}
-    return below | {
-        key: merge(below[key], value) if key in below else value for key, value in above.items()
-    }
+    both = {key: merge(below[key], above[key]) for key in above if key in below}
+    return below | above | both
 
 
-def write_out(cls: type, values: Any, path: str = "") -> Any:
-    """Replaces short forms (a schedule given as a number) by the mapping that they stand for, so that layers merge.
+# ----------------------------------------------------------------- to dataclasses
+
+
+def write_out(cls: type, values: Any, path: str = "") -> dict:
+    """Replaces short forms (a schedule given as a number) by their mapping, so that layers merge.
 
     A section that holds none is refused here, where no layer above it can hide the mistake.
     """
     values = cls.shorthand(values) if hasattr(cls, "shorthand") else values
     if not isinstance(values, dict):
         raise UserError(f"{path} is a section, not the value {values!r}")
-    inner = {key: _without_none(hint) for key, hint in typing.get_type_hints(cls).items()}
-    written = {}
+    sections, written = sections_of(cls), dict(values)
     for key, value in values.items():
-        is_section = dataclasses.is_dataclass(inner.get(key)) and value is not None
-        written[key] = (
-            write_out(inner[key], value, f"{path}.{key}" if path else str(key))
-            if is_section
-            else value
-        )
+        if key in sections and value is not None:
+            written[key] = write_out(sections[key], value, dotted(path, key))
     return written
 
 
 def build(
-    cls: type, values: Any, path: str = "", default: Any = None, root: type | None = None
-) -> Any:
-    """A dataclass from nested mappings; unknown keys and wrong types are refused with the nearest valid key.
+    cls: type[Config],
+    values: Any,
+    path: str = "",
+    default: Config | None = None,
+    root: type | None = None,
+) -> Config:
+    """A dataclass from nested mappings; unknown keys and wrong types are refused.
 
     Args:
         default: an instance that gives what `values` leaves out; that of `cls()` otherwise.
+        root: the whole configuration's class, in which the nearest valid key is looked for.
     """
     if not isinstance(values, dict):
         raise UserError(f"{path} is a section, not the value {values!r}")
-    hints, root, default = typing.get_type_hints(cls), root or cls, default or cls()
+    hints, sections = typing.get_type_hints(cls), sections_of(cls)
+    root, default = root or cls, default or cls()
     arguments = {}
     for key, value in values.items():
-        full = f"{path}.{key}" if path else str(key)
+        full = dotted(path, key)
         if key not in hints:
-            raise UserError(f"unknown key {full}{_suggestion(root, str(key), path)}")
-        inner = _without_none(hints[key])
-        if dataclasses.is_dataclass(inner) and value is not None:
-            arguments[key] = build(inner, value, full, getattr(default, key), root)
+            raise UserError(f"unknown key {full}{suggestion(all_keys(root), path, str(key))}")
+        if key in sections and value is not None:
+            arguments[key] = build(sections[key], value, full, getattr(default, key), root)
         else:
             arguments[key] = convert(value, hints[key], full)
     return dataclasses.replace(default, **arguments)
 
 
-def _suggestion(root: type, key: str, path: str) -> str:
-    """'; did you mean ...?', over the whole tree so that a key in the wrong section is found too."""
-    keys = all_keys(root)
-    full = f"{path}.{key}" if path else key
-    near = [name for name in keys if name.split(".")[-1] == key][
-        :1
-    ]  # the right key in the wrong section
-    near = near or difflib.get_close_matches(full, keys, n=1, cutoff=0.6)
-    near = near or difflib.get_close_matches(
-        key, [name.split(".")[-1] for name in keys], n=1, cutoff=0.5
-    )
-    return (
-        f"; did you mean {near[0]}?"
-        if near
-        else f"; the keys here are {', '.join(n for n in keys if n.rpartition('.')[0] == path)}"
-    )
-
-
-def all_keys(cls: type, path: str = "") -> list[str]:
-    """Every key and section below `cls`, dotted."""
-    keys = []
-    for name, hint in typing.get_type_hints(cls).items():
-        full = f"{path}.{name}" if path else name
-        keys.append(full)
-        inner = _without_none(hint)
-        if dataclasses.is_dataclass(inner):
-            keys += all_keys(inner, full)
-    return keys
-
-
-def _without_none(hint: Any) -> Any:
-    options = [option for option in typing.get_args(hint) if option is not type(None)]
-    return (
-        options[0]
-        if typing.get_origin(hint) in (Union, types.UnionType) and len(options) == 1
-        else hint
-    )
-
-
 def convert(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the declared type (YAML reads 1e-3 as text and `on` as a bool), or one sentence."""
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
+    """`value` as the declared type; YAML reads 1e-3 as text and `on` as a bool."""
+    kind, options = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if is_union(hint):
         return _convert_union(value, options, name)
-    if origin is Literal:
-        value = (
-            {False: "none", None: "none"}.get(value, value)
-            if isinstance(value, (bool, type(None)))
-            else value
-        )
-        if value not in options:
-            raise UserError(
-                f"{name} is {value!r}; it must be one of {', '.join(map(str, options))}"
-            )
-        return value
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"{name} is {value!r}; it must hold names and their keys")
-        return value
-    if origin is list:
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"{name} is {value!r}; it must be a list such as [0.1, 0.5]")
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, name)
+    if kind is Literal:
+        value = "none" if value is None or value is False else value
+        if value in options:
+            return value
+        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(map(str, options))}")
+    if kind is list and isinstance(value, (list, tuple)):
         return [convert(item, options[0], name) for item in value]
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, name, root=hint)
-    return _convert_scalar(value, hint, name)
+    if kind in (bool, dict, types.NoneType) and isinstance(value, kind):
+        return value
+    if kind is str and isinstance(value, (str, int, float, Path)) and not isinstance(value, bool):
+        return str(value)
+    number = _finite(value) if kind in (int, float) else None
+    if number is not None and (kind is float or number == int(number)):
+        return kind(number)
+    raise UserError(f"{name} is {value!r}; it must be {KINDS[kind]}")
 
 
 def _convert_union(value: Any, options: tuple, name: str) -> Any:
-    if value is None and type(None) in options:
-        return None
     errors = []
     for option in options:
-        if option is not type(None):
-            try:
-                return convert(value, option, name)
-            except UserError as error:
-                errors.append(error)
+        try:
+            return convert(value, option, name)
+        except UserError as error:
+            errors.append(error)
     raise errors[0]
 
 
-def _convert_scalar(value: Any, hint: type, name: str) -> Any:
-    if hint is str and isinstance(value, (str, int, float, Path)) and not isinstance(value, bool):
-        return str(value)
-    if hint is bool and isinstance(value, bool):
-        return value
-    if (
-        hint in (int, float)
-        and isinstance(value, (int, float, str))
-        and not isinstance(value, bool)
-    ):
-        try:
-            number = float(value)
-        except ValueError:
-            number = float("nan")
-        if number - number == 0 and (
-            hint is float or number == int(number)
-        ):  # neither nan nor infinite
-            return (
-                hint(number)
-                if hint is float or abs(number) > 2**53 or isinstance(value, str)
-                else int(value)
-            )
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-    raise UserError(f"{name} is {value!r}; it must be {words}")
+def _finite(value: Any) -> float | None:
+    """The number that `value` is or spells, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
-# ----------------------------------------------------------------- back to YAML, and what may change
+def check_rules(section: Any, path: str = "") -> None:
+    """Raises UserError for the first value of a dataclass, or below it, that breaks its rule."""
+    values = vars(section)  # without getattr, so that a test can see who reads a key
+    for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
+        full, value = dotted(path, name), values[name]
+        for rule in notes(hint)[0]:
+            if value is not None and not rule.holds(value):
+                raise UserError(f"{full} is {value}; it must be {rule.words}")
+        for inner in value if isinstance(value, list) else [value]:
+            if dataclasses.is_dataclass(inner):
+                check_rules(inner, full)
 
 
-def to_dict(cfg: Any) -> dict:
-    """Nested plain values, in the order of declaration."""
-    return {name: _plain(value) for name, value in vars(cfg).items()}
+# ----------------------------------------------------------------- to YAML, and what may change
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return to_dict(value) if dataclasses.is_dataclass(value) else value
+def to_dict(values: Any) -> Any:
+    """Nested plain values of a dataclass, in the order of declaration."""
+    if isinstance(values, list):
+        return [to_dict(item) for item in values]
+    if not dataclasses.is_dataclass(values):
+        return values
+    return {name: to_dict(value) for name, value in vars(values).items()}
 
 
 def to_yaml(cfg: Any, header: str = "") -> str:
     comment = "".join(f"# {line}\n" for line in header.splitlines())
-    return comment + yaml.safe_dump(
-        to_dict(cfg), sort_keys=False, default_flow_style=None, width=110
-    )
+    layout = {"sort_keys": False, "default_flow_style": None, "width": 110}
+    return comment + yaml.safe_dump(to_dict(cfg), **layout)
 
 
-def changed_keys(old: Any, new: Any, path: str = "", all_fields: bool = False) -> list[str]:
+def changed_keys(old: Config, new: Config, path: str = "", all_fields: bool = False) -> list[str]:
     """Keys that belong to the result (or all) and differ, with both values."""
     changes = []
     for item in dataclasses.fields(new):
-        full = f"{path}.{item.name}" if path else item.name
-        before, after = getattr(old, item.name), getattr(new, item.name)
+        full, before, after = (
+            dotted(path, item.name),
+            getattr(old, item.name),
+            getattr(new, item.name),
+        )
         if dataclasses.is_dataclass(after) and dataclasses.is_dataclass(before):
             changes += changed_keys(before, after, full, all_fields)
         elif before != after and (all_fields or not item.metadata.get("free")):
@@ -291,56 +245,44 @@ def changed_keys(old: Any, new: Any, path: str = "", all_fields: bool = False) -
     return changes
 
 
-def refuse_changes(cfg: Any, saved: Path) -> None:
-    """Raises UserError if `cfg` would change the result of the run whose configuration stands in `saved`."""
-    old = build(
-        type(cfg), reduce(merge, (write_out(type(cfg), layer) for layer in read_yaml(saved)), {})
-    )
+def refuse_changes(cfg: "TrainConfig", saved: Path) -> None:
+    """Raises UserError if `cfg` would change the result of the run that was begun with `saved`."""
+    layers = (write_out(type(cfg), layer) for layer in read_yaml(saved))
+    old = build(type(cfg), reduce(merge, layers, {}))
     changes = changed_keys(old, cfg) + changed_stages(old.stages, cfg.stages)
     if cfg.stages and old.total_steps != cfg.total_steps:
-        changes.append(
-            f"total_steps ({old.total_steps} -> {cfg.total_steps}; a run with stages grows by its last stage)"
-        )
+        lengths = f"{old.total_steps} -> {cfg.total_steps}"
+        changes.append(f"total_steps ({lengths}; a run with stages grows by its last stage)")
     if changes:
-        raise UserError(
-            f"{saved.parent} was begun with other settings: {', '.join(changes)}; give the old ones, another output_dir, or overwrite=true"
-        )
+        remedy = "give the old ones, another output_dir, or overwrite=true"
+        begun = f"{saved.parent} was begun with other settings"
+        raise UserError(f"{begun}: {', '.join(changes)}; {remedy}")
 
 
 def changed_stages(old: dict | None, new: dict | None) -> list[str]:
-    """What may not change in a run that has begun: anything but a longer last stage, or further ones."""
+    """What may not change in a run that has begun: all but a longer last stage, or further ones."""
     if old is None or new is None:
-        return (
-            []
-            if old == new
-            else ["stages (there were none)" if old is None else "stages (left out)"]
-        )
-    changes = [
-        f"stages.{name} (left out or moved)"
-        for name, then in zip(old, [*new, *[None] * len(old)])
-        if name != then
-    ]
-    for number, name in enumerate(old, 1):
-        before, after = dict(old[name]), dict(new.get(name, old[name]))
-        steps = before.pop("steps", None), after.pop("steps", None)
-        if before != after:
-            changes.append(f"stages.{name} ({before} -> {after})")
-        elif steps[0] != steps[1] and (number < len(old) or steps[1] < steps[0]):
-            changes.append(
-                f"stages.{name}.steps ({steps[0]} -> {steps[1]}; only the last stage may grow)"
-            )
+        words = "stages (there were none)" if old is None else "stages (left out)"
+        return [] if old == new else [words]
+    if list(new)[: len(old)] != list(old):
+        return [f"stages ({', '.join(old)} -> {', '.join(new)}; none may be left out or moved)"]
+    changes = []
+    for number, (name, before) in enumerate(old.items(), 1):
+        steps, then = before.get("steps"), new[name].get("steps")
+        may_grow = number == len(old) and then >= steps
+        if before != new[name] | {"steps": steps} or not (steps == then or may_grow):
+            given = f"{before} -> {new[name]}; only the last stage may grow"
+            changes.append(f"stages.{name} ({given})")
     return changes
 
 
 def provenance() -> str:
-    """When, from which commit and with which versions: the header of config.yaml."""
+    """The commit and the versions of what computes: the header of config.yaml."""
     packages = ("torch", "torchvision", "timm", "numpy")
     versions = "  ".join(f"{name} {metadata.version(name)}" for name in packages)
-    folder = Path(__file__).resolve().parent
+    command = ["git", "describe", "--always", "--dirty"]
     try:
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True
-        )
+        git = subprocess.run(command, cwd=CONFIG_FOLDER, capture_output=True, text=True)
         commit = git.stdout.strip() or "unknown"
     except OSError:  # no git on this machine
         commit = "unknown"
