@@ -1,12 +1,12 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) and freezing: what of a backbone trains, and who shares the rest.
+"""Low-rank adapters (LoRA, arXiv 2106.09685), freezing, and sharing of frozen weights.
 
-A linear layer y = W x + b becomes y = W x + b + alpha / rank · B A x, in which only A (rank, in) and B (out, rank)
-train. B starts at 0, so nothing changes at first. The layers stay in place under their names: W is still
-`....qkv.weight`, its adapters are `....qkv.lora_q.a`, `.b` and so on.
+A linear layer y = W x + b becomes y = W x + b + alpha / rank · B A x, in which only A (rank, in)
+and B (out, rank) train. B starts at 0, so nothing changes at first. The layers stay in place and
+keep their names: W is still `....qkv.weight`, its adapters are `....qkv.lora_q.a`, `.b` and so on.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -18,7 +18,8 @@ from models.checks import check_choice
 from models.layers import KeyMaskedLinear
 
 MODES = ("full", "lora", "partial")
-# Layers that are several in one matrix, by the last part of their names: equal shares of the rows, adapted one by one.
+# Layers that fuse several in one matrix, by the last part of their names. Each takes an equal
+# share of the rows and has an adapter of its own.
 FUSED = {"qkv": ("q", "k", "v"), "w12": ("w1", "w2")}
 DEFAULT_TARGETS = ("q", "v")  # as LoRA's authors, section 4.2 on
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -40,9 +41,8 @@ class Adapter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(
-            self.a, a=5**0.5
-        )  # ±1/√in, as the authors' code; the paper says Gaussian
+        # ±1/√in, as in the authors' code; the paper says Gaussian.
+        nn.init.kaiming_uniform_(self.a, a=5**0.5)
         nn.init.zeros_(self.b)
 
     def product(self) -> Tensor:
@@ -57,9 +57,9 @@ class Adapter(nn.Module):
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer whose own weights do not train, with an `Adapter` for all rows, for parts of them, or none."""
+    """A linear layer whose own weights do not train, with an `Adapter` for each part, or none."""
 
-    # Set by `apply_lora`. Adapters in the order of the parts they add to; one part where the layer is not fused.
+    # Names of the adapters, in the order of the rows; one where the layer is not fused.
     parts: tuple[str, ...] = ("lora",)
 
     @property
@@ -68,16 +68,21 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
-            x = x.to(
-                torch.get_autocast_dtype(x.device.type)
-            )  # once: each adapter would keep a cast of its own
+            # Once: each adapter would keep a cast of its own.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         y = frozen_linear(x, self.weight, self.acting_bias)
-        adapters = [getattr(self, part, None) for part in self.parts]
+        adapters = self.adapters()
         if not any(adapters):
             return y
-        rows = y.chunk(len(self.parts), dim=-1)
-        rows = [own if adapter is None else adapter(x, own) for own, adapter in zip(rows, adapters)]
+        rows = list(y.chunk(len(adapters), dim=-1))
+        for index, adapter in enumerate(adapters):
+            if adapter is not None:
+                rows[index] = adapter(x, rows[index])
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
+
+    def adapters(self) -> list[Adapter | None]:
+        """One for each part, None where a part has none."""
+        return [getattr(self, part, None) for part in self.parts]
 
 
 class FrozenKeyMaskedLinear(FrozenLinear, KeyMaskedLinear):
@@ -88,7 +93,8 @@ class FrozenKeyMaskedLinear(FrozenLinear, KeyMaskedLinear):
         return self.bias * self.bias_mask
 
 
-# A layer changes its class and stays the same object, so names, hooks, device and the optimiser's references hold.
+# A layer changes its class and stays the same object. So names, hooks, device and references of
+# the optimizer hold.
 FROZEN = {nn.Linear: FrozenLinear, KeyMaskedLinear: FrozenKeyMaskedLinear}
 PLAIN = {frozen: plain for plain, frozen in FROZEN.items()}
 
@@ -96,8 +102,8 @@ PLAIN = {frozen: plain for plain, frozen in FROZEN.items()}
 class _Recast(torch.autograd.Function):
     """A linear layer that casts its weight again in the backward pass.
 
-    Autocast keeps one cast of a weight that trains, but makes a new one of a frozen weight in every call, and the graph
-    holds them all: 1.1 GiB for ViT-L and the two calls of a step.
+    Autocast keeps one cast of a weight that trains. Of a frozen weight it makes a new one in every
+    call, and the graph holds them all: 1.1 GiB for ViT-L and the two calls of a step.
     """
 
     @staticmethod
@@ -129,34 +135,36 @@ def freeze_for(
     alpha: float = 16.0,
     dropout: float = 0.0,
 ) -> nn.Module:
-    """Lets train what `mode` says, in place; returns the backbone. Adapters that it has are merged first.
+    """Sets what trains, in place; returns the backbone. Existing adapters are merged first.
 
-    A target is one or more neighbouring parts of a dotted name, with `*`, `?` and `[...]` as in the shell: "norm",
-    "blocks.11", "attn.proj", "blocks.1[01].mlp", "bias". Frozen batch norms also keep their running statistics.
+    A target is one or more neighbouring parts of a dotted name, with `*`, `?` and `[...]` as in the
+    shell: "norm", "blocks.11", "attn.proj", "blocks.1[01].mlp", "bias". Frozen batch norms also
+    keep their running statistics.
 
     Args:
-        mode: "full": everything; "lora": adapters only, see `apply_lora`; "partial": parameters that `targets` name,
-            none of them by default.
+        mode: "full": everything; "lora": adapters only, see `apply_lora`; "partial": parameters
+            that `targets` name, by default none.
 
     Raises:
-        ValueError: for another mode, a target that names nothing, with the names there are, or targets of "full".
+        UserError: for another mode, targets of "full", or a target that names nothing, with the
+            names that exist.
     """
     check_choice("tune.mode", mode, MODES)
     if mode == "full" and targets:
         raise UserError(
-            f"tune.targets {', '.join(targets)} with tune.mode full, where everything trains; give lora or partial"
+            f"tune.targets {', '.join(targets)} with tune.mode full, where everything trains; give "
+            "lora or partial"
         )
     merge(backbone).requires_grad_(mode == "full")
     if mode == "lora":
         apply_lora(backbone, targets or DEFAULT_TARGETS, rank, alpha, dropout)
     if mode == "partial":
         parameters = dict(backbone.named_parameters())
-        for name in _named(targets, {name: [name] for name in parameters}, "parameter"):
+        for name in _find_named(targets, {name: [name] for name in parameters}, "parameter"):
             parameters[name].requires_grad_(True)
     for module in backbone.modules():
-        trains = mode == "full" or any(
-            parameter.requires_grad for parameter in module.parameters(recurse=False)
-        )
+        own = module.parameters(recurse=False)
+        trains = mode == "full" or any(parameter.requires_grad for parameter in own)
         if isinstance(module, BATCH_NORMS):
             module.train(backbone.training and trains)
         if type(module) in FROZEN and not trains:
@@ -167,42 +175,41 @@ def freeze_for(
 def apply_lora(
     backbone: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float = 0.0
 ) -> nn.Module:
-    """Freezes `backbone` and gives the linear layers that `targets` name adapters, in place; returns it.
+    """Freezes `backbone` and adapts the linear layers that `targets` name, in place; returns it.
 
-    The fused layers take one adapter for each part: "q", "k", "v" of `qkv` and "w1", "w2" of `w12` (the gate and the
-    other half of a SwiGLU); their own names stand for all parts. Each adapter has rank · (in + out) parameters.
+    Fused layers take one adapter for each part: "q", "k", "v" of `qkv`, and "w1", "w2" of `w12`
+    (the gate and the other half of a SwiGLU). Their own names stand for all parts. An adapter has
+    rank · (in + out) parameters.
 
     Args:
-        targets: as in `freeze_for`, e.g. ["q", "v"], ["qkv", "proj", "fc1", "fc2"], ["blocks.1*.attn.v"].
+        targets: as in `freeze_for`: ["q", "v"], ["qkv", "proj", "fc1", "fc2"], ["blocks.1*.attn.v"].
         alpha: over `rank`, the factor of the adapters.
         dropout: in [0, 1), of the adapters' inputs.
 
     Raises:
-        ValueError: for a target that names no linear layer, with the names there are, or a number out of range.
+        UserError: for a number out of range, or a target that names no linear layer, with the names
+            that exist.
     """
     if not isinstance(rank, int) or rank < 1:
         raise UserError(f"the rank of adapters is {rank!r}; it must be a whole number from 1 on")
     if alpha <= 0 or not 0 <= dropout < 1:
         raise UserError(
-            f"alpha {alpha} and dropout {dropout} of adapters; alpha must be above 0 and dropout in [0, 1)"
+            f"alpha {alpha} and dropout {dropout} of adapters; alpha must be above 0 and dropout in "
+            "[0, 1)"
         )
     backbone.requires_grad_(False)
-    for path, part in _named(targets, _adaptable(merge(backbone)), "linear layer"):
+    for path, part in _find_named(targets, _adaptable(merge(backbone)), "linear layer"):
         layer = backbone.get_submodule(path)
         parent, _, own = path.rpartition(".")
         if type(layer) in FROZEN:  # still plain: this is the first of its parts
             layer.__class__ = FROZEN[type(layer)]
-            layer.parts = (
-                tuple(f"lora_{name}" for name in FUSED[own]) if own in FUSED else ("lora",)
-            )
+            layer.parts = tuple(f"lora_{name}" for name in FUSED.get(own, ())) or ("lora",)
         rows = layer.out_features // len(layer.parts)
-        layer.add_module(
-            f"lora_{part}" if part else "lora", Adapter(layer.weight, rows, rank, alpha, dropout)
-        )
+        name = f"lora_{part}" if part else "lora"
+        layer.add_module(name, Adapter(layer.weight, rows, rank, alpha, dropout))
         attention = backbone.get_submodule(parent)
-        if hasattr(
-            attention, "qkv_bias_separate"
-        ):  # of timm's EVA, BEiT and Swin v2, which read qkv.weight otherwise
+        if hasattr(attention, "qkv_bias_separate"):
+            # Otherwise timm's EVA, BEiT and Swin v2 read qkv.weight without calling the layer.
             attention.qkv_bias_separate = True
     return backbone
 
@@ -211,9 +218,8 @@ def _adaptable(backbone: nn.Module) -> dict[tuple[str, str], list[str]]:
     """(path of the layer, part or "") -> the names by which it can be targeted."""
     found = {}
     for path, layer in backbone.named_modules():
-        if (
-            type(layer) not in FROZEN
-        ):  # not of a subclass, whose weight others may read: nn.MultiheadAttention does
+        # No subclasses: others may read their weights, as nn.MultiheadAttention does.
+        if type(layer) not in FROZEN:
             continue
         parent, dot, own = path.rpartition(".")
         for part in FUSED.get(own, [""]):
@@ -221,101 +227,88 @@ def _adaptable(backbone: nn.Module) -> dict[tuple[str, str], list[str]]:
     return found
 
 
-def _named(targets: Sequence[str], names: dict, kind: str) -> Iterator:
-    """The keys of `names` that a target names, in their order."""
+def _find_named(targets: Sequence[str], names: dict, kind: str) -> list:
+    """The keys of `names` of which a target names one of the names, in their order."""
+    everything = [name for own in names.values() for name in own]
     for target in targets:
-        if not any(_matches(target, name) for own in names.values() for name in own):
-            parts = [
-                part
-                for own in names.values()
-                for name in own
-                for part in name.split(".")
-                if not part.isdigit()
-            ]
+        if not any(_matches(target, name) for name in everything):
+            parts = [part for name in everything for part in name.split(".") if not part.isdigit()]
             known = ", ".join(dict.fromkeys(parts)) or "none"
             raise UserError(
                 f"no {kind} of the backbone is named {target!r}; parts of their names are {known}"
             )
-    return (
-        key
-        for key, own in names.items()
-        if any(_matches(target, name) for target in targets for name in own)
-    )
+    named = {name for name in everything if any(_matches(target, name) for target in targets)}
+    return [key for key, own in names.items() if not named.isdisjoint(own)]
 
 
 def _matches(target: str, name: str) -> bool:
     wanted, parts = target.split("."), name.split(".")
-    runs = (parts[start : start + len(wanted)] for start in range(len(parts) - len(wanted) + 1))
-    return any(all(map(fnmatchcase, run, wanted)) for run in runs)
+    for start in range(len(parts) - len(wanted) + 1):
+        if all(map(fnmatchcase, parts[start : start + len(wanted)], wanted)):
+            return True
+    return False
 
 
-# ----------------------------------------------------------------- copies that share, and plain weights again
+# ----------------------------------------------------------------- sharing and merging
 
 
 def copy_sharing(module: nn.Module, shared: Iterable[nn.Parameter]) -> nn.Module:
-    """A deep copy but for the parameters `shared`, which are the same objects in both."""
+    """A deep copy, except for the parameters `shared`, which are the same objects in both."""
     return copy.deepcopy(module, {id(parameter): parameter for parameter in shared})
 
 
 def copy_sharing_frozen(student: nn.Module) -> nn.Module:
-    """A teacher's copy: frozen parameters are the student's own, those that train and all buffers are copies.
+    """A teacher: its frozen parameters are the student's own, everything else is copied.
 
-    Nothing frozen is held twice, not even for a moment. After another `freeze_for` of the student, see `share_frozen`.
+    Nothing frozen is held twice, not even for a moment. After another `freeze_for` of the student,
+    see `share_frozen`.
     """
-    return copy_sharing(
-        student, (parameter for parameter in student.parameters() if not parameter.requires_grad)
-    )
+    frozen = [parameter for parameter in student.parameters() if not parameter.requires_grad]
+    return copy_sharing(student, frozen)
 
 
 def share_frozen(teacher: nn.Module, student: nn.Module) -> nn.Module:
-    """The teacher of a student of whom other parts train than before; `teacher` itself is merged and then of no use.
+    """A new teacher for a student of which other parts train than before.
 
-    Where the student trains, the values are the teacher's own (of new adapters the student's); where it is frozen, they
-    are the student's.
+    Where the student trains, the values are those of `teacher` (of new adapters the student's).
+    Where it is frozen, they are the student's. `teacher` is merged and of no use afterwards.
     """
-    own, trains = (
-        merge(teacher).state_dict(),
-        {name for name, p in student.named_parameters() if p.requires_grad},
-    )
+    averages = merge(teacher).state_dict()
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    averages = {name: tensor for name, tensor in averages.items() if name in trained}
     renewed = copy_sharing_frozen(student)
-    renewed.load_state_dict(
-        {name: tensor for name, tensor in own.items() if name in trains}, strict=False
-    )
+    renewed.load_state_dict(averages, strict=False)
     return renewed.requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def merge(backbone: nn.Module) -> nn.Module:
-    """Adds the adapters to the weights and removes them, in place; returns the backbone, which is a plain one again.
+    """Adds the adapters to the weights and removes them, in place; returns the plain backbone.
 
     The sums are new tensors, so a teacher that shares the frozen weights keeps its own.
     """
     for layer in [module for module in backbone.modules() if isinstance(module, FrozenLinear)]:
-        adapters = [getattr(layer, part, None) for part in layer.parts]
+        adapters = layer.adapters()
         if any(adapters):
-            rows = layer.weight.double().chunk(len(adapters))
-            rows = [
-                own if adapter is None else own + adapter.product()
-                for own, adapter in zip(rows, adapters)
-            ]
-            layer.weight = nn.Parameter(
-                torch.cat(rows).to(layer.weight.dtype), layer.weight.requires_grad
-            )
-        for part, adapter in zip(layer.parts, adapters):
-            if adapter is not None:
-                delattr(layer, part)
+            rows = list(layer.weight.double().chunk(len(adapters)))
+            for index, adapter in enumerate(adapters):
+                if adapter is not None:
+                    rows[index] = rows[index] + adapter.product()
+                    delattr(layer, layer.parts[index])
+            merged = torch.cat(rows).to(layer.weight.dtype)
+            layer.weight = nn.Parameter(merged, layer.weight.requires_grad)
         vars(layer).pop("parts", None)
         layer.__class__ = PLAIN[type(layer)]
     return backbone
 
 
 def merged_copy(backbone: nn.Module) -> nn.Module:
-    """A plain backbone with the adapters in its weights, for export; everything else is shared with `backbone`."""
+    """A plain backbone with the adapters merged, for export; it shares all other weights."""
     return merge(copy_sharing(backbone, backbone.parameters()))
 
 
 def tune(student: nn.Module, teacher: nn.Module, seed: int, mode: str, **options) -> None:
-    """Lets train of `student.backbone` what `freeze_for` says, and shares the rest with `teacher.backbone`.
+    """Sets what trains of `student.backbone`; `teacher.backbone` shares the rest. See `freeze_for`.
 
     Args:
         seed: of the adapters' first values, the same on every rank and after every resume.
