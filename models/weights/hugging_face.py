@@ -153,8 +153,7 @@ ROTARY_FIELDS = {
 def read_options(config: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
     """Arguments of `VisionTransformer` for the ViT of this config.json.
 
-    Raises:
-        UserError: if a field is missing, or asks for what our model does not do.
+    Raises UserError if a field is missing, or asks for what our model does not do.
     """
     kind = config["model_type"]
     gated = bool(config.get("use_gated_mlp", config.get("use_swiglu_ffn", False)))
@@ -208,8 +207,7 @@ def _dinov2_width(dim: int, ratio: float, gated: bool) -> int:
 def read_convnext(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of `TimmBackbone`, by the shapes where config.json does not tell them.
 
-    Raises:
-        UserError: if the model does what timm's does not, or a tensor that is needed is missing.
+    Raises UserError if the model does what timm's does not, or a tensor that is needed is missing.
     """
     if "hidden_sizes" not in config:
         return shapes.convnext_options(tensors, CONVNEXT)
@@ -228,8 +226,7 @@ def read_convnext(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> d
 def convert(backbone: nn.Module, preprocessing: Preprocessing) -> Converted:
     """Tensors and config.json for transformers' AutoModel.
 
-    Raises:
-        UserError: if transformers has no such model.
+    Raises UserError if transformers has no such model.
     """
     if isinstance(backbone, TimmBackbone):
         return _convert_convnext(backbone, preprocessing)
@@ -347,8 +344,7 @@ def read_preprocessing(values: Mapping[str, Any], source: str) -> Preprocessing:
     With `size: {height, width}` transformers squeezes images into that size. We resize the short
     side and crop, which distorts no image.
 
-    Raises:
-        UserError: if a value is missing or not understood; `source` is the file's name in it.
+    Raises UserError if a value is missing or not understood; `source` is the file's name in it.
     """
     values = values.get("image_processor", values)
     names = {number: name for name, number in RESAMPLE.items()}
