@@ -1,12 +1,12 @@
-"""Weights for other software: Hugging Face, timm, Meta's code and ONNX, each with a model card.
+"""Writes weights for the software of others: Hugging Face, timm, Meta's code, ONNX.
 
     python export.py --model runs/quickstart --format hf --output exported/hf
     python export.py --model runs/quickstart --format timm --output exported/timm
     python export.py --model runs/quickstart --format meta --output exported/meta
     python export.py --model runs/quickstart --format onnx --output exported/onnx --dynamic-batch
 
-What a format cannot hold is named on standard error and in the card. A model without a counterpart
-in a format is refused.
+README.md beside the weights is a model card and says how to read them. What a format cannot hold is
+named on standard error and in the card. A model without a counterpart in a format is refused.
 """
 
 import argparse
@@ -22,24 +22,24 @@ from torch import Tensor, nn
 from engine.cli import print_result, run_script
 from errors import UserError
 from models.features import Preprocessing
-from models.weights.load import find_weights, load_backbone
+from models.weights.load import find_weights, is_local, load_backbone
 from models.weights.save import FORMATS, write_backbone
 
-OPENED_BY = {
+# How to read the files of a format.
+USAGE = {
     "hf": 'transformers.AutoModel.from_pretrained("FOLDER")\n'
     'transformers.AutoImageProcessor.from_pretrained("FOLDER")',
     "timm": 'timm.create_model("local-dir:FOLDER", pretrained=True, num_classes=0)',
     "meta": 'torch.load("FOLDER/backbone.pth", weights_only=True)  '
     "# the state_dict of the authors' VisionTransformer",
     "own": 'models.load_backbone("FOLDER")',
-    "onnx": 'onnxruntime.InferenceSession("FOLDER/model.onnx")'
-    '.run(None, {"images": images})  # (B, C, H, W)',
+    "onnx": 'onnxruntime.InferenceSession("FOLDER/model.onnx").run(None, {"images": images})  '
+    "# (B, C, H, W)",
 }
-# Of the weights that a model may have started from, by what their names contain; the first that
-# fits.
+# Of the weights that a model may have started from; the first whose name contains the key.
 LICENSES = {
-    "dinov3": "DINOv3 License (https://ai.meta.com/resources/models-and-libraries/"
-    "dinov3-license/), which binds derived weights too",
+    "dinov3": "DINOv3 License (https://ai.meta.com/resources/models-and-libraries/dinov3-license/),"
+    " which binds derived weights too",
     "dinov2": "Apache-2.0",
     "dino": "Apache-2.0",
 }
@@ -63,68 +63,48 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="a run folder, RUN@step, RUN@best, weights, random:vit_small ...",
-    )
-    parser.add_argument("--format", required=True, choices=[*FORMATS, "onnx"])
-    parser.add_argument("--output", required=True, type=Path, help="folder for the files")
-    parser.add_argument(
-        "--size", type=int, nargs="+", help="onnx: image in pixels, one number or height width"
-    )
-    parser.add_argument(
-        "--opset", type=int, default=18, help="onnx: version of its operators, from 18 on"
-    )
-    parser.add_argument(
-        "--dynamic-batch", action="store_true", help="onnx: any number of images a call, not one"
-    )
+    add = parser.add_argument
+    model_help = "a run folder, RUN@step, RUN@best, weights, random:vit_small ..."
+    add("--model", required=True, help=model_help)
+    add("--format", required=True, choices=[*FORMATS, "onnx"])
+    add("--output", required=True, type=Path, help="folder for the files")
+    add("--size", type=int, nargs="+", help="onnx: one number, or height and width, in pixels")
+    add("--opset", type=int, default=18, help="onnx: version of its operators, from 18 on")
+    batch_help = "onnx: any number of images a call, not one"
+    add("--dynamic-batch", action="store_true", help=batch_help)
     arguments = parser.parse_args(argv)
 
-    backbone = load_backbone(arguments.model)
-    preprocessing = backbone.preprocessing
-    result = {
-        "task": "export",
-        "model": arguments.model,
-        "format": arguments.format,
-        "output": str(arguments.output),
-    }
-    if arguments.format == "onnx":
-        size = tuple(arguments.size or preprocessing.size)
+    spec, format, folder = arguments.model, arguments.format, arguments.output
+    backbone = load_backbone(spec)
+    result = {"task": "export", "model": spec, "format": format, "output": str(folder)}
+    notes = []
+    if format == "onnx":
+        size = tuple(arguments.size or backbone.preprocessing.size)
         if len(size) > 2 or min(size) < 1:
-            raise UserError(
-                f"--size is {' '.join(map(str, size))}; give one number, or height and width, in "
-                "pixels"
-            )
-        result |= write_onnx(
-            backbone,
-            arguments.output,
-            (size[0], size[-1]),
-            arguments.opset,
-            arguments.dynamic_batch,
-        )
-        notes = []
+            given = " ".join(map(str, size))
+            raise UserError(f"--size is {given}; give one number, or height and width, in pixels")
+        size = (size[0], size[-1])
+        result |= write_onnx(backbone, folder, size, arguments.opset, arguments.dynamic_batch)
     else:
-        notes = write_backbone(backbone, preprocessing, arguments.output, arguments.format)
+        notes = write_backbone(backbone, backbone.preprocessing, folder, format)
     for note in notes:
-        print(f"{arguments.output}: {note}", file=sys.stderr)
-    (arguments.output / "README.md").write_text(
-        model_card(arguments.model, arguments.format, backbone, notes)
-    )
+        print(f"{folder}: {note}", file=sys.stderr)
+    (folder / "README.md").write_text(model_card(spec, format, backbone, notes))
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
-    files = sorted(path.name for path in arguments.output.iterdir())
+    files = sorted(path.name for path in folder.iterdir())
     print_result(result | {"parameters": parameters, "not_held": notes, "files": files})
 
 
 def write_onnx(
     backbone: nn.Module, folder: Path, size: tuple[int, int], opset: int, dynamic_batch: bool
 ) -> dict[str, Any]:
-    """model.onnx with the outputs cls, registers (if there are any) and patches; compared with
-    onnxruntime where that is installed.
+    """Writes model.onnx with the outputs cls, registers (if there are any) and patches.
+
+    Compares it with onnxruntime where that is installed.
 
     Raises:
-        ImportError: if what torch.onnx needs is not installed.
-        UserError: if the export fails, or onnxruntime computes something else.
+        UserError: if what torch.onnx needs is not installed, the export fails, or onnxruntime
+            computes something else.
     """
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
@@ -136,12 +116,8 @@ def write_onnx(
         raise UserError(f"--opset is {opset}; it must be at least 18")
     folder.mkdir(parents=True, exist_ok=True)
     path, model = folder / "model.onnx", Outputs(backbone).eval()
-    images = torch.randn(
-        2 if dynamic_batch else 1,
-        backbone.in_channels,
-        *size,
-        generator=torch.Generator().manual_seed(0),
-    )
+    shape = (2 if dynamic_batch else 1, backbone.in_channels, *size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     shapes = {"images": {0: torch.export.Dim("batch")}} if dynamic_batch else None
     try:
         with torch.no_grad():
@@ -159,21 +135,18 @@ def write_onnx(
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise UserError(f"torch.onnx cannot export this backbone: {error}") from error
-    images = (
-        torch.cat([images, images.flip(-1)]) if dynamic_batch else images
-    )  # another number than it was traced with
-    return {
-        "size": list(size),
-        "opset": opset,
-        "dynamic_batch": dynamic_batch,
-        "max_error": onnx_error(path, model, images),
-    }
+    if dynamic_batch:  # compare another number of images than it was traced with
+        images = torch.cat([images, images.flip(-1)])
+    error = onnx_error(path, model, images)
+    facts = {"size": list(size), "opset": opset, "dynamic_batch": dynamic_batch}
+    return facts | {"max_error": error}
 
 
 @torch.no_grad()
 def onnx_error(path: Path, model: nn.Module, images: Tensor) -> float | None:
-    """The largest deviation of onnxruntime's outputs over the largest number in ours, None if it is
-    not installed.
+    """The largest deviation of onnxruntime's outputs, over the largest number in ours.
+
+    None if onnxruntime is not installed.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         print(f"{path} was not compared: the package onnxruntime is not installed", file=sys.stderr)
@@ -182,10 +155,11 @@ def onnx_error(path: Path, model: nn.Module, images: Tensor) -> float | None:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = session.run(None, {"images": images.numpy()})
-    pairs = [
-        (torch.from_numpy(theirs), ours) for theirs, ours in zip(found, model(images), strict=True)
-    ]
-    error = max(((theirs - ours).abs().max() / ours.abs().max()).item() for theirs, ours in pairs)
+    errors = []
+    for theirs, ours in zip(found, model(images), strict=True):
+        deviation = (torch.from_numpy(theirs) - ours).abs().max()
+        errors.append((deviation / ours.abs().max()).item())
+    error = max(errors)
     if not error < 1e-3:
         raise UserError(
             f"{path}: onnxruntime deviates from this backbone by {error:.1e} of the largest "
@@ -195,17 +169,16 @@ def onnx_error(path: Path, model: nn.Module, images: Tensor) -> float | None:
 
 
 def model_card(spec: str, format: str, backbone: nn.Module, notes: list[str]) -> str:
-    """README.md: how to open the files, how images are prepared, what the model was trained on,
-    whose weights it started from.
-    """
+    """README.md: how to read the files and prepare images, and what the weights come from."""
     recipe = run_config(spec)
-    start = recipe.get("init") or ("none" if recipe else spec)
-    known = (text for name, text in LICENSES.items() if name in str(start).lower())
+    start = str(recipe.get("init") or ("none" if recipe else spec))
+    known = (text for name, text in LICENSES.items() if name in start.lower())
     license = next(known, "unknown; that of the named weights holds")
-    if start == "none" or str(start).startswith("random:"):
+    if start == "none" or start.startswith("random:"):
         license = "no other weights, so it is yours to choose"
     data = (recipe.get("data") or {}).get("train", "unknown")
     preprocessing: Preprocessing = backbone.preprocessing
+    crop = " x ".join(map(str, preprocessing.size))
     facts = {
         "Exported from": f"`{spec}`",
         "Architecture": ", ".join(f"{name}={value}" for name, value in backbone.config.items()),
@@ -213,37 +186,22 @@ def model_card(spec: str, format: str, backbone: nn.Module, notes: list[str]) ->
         "Started from": f"`{start}`",
         "Licence of the starting weights": license,
         "Images": f"values in [0, 1]; short side to {preprocessing.resize} pixels "
-        f"({preprocessing.interpolation}), centre crop "
-        f"{' x '.join(map(str, preprocessing.size))}, mean {preprocessing.mean}, std "
-        f"{preprocessing.std}",
+        f"({preprocessing.interpolation}), centre crop {crop}, mean {preprocessing.mean}, "
+        f"std {preprocessing.std}",
         "Not held by this format": "; ".join(notes) or "nothing is lost",
     }
-    lines = [f"- {title}: {text}" for title, text in facts.items()]
-    card = [
-        "# Vision backbone, self-supervised",
-        "",
-        "```python",
-        OPENED_BY[format],
-        "```",
-        "",
-        *lines,
-    ]
+    card = ["# Vision backbone, self-supervised", "", "```python", USAGE[format], "```", ""]
+    card += [f"- {title}: {text}" for title, text in facts.items()]
     if recipe:
-        card += [
-            "",
-            "Recipe:",
-            "",
-            "```yaml",
-            yaml.safe_dump(recipe, sort_keys=False).rstrip(),
-            "```",
-        ]
+        text = yaml.safe_dump(recipe, sort_keys=False).rstrip()
+        card += ["", "Recipe:", "", "```yaml", text, "```"]
     return "\n".join(card) + "\n"
 
 
 def run_config(spec: str) -> dict[str, Any]:
-    """The configuration of the run of ours that `spec` is of, {} if it is of none."""
+    """The configuration of the run of ours to which `spec` belongs, {} if there is none."""
     name = spec.partition("?")[0]
-    if name == "pixels" or name.startswith(("random:", "timm:", "hf:")):
+    if not is_local(name):
         return {}
     path = find_weights(name)
     for folder in list(path.resolve().parents)[:3]:

@@ -22,8 +22,7 @@ def adapt_channels(backbone: nn.Module, channels: int) -> nn.Module:
     statistics of every new channel.
 
     Raises:
-        UserError: if `channels` is no number from 1 on, or the first convolution pads or has no
-            bias.
+        UserError: if `channels` is below 1, or the first convolution pads or has no bias.
     """
     if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
         raise UserError(f"channels is {channels!r}; it must be a whole number from 1 on")

@@ -50,7 +50,7 @@ class Adapter(nn.Module):
         return self.scale * self.b.double() @ self.a.double()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x (..., in), y (..., rows) -> y + alpha / rank · B A dropout(x), without the matrix B A."""
+        """x (..., in), y (..., rows) -> y + alpha / rank · B (A dropout(x))."""
         inner = F.linear(F.dropout(x, self.dropout, self.training), self.a)
         total = torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), self.b.mT, alpha=self.scale)
         return total.unflatten(0, y.shape[:-1])
@@ -146,8 +146,7 @@ def freeze_for(
             that `targets` name, by default none.
 
     Raises:
-        UserError: for another mode, targets of "full", or a target that names nothing, with the
-            names that exist.
+        UserError: for another mode, targets of "full", or a target that names nothing.
     """
     check_choice("tune.mode", mode, MODES)
     if mode == "full" and targets:
@@ -182,22 +181,19 @@ def apply_lora(
     rank · (in + out) parameters.
 
     Args:
-        targets: as in `freeze_for`: ["q", "v"], ["qkv", "proj", "fc1", "fc2"],
-            ["blocks.1*.attn.v"].
+        targets: as in `freeze_for`, e.g. ["q", "v"], ["qkv", "fc1"], ["blocks.1*.attn.v"].
         alpha: over `rank`, the factor of the adapters.
         dropout: in [0, 1), of the adapters' inputs.
 
     Raises:
-        UserError: for a number out of range, or a target that names no linear layer, with the names
-            that exist.
+        UserError: for a number out of range, or a target that names no linear layer.
     """
     if not isinstance(rank, int) or rank < 1:
         raise UserError(f"the rank of adapters is {rank!r}; it must be a whole number from 1 on")
     if alpha <= 0 or not 0 <= dropout < 1:
         raise UserError(
-            f"alpha {alpha} and dropout {dropout} of adapters; alpha must be above 0 and dropout "
-            "in "
-            "[0, 1)"
+            f"alpha {alpha} and dropout {dropout} of adapters; "
+            "alpha must be above 0 and dropout in [0, 1)"
         )
     backbone.requires_grad_(False)
     for path, part in _find_named(targets, _adaptable(merge(backbone)), "linear layer"):
@@ -310,7 +306,7 @@ def merged_copy(backbone: nn.Module) -> nn.Module:
 
 
 def tune(student: nn.Module, teacher: nn.Module, seed: int, mode: str, **options) -> None:
-    """Sets what trains of `student.backbone`; `teacher.backbone` shares the rest. See `freeze_for`.
+    """`freeze_for` of `student.backbone`; `teacher.backbone` shares what is frozen.
 
     Args:
         seed: of the adapters' first values, the same on every rank and after every resume.

@@ -1,6 +1,4 @@
-"""Backbone and projection heads behind ONE forward (DDP and FSDP need one), and the teacher's
-update.
-"""
+"""Backbone and heads behind one forward, as DDP and FSDP need it, and the teacher's update."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -138,18 +136,11 @@ def build_ssl_model(
     backbone: nn.Module, dino: HeadSizes, ibot: HeadSizes | None, last_layer: str
 ) -> SSLModel:
     """Backbone and heads of these sizes, which both end in `last_layer`."""
-    heads = [
-        ProjectionHead(
-            backbone.embed_dim,
-            sizes.prototypes,
-            sizes.hidden,
-            sizes.bottleneck,
-            sizes.layers,
-            last_layer,
-        )
-        for sizes in (dino, ibot)
-        if sizes is not None
-    ]
+    heads = []
+    for sizes in (dino, ibot):
+        if sizes is not None:
+            mlp = (sizes.hidden, sizes.bottleneck, sizes.layers)
+            heads.append(ProjectionHead(backbone.embed_dim, sizes.prototypes, *mlp, last_layer))
     return SSLModel(backbone, *heads)
 
 
@@ -173,9 +164,6 @@ def host_copy(module: nn.Module) -> nn.Module:
 def save_heads(model: SSLModel, folder: Path) -> None:
     """heads.safetensors: everything but the backbone, by its name in the model."""
     state = model.state_dict()
-    heads = {
-        name: state[name].detach().cpu().contiguous()
-        for name in state
-        if not name.startswith("backbone.")
-    }
+    names = [name for name in state if not name.startswith("backbone.")]
+    heads = {name: state[name].detach().cpu().contiguous() for name in names}
     save_file(heads, folder / "heads.safetensors")

@@ -61,10 +61,10 @@ class Block(nn.Module):
         rotation for each size. Then all but attention runs once over all tokens.
         """
 
-        def attend(kept: Tensor, kept_shapes: Shapes | None) -> Tensor:
+        def attend(kept, kept_shapes):  # annotations here would break torch.compile
             return self.ls1(self.attn(self.norm1(kept), rotation, kept_shapes))
 
-        def feed_forward(kept: Tensor, _: Shapes | None) -> Tensor:
+        def feed_forward(kept, _):
             return self.ls2(self.mlp(self.norm2(kept)))
 
         x = self.drop_path(x, attend, shapes)

@@ -20,7 +20,7 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png16(array: np.ndarray, orientation: int | None = None) -> bytes:
-    """A 16-bit PNG of (H, W, C) uint16: grey, grey and alpha, RGB or RGBA (PNG specification, section 11.2.2)."""
+    """A 16-bit PNG of (H, W, C) uint16: grey, grey and alpha, RGB or RGBA (PNG, section 11.2.2)."""
     height, width, channels = array.shape
     header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)  # 0: no filter

@@ -1,4 +1,4 @@
-"""Models of transformers and timm with weights that make attention and positions matter, and Meta's files made from them."""
+"""Models of transformers with weights for which attention matters, and Meta's files of them."""
 
 import os
 import re
@@ -37,7 +37,7 @@ HF_CLASSES = [
 
 @torch.no_grad()
 def draw(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights N(0, 1/fan_in), norms and LayerScale near 1, tokens and positions of order 1, biases of order 0.1."""
+    """Weights N(0, 1/fan_in), norms and LayerScale near 1, tokens and positions of order 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in sorted(model.named_parameters()):
         noise = torch.randn(tensor.shape, generator=generator)
@@ -58,7 +58,7 @@ def draw(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def hugging_face(name: str, size: str, **options) -> nn.Module:
-    """One of `HF_CLASSES` with official fields, at 4 × 4 patches unless `image_size` says otherwise."""
+    """One of `HF_CLASSES` with official fields, for 4 × 4 patches unless `image_size` is given."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -98,7 +98,9 @@ def deviation(backbone: nn.Module, reference: Tensor, images: Tensor) -> float:
     return ((found - reference).abs().max() / reference.abs().max()).item()
 
 
-# ----------------------------------------------------------------- Meta's files, by the conversion scripts' rules
+# ----------------------------------------------------------------- Meta's files
+
+# By the rules of transformers' conversion scripts.
 
 _META_NAMES = {
     "ViTModel": [
@@ -145,7 +147,10 @@ _META_NAMES["Dinov2WithRegistersModel"] = _META_NAMES["Dinov2Model"]
 
 
 def meta_file(model: nn.Module, disk: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' file of a transformers model with the tensors `disk` on disk. Written apart from the tables under test."""
+    """The authors' file of a transformers model with the tensors `disk` on disk.
+
+    Does not use the tables under test.
+    """
     name, found, thirds = type(model).__name__, {}, {}
     for key, tensor in disk.items():
         third = re.match(

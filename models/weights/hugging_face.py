@@ -1,7 +1,4 @@
-"""Hugging Face's folders: names of tensors, config.json and preprocessor_config.json, in and out.
-
-Of ViTModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel and DINOv3ConvNextModel.
-"""
+"""Hugging Face's folders, in and out: tensors, config.json and preprocessor_config.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,14 +11,8 @@ from models.checks import check_choice
 from models.features import Preprocessing
 from models.timm_backbone import TimmBackbone
 from models.vit import VisionTransformer
+from models.weights import shapes
 from models.weights.dialect import Dialect, has_name
-from models.weights.shapes import (
-    ROTARY_NORM_EPS,
-    convnext_options,
-    convnext_size,
-    ffn_options,
-    hidden_width,
-)
 from models.weights.write import Converted, complete, convnext_sizes, list_losses, rename, require
 
 # ----------------------------------------------------------------- names of tensors
@@ -49,15 +40,13 @@ VIT = Dialect(
     },
     interpolation="size",
 )
+_DINOV2_PARTS = ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
 DINOV2 = Dialect(
     "Hugging Face Dinov2Model",
     {
         **_LEARNED,
         "register_tokens": "embeddings.register_tokens",
-        "blocks.#.norm1": f"{_LAYER}.norm1",
-        "blocks.#.norm2": f"{_LAYER}.norm2",
-        "blocks.#.mlp.fc1": f"{_LAYER}.mlp.fc1",
-        "blocks.#.mlp.fc2": f"{_LAYER}.mlp.fc2",
+        **{f"blocks.#.{part}": f"{_LAYER}.{part}" for part in _DINOV2_PARTS},
         "blocks.#.mlp.w12": f"{_LAYER}.mlp.weights_in",
         "blocks.#.mlp.w3": f"{_LAYER}.mlp.weights_out",
         "blocks.#.ls1.gamma": f"{_LAYER}.layer_scale1.lambda1",
@@ -89,12 +78,12 @@ DINOV3_KEY_BIAS = Dialect(
         "blocks.#.norm2": "layer.#.norm2",
         "norm": "norm",
     },
-    norm_eps=ROTARY_NORM_EPS,
+    norm_eps=shapes.ROTARY_NORM_EPS,
 )
 DINOV3 = Dialect(
     "Hugging Face DINOv3ViTModel",
     {**DINOV3_KEY_BIAS.table, "blocks.#.attn.qkv.bias": (f"{_Q}.bias", "", f"{_V}.bias")},
-    norm_eps=ROTARY_NORM_EPS,
+    norm_eps=shapes.ROTARY_NORM_EPS,
 )
 _OWN_STAGE, _STAGE = "model.stages.#.blocks.#", "stages.#.layers.#"
 CONVNEXT = Dialect(
@@ -164,8 +153,7 @@ ROTARY_FIELDS = {
 def read_options(config: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
     """Arguments of `VisionTransformer` for the ViT of this config.json.
 
-    Raises:
-        UserError: if a field is missing, or asks for what our model does not do.
+    Raises UserError if a field is missing, or asks for what our model does not do.
     """
     kind = config["model_type"]
     gated = bool(config.get("use_gated_mlp", config.get("use_swiglu_ffn", False)))
@@ -187,7 +175,7 @@ def read_options(config: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
         hidden = config["intermediate_size"]
     else:
         hidden = _dinov2_width(config["hidden_size"], config.get("mlp_ratio", 4), gated)
-    options |= ffn_options(config["hidden_size"], hidden, gated)
+    options |= shapes.ffn_options(config["hidden_size"], hidden, gated)
     if kind != "dinov3_vit":
         return options | {"positions": "learned", "qkv_bias": config.get("qkv_bias", True)}
     bias = config.get("query_bias", True)
@@ -219,17 +207,16 @@ def _dinov2_width(dim: int, ratio: float, gated: bool) -> int:
 def read_convnext(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of `TimmBackbone`, by the shapes where config.json does not tell them.
 
-    Raises:
-        UserError: if the model does what timm's does not, or a tensor that is needed is missing.
+    Raises UserError if the model does what timm's does not, or a tensor that is needed is missing.
     """
     if "hidden_sizes" not in config:
-        return convnext_options(tensors, CONVNEXT)
+        return shapes.convnext_options(tensors, CONVNEXT)
     if config.get("layer_norm_eps", 1e-6) != 1e-6 or config.get("hidden_act", "gelu") != "gelu":
         raise UserError(
             "config.json asks for layer_norm_eps or hidden_act other than 1e-6 and gelu, which "
             "ConvNeXt has"
         )
-    size = convnext_size(config.get("depths", (3, 3, 9, 3)), config["hidden_sizes"])
+    size = shapes.convnext_size(config.get("depths", (3, 3, 9, 3)), config["hidden_sizes"])
     return {**size, "in_channels": config.get("num_channels", 3)}
 
 
@@ -239,8 +226,7 @@ def read_convnext(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> d
 def convert(backbone: nn.Module, preprocessing: Preprocessing) -> Converted:
     """Tensors and config.json for transformers' AutoModel.
 
-    Raises:
-        UserError: if transformers has no such model.
+    Raises UserError if transformers has no such model.
     """
     if isinstance(backbone, TimmBackbone):
         return _convert_convnext(backbone, preprocessing)
@@ -258,7 +244,7 @@ def _convert_learned(backbone: VisionTransformer) -> Converted:
             "needs a square"
         )
     registers, scale = options["registers"], options["layerscale"]
-    hidden, gated = hidden_width(backbone.blocks[0].mlp), options["ffn"] != "mlp"
+    hidden, gated = shapes.hidden_width(backbone.blocks[0].mlp), options["ffn"] != "mlp"
     biases = {"proj_bias": True, "ffn_bias": True}
     config = {
         **_to_fields(options, FIELDS),
@@ -317,7 +303,7 @@ def _convert_rotary(backbone: VisionTransformer) -> Converted:
         "architectures": ["DINOv3ViTModel"],
         "model_type": "dinov3_vit",
         **_to_fields(options, FIELDS | MORE_FIELDS | ROTARY_FIELDS),
-        "intermediate_size": hidden_width(backbone.blocks[0].mlp),
+        "intermediate_size": shapes.hidden_width(backbone.blocks[0].mlp),
         "hidden_act": "silu" if gated else "gelu",
         "use_gated_mlp": gated,
         "image_size": max(options["image_size"]),
@@ -356,10 +342,9 @@ def read_preprocessing(values: Mapping[str, Any], source: str) -> Preprocessing:
     """From the values of a preprocessor_config.json, in any of its layouts.
 
     With `size: {height, width}` transformers squeezes images into that size. We resize the short
-    side and crop, which is the same for images of that aspect and does not distort the others.
+    side and crop, which distorts no image.
 
-    Raises:
-        UserError: if a value is missing or not understood; `source` is the file's name in it.
+    Raises UserError if a value is missing or not understood; `source` is the file's name in it.
     """
     values = values.get("image_processor", values)
     names = {number: name for name, number in RESAMPLE.items()}

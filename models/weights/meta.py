@@ -91,8 +91,7 @@ def find_dialect(tensors: Mapping[str, Any], from_timm: bool) -> Dialect | None:
 def convert(backbone: nn.Module, preprocessing: Preprocessing) -> Converted:
     """Tensors of the authors' file; there is no config.json.
 
-    Raises:
-        UserError: if the authors' code has no such model.
+    Raises UserError if the authors' code has no such model.
     """
     no_preprocessing = "not said by the file: mean, std and sizes of the preprocessing"
     if isinstance(backbone, TimmBackbone):

@@ -104,115 +104,81 @@ def load_tensors(
         UserError: if names or shapes differ, with those that do and the likely cause.
     """
     own = backbone.state_dict()
-    match = _Match()
+    state, defaults, used = {}, [], set()
+    faults: dict[str, list[str]] = {"missing": [], "unexpected": [], "of another shape": []}
+    misshapen = {}  # our name -> the shape found, the shape needed
     for name, wanted in own.items():
-        match.add(backbone, name, wanted, tensors, dialect)
-    unused = [name for name in tensors if name not in match.used]
-    aside = [name for name in unused if re.match(ASIDE, name)]
-    match.unexpected = [name for name in unused if name not in aside]
+        names = dialect.names(name) or ()
+        used.update(names)
+        absent = [part for part in names if part and part not in tensors]
+        default = None
+        if dialect is not OWN and len(absent) == len(names):
+            default = default_tensor(backbone, name, wanted)
+        if default is not None:
+            state[name] = default
+            defaults.append(name)
+            continue
+        faults["missing"] += absent if names else [name]
+        rows = list(wanted.shape)
+        if len(names) > 1:
+            rows[0] //= len(names)
+        for part in names:
+            if part in tensors and not _fits(tensors[part].shape, rows):
+                found = list(tensors[part].shape)
+                misshapen[name] = found, rows
+                faults["of another shape"].append(f"{part} {found} instead of {rows}")
+        if names and not absent and name not in misshapen:
+            parts = [tensors[part] if part else torch.zeros(rows) for part in names]
+            state[name] = _join(parts, wanted)
 
-    defaults = match.defaults
-    count = len(match.state) - len(defaults)
+    unused = [name for name in tensors if name not in used]
+    aside = [name for name in unused if re.match(ASIDE, name)]
+    faults["unexpected"] = [name for name in unused if name not in aside]
+    count = len(state) - len(defaults)
     report = [f"{source}: matched {count} / {len(own) - len(defaults)} tensors", *notes]
     if "mask_token" in defaults:
         report.append("the mask token, which it lacks, starts at zeros")
     if aside:
         report.append(f"left aside: {shorten(aside)}")
     print("; ".join(report), file=sys.stderr)
-    match.check(source)
+    if any(faults.values()):
+        listed = "; ".join(f"{kind}: {shorten(them)}" for kind, them in faults.items() if them)
+        cause = _likely_cause(misshapen, faults["missing"], faults["unexpected"])
+        raise UserError(f"{source} does not hold the weights of this backbone; {listed}{cause}")
     # Copied into the parameters that exist, which an optimizer may hold. Those on the meta device
     # hold nothing and are replaced.
-    backbone.load_state_dict(match.state, assign=any(tensor.is_meta for tensor in own.values()))
+    backbone.load_state_dict(state, assign=any(tensor.is_meta for tensor in own.values()))
 
 
-class _Match:
-    """The tensors of a backbone, one by one, against those of a file."""
+def _join(parts: list[Tensor], wanted: Tensor) -> Tensor:
+    """One tensor of ours from its rows, as a copy."""
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined.reshape(wanted.shape).to(wanted.dtype, copy=True).contiguous()
 
-    def __init__(self):
-        self.state: dict[str, Tensor] = {}  # of the backbone, by our names
-        self.used: set[str] = set()  # their names
-        self.defaults: list[str] = []  # our names of tensors that the file may leave out
-        self.missing: list[str] = []
-        self.unexpected: list[str] = []
-        # their name -> our name, their shape, the shape it must have
-        self.misshapen: dict[str, tuple[str, list[int], list[int]]] = {}
 
-    def add(
-        self,
-        backbone: nn.Module,
-        name: str,
-        wanted: Tensor,
-        tensors: Mapping[str, Tensor],
-        dialect: Dialect,
-    ) -> None:
-        """Finds our tensor `name` among `tensors`."""
-        names = dialect.names(name) or ()
-        self.used.update(names)
-        absent = [part for part in names if part and part not in tensors]
-        if dialect is not OWN and len(absent) == len(names):
-            default = default_tensor(backbone, name, wanted)
-            if default is not None:
-                self.state[name] = default
-                self.defaults.append(name)
-                return
-        self.missing += absent if names else [name]
-        shape = list(wanted.shape)
-        if len(names) > 1:
-            shape[0] //= len(names)
-        present = [part for part in names if part in tensors]
-        wrong = [part for part in present if not _fits(tensors[part].shape, shape)]
-        for part in wrong:
-            self.misshapen[part] = (name, list(tensors[part].shape), shape)
-        if names and not absent and not wrong:
-            rows = [tensors[part] if part else torch.zeros(shape) for part in names]
-            joined = rows[0] if len(rows) == 1 else torch.cat(rows)
-            joined = joined.reshape(wanted.shape).to(wanted.dtype, copy=True)
-            self.state[name] = joined.contiguous()
-
-    def check(self, source: str) -> None:
-        """Raises UserError if anything is missing, unexpected or of another shape."""
-        shapes = [
-            f"{part} {found} instead of {needed}"
-            for part, (_, found, needed) in self.misshapen.items()
-        ]
-        groups = {
-            "missing": self.missing,
-            "unexpected": self.unexpected,
-            "of another shape": shapes,
-        }
-        faults = [f"{title}: {shorten(names)}" for title, names in groups.items() if names]
-        if faults:
-            raise UserError(
-                f"{source} does not hold the weights of this backbone; {'; '.join(faults)}"
-                f"{self._likely_cause()}"
-            )
-
-    def _likely_cause(self) -> str:
-        by_own = {name: (found, needed) for name, found, needed in self.misshapen.values()}
-        for name in ("patch_embed.weight", "model.stem.0.weight"):
-            if name in by_own:
-                (width, channels, *patch), (own_width, own_channels, *own_patch) = by_own[name]
-                if width != own_width:
-                    return f"; likely cause: another arch, {width} wide instead of {own_width}"
-                if channels != own_channels:
-                    return f"; likely cause: {channels} input channels instead of {own_channels}"
-                return f"; likely cause: patch size {patch[0]} instead of {own_patch[0]}"
-        if "pos_embed" in by_own:
-            found, needed = by_own["pos_embed"]
-            return (
-                f"; likely cause: another image_size or patch_size, {found[1]} positions instead "
-                f"of {needed[1]}"
-            )
-        if self.misshapen:
-            return "; likely cause: another arch"
-        few, many = _count_blocks(self.missing), _count_blocks(self.unexpected)
-        if few or many:
-            return f"; likely cause: another depth, {few} blocks too few and {many} too many"
-        if not self.missing:
-            return ""
-        if self.unexpected:
-            return "; likely cause: another kind of model"
-        return "; likely cause: the file was changed or not written to its end"
+def _likely_cause(
+    misshapen: Mapping[str, tuple[list[int], list[int]]], missing: list[str], unexpected: list[str]
+) -> str:
+    for name in ("patch_embed.weight", "model.stem.0.weight"):
+        if name in misshapen:
+            (width, channels, *patch), (own_width, own_channels, *own_patch) = misshapen[name]
+            if width != own_width:
+                return f"; likely cause: another arch, {width} wide instead of {own_width}"
+            if channels != own_channels:
+                return f"; likely cause: {channels} input channels instead of {own_channels}"
+            return f"; likely cause: patch size {patch[0]} instead of {own_patch[0]}"
+    if "pos_embed" in misshapen:
+        found, needed = misshapen["pos_embed"]
+        counts = f"{found[1]} positions instead of {needed[1]}"
+        return f"; likely cause: another image_size or patch_size, {counts}"
+    if misshapen:
+        return "; likely cause: another arch"
+    few, many = _count_blocks(missing), _count_blocks(unexpected)
+    if few or many:
+        return f"; likely cause: another depth, {few} blocks too few and {many} too many"
+    if missing and unexpected:
+        return "; likely cause: another kind of model"
+    return "; likely cause: the file was changed or not written to its end" if missing else ""
 
 
 def default_tensor(backbone: nn.Module, name: str, wanted: Tensor) -> Tensor | None:

@@ -29,8 +29,7 @@ def vit_options(
     What shapes do not tell is as released: the head dimension where no rotary periods tell it,
     a square grid of learned positions, the dialect's interpolation and norm_eps.
 
-    Raises:
-        UserError: if a tensor that is needed is missing, or no model of ours has these shapes.
+    Raises UserError if a tensor that is needed is missing, or no model of ours has these shapes.
     """
 
     def shape(*names: str) -> torch.Size:
@@ -98,8 +97,7 @@ def count_blocks(tensors: Mapping[str, Tensor], dialect: Dialect) -> int:
 def ffn_options(dim: int, hidden: int, gated: bool) -> dict[str, Any]:
     """`ffn` and `ffn_ratio` of a feed-forward net of this hidden width.
 
-    Raises:
-        UserError: if there is none.
+    Raises UserError if there is none.
     """
     # The presets' ratios are as published, so they come first. A ratio may round down by one.
     sizes = [size for size in PRESETS.values() if size["embed_dim"] == dim]
@@ -121,8 +119,7 @@ def hidden_width(ffn: nn.Module) -> int:
 def convnext_options(tensors: Mapping[str, Tensor], dialect: Dialect) -> dict[str, Any]:
     """Arguments of `TimmBackbone` for the ConvNeXt of these shapes.
 
-    Raises:
-        UserError: if a tensor that is needed is missing.
+    Raises UserError if a tensor that is needed is missing.
     """
     stem = tensors.get(dialect.names("model.stem.0.weight")[0])
     if stem is None:

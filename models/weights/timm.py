@@ -107,8 +107,7 @@ def is_like_ours(name: str, arguments: Mapping[str, Any]) -> bool:
 def read_options(name: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Dialect]:
     """Arguments of `VisionTransformer` for the model that timm builds, and its dialect.
 
-    Raises:
-        UserError: if timm does not know the name or the arguments.
+    Raises UserError if timm does not know the name or the arguments.
     """
     try:
         with torch.device("meta"):
@@ -142,8 +141,7 @@ def add_cls_position(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def convert(backbone: nn.Module, preprocessing: Preprocessing) -> Converted:
     """Tensors and config.json for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
-    Raises:
-        UserError: if timm has no such model.
+    Raises UserError if timm has no such model.
     """
     if isinstance(backbone, TimmBackbone):
         return _convert_timm(backbone, preprocessing)
@@ -261,8 +259,7 @@ INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic")
 def read_preprocessing(values: Mapping[str, Any], source: str) -> Preprocessing:
     """From a `pretrained_cfg`.
 
-    Raises:
-        UserError: if a value is not understood; `source` is the file's name in the message.
+    Raises UserError if a value is not understood; `source` is the file's name in the message.
     """
     try:
         height, width = values.get("input_size", (3, 224, 224))[-2:]

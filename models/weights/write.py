@@ -19,8 +19,7 @@ Converted = tuple[dict[str, Tensor], dict[str, Any], list[str]]  # tensors, conf
 def rename(state: dict[str, Tensor], dialect: Dialect) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors under the dialect's names, and the names of those that it does not hold.
 
-    Raises:
-        UserError: if rows that the dialect leaves out as zeros are not zeros.
+    Raises UserError if rows that the dialect leaves out as zeros are not zeros.
     """
     renamed, dropped = {}, []
     for name, tensor in state.items():
@@ -99,8 +98,7 @@ def list_losses(
 def convnext_sizes(backbone: TimmBackbone) -> tuple[list[int], list[int]]:
     """Depths and widths.
 
-    Raises:
-        UserError: if the model differs from DINOv3's ConvNeXts in more than these.
+    Raises UserError if the model differs from DINOv3's ConvNeXts in more than these.
     """
     options = backbone.config
     known = {"name", "in_channels", "depths", "dims", "drop_path_rate"}

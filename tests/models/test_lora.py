@@ -1,4 +1,4 @@
-"""LoRA and freezing: the sum is the sum, only what is named trains, the rest is shared and stays bit for bit."""
+"""LoRA and freezing: adapters add up, only what is named trains, the rest is shared and stays."""
 
 import copy
 import io

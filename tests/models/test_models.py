@@ -341,7 +341,7 @@ def test_cls_and_registers_are_not_rotated_and_every_patch_is_by_its_own_place()
     seen = []
     model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[1]))
     model(images(1, 3, 16, 32))
-    for table, expected, neutral in zip(seen, model.rope((2, 4)), (0.0, 1.0)):
+    for table, expected, neutral in zip(seen, model.rope((2, 4)), (0.0, 1.0), strict=True):
         assert (table[:4] == neutral).all()
         assert torch.equal(table[4:], expected)
 
@@ -540,7 +540,7 @@ def test_prototypes_have_the_gradient_of_normalised_rows(last_layer, monkeypatch
         theirs = torch.autograd.grad(
             (weights * (head.bottleneck(x) @ layer.weight.T)).sum(), list(head.parameters())
         )
-        for own, expected in zip(ours, theirs):
+        for own, expected in zip(ours, theirs, strict=True):
             torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-12)
 
 

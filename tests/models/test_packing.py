@@ -52,9 +52,9 @@ def test_features_and_gradients_of_one_pass_are_those_of_two(options):
             )
         )
     (ours, ours_grad), (theirs, theirs_grad) = gradients
-    for mine, other in zip(sum(ours, ()), sum(theirs, ())):
+    for mine, other in zip(sum(ours, ()), sum(theirs, ()), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
-    for mine, other in zip(ours_grad, theirs_grad):
+    for mine, other in zip(ours_grad, theirs_grad, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
 
@@ -73,14 +73,16 @@ def test_drop_path_takes_whole_samples_of_each_size_and_keeps_the_expectation():
     whole = block.attn(block.norm1(x), [None, None], shapes)
     for _ in range(400):
         out = block(x, [None, None], shapes) - x
-        for part, (samples, tokens) in zip(out.split([6 * 17, 9 * 7]), shapes):
+        for part, (samples, tokens) in zip(out.split([6 * 17, 9 * 7]), shapes, strict=True):
             kept = part.unflatten(0, (samples, tokens)).abs().amax(-1) > 0
             assert (kept == kept[:, :1]).all() and kept[
                 :, 0
             ].sum() == samples // 2  # all tokens of a sample, or none
         sums = sums + out.detach()
     assert seen[-1] == [(3, 17), (4, 7)]
-    for mean, branch in zip((sums / 400).split([6 * 17, 9 * 7]), whole.split([6 * 17, 9 * 7])):
+    for mean, branch in zip(
+        (sums / 400).split([6 * 17, 9 * 7]), whole.split([6 * 17, 9 * 7]), strict=True
+    ):
         assert (mean - branch).norm() < 0.1 * branch.norm()
 
 

@@ -1,4 +1,4 @@
-"""Weights, written: transformers, timm and onnxruntime compute what our model computes, and no tensor is lost on the way."""
+"""Export: transformers, timm and onnxruntime compute what our model computes; no tensor is lost."""
 
 import json
 import subprocess
@@ -254,9 +254,8 @@ def test_hf_own_meta_own_timm_own_hf_loses_no_bit(name, tmp_path, capsys):
     assert first.keys() == last.keys()
     for key in first.keys() - apart:
         assert torch.equal(first[key], last[key]), key
-    for before, after in zip(
-        states[:3], states[1:4]
-    ):  # up to the first file of timm nothing at all is lost
+    # Up to the first file of timm nothing at all is lost.
+    for before, after in zip(states[:3], states[1:4], strict=True):
         assert before.keys() == after.keys() and all(
             torch.equal(before[key], after[key]) for key in before
         )
@@ -391,7 +390,7 @@ def test_exports_end_with_one_line_of_json_and_a_model_card(format, run, tmp_pat
         "seed: 7",
     ):
         assert part in card
-    assert export.OPENED_BY[format] in card
+    assert export.USAGE[format] in card
     assert all(note in card for note in result["not_held"])
 
 
@@ -444,7 +443,7 @@ def test_onnxruntime_computes_our_tokens(name, dynamic, tmp_path, capsys):
     assert names == (
         ["cls", "registers", "patches"] if features.registers.shape[1] else ["cls", "patches"]
     )
-    for key, theirs in zip(names, found):
+    for key, theirs in zip(names, found, strict=True):
         ours = getattr(features, key)
         assert (torch.from_numpy(theirs) - ours).abs().max() <= BOUND * ours.abs().max()
 

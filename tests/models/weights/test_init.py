@@ -1,4 +1,4 @@
-"""Training from weights that exist (`init:`), whatever dialect they come in, and from what a killed run leaves."""
+"""Training from existing weights (`init:`) in any dialect, and from the files of a killed run."""
 
 import json
 import os
@@ -39,7 +39,7 @@ ARCHITECTURES = {
 }
 
 
-# The readers are compared dialect by dialect elsewhere; that a run starts from each is the longer test.
+# Readers are compared dialect by dialect elsewhere; starting a run from each takes longer.
 SLOW = [pytest.param(format, marks=pytest.mark.slow) for format in ("meta", "timm")]
 
 

@@ -1,7 +1,8 @@
-"""Released weights, read: what transformers and timm compute, our model computes, and no tensor is lost on the way."""
+"""Released weights: our model computes what transformers and timm compute; no tensor is lost."""
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -193,7 +194,7 @@ def test_dinov2_with_swiglu_and_dinov3_with_a_gate_are_read(tmp_path):
         )
         check(
             load_backbone(tmp_path / f"{name}.pth"),
-            lambda images: hf_tokens(model, images),
+            functools.partial(hf_tokens, model),
             sizes_of(name)[:1],
         )
 
@@ -282,7 +283,7 @@ def test_heads_are_counted_by_the_width_or_told(tmp_path):
 
 @pytest.mark.parametrize("arch", [arch for arch in PRESETS if arch != "vit_nano"])
 def test_published_sizes_are_known_by_their_shapes(arch):
-    """So that `model.arch` of a configuration and the weights to start from compare equal. Without memory: on the meta device."""
+    """So `model.arch` of a configuration equals that of the weights it starts from."""
     options = {
         **PRESETS[arch],
         "positions": "rope",
@@ -300,7 +301,8 @@ def test_published_sizes_are_known_by_their_shapes(arch):
     }
     for key in [key for key in theirs if ".w12." in key]:
         w12 = theirs.pop(key)
-        theirs |= {key.replace("w12", name): half for name, half in zip(("w1", "w2"), w12.chunk(2))}
+        for name, half in zip(("w1", "w2"), w12.chunk(2), strict=True):
+            theirs[key.replace("w12", name)] = half
     found = vit_options(theirs, find_dialect(theirs, from_timm=False), {})
     differing = {key for key, value in found.items() if backbone.config[key] != value}
     assert found["embed_dim"] == backbone.embed_dim and not differing
