@@ -26,7 +26,7 @@ from engine import distributed
 from engine.cli import config_parser, run_script
 from engine.config import LossConfig, TrainConfig, load_config
 from engine.gram import build_gram_teacher
-from engine.health import CollapseWatch, health
+from engine.health import health, warn_of_same_pictures
 from engine.logger import notice
 from engine.run import Run
 from engine.stages import Stage
@@ -39,7 +39,7 @@ from losses.dino import multicrop_dino_loss
 from losses.gram import downsample_patches, gram_loss
 from losses.ibot import ibot_loss
 from losses.koleo import koleo_loss
-from models.ssl_model import SSLModel, SSLOutput
+from models.ssl_model import SSLModel, SSLOutput, count_parameters
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,13 +60,14 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     torch.manual_seed(cfg.seed)
     terms = {name for stage in stages for name in stage.schedules}
     student = build_student(cfg, "ibot" in terms, initial)
+    backbone, whole = count_parameters(student.backbone), count_parameters(student)
+    notice(f"{cfg.model.arch}: {backbone:,} parameters, {whole:,} with the heads")
     centering = build_centering(cfg.loss, terms)
     trainer = Trainer(cfg, student, centering, stages, device, run.start_step)
-    watch = CollapseWatch(cfg.health.on_collapse)
-    if run.start_step == 0 and (warning := watch.look_at(images)):
-        notice(warning)
+    if run.start_step == 0:
+        warn_of_same_pictures(images, cfg.health.on_collapse)
     outputs = teacher_outputs(cfg, images, trainer.unsharded.module, device)
-    trainer.start(run, images, outputs, watch)
+    trainer.start(run, images, outputs)
     for stage in trainer.stages_left():
         train_stage(trainer, stage)
 
@@ -75,6 +76,7 @@ def train_stage(trainer: Trainer, stage: Stage) -> None:
     """The steps of one stage; a run without `stages` has one."""
     cfg, run, device = stage.cfg, trainer.run, trainer.device
     first_step, update = trainer.enter(stage)
+    trainer.load_stage_init(first_step)
     gram_teacher = build_gram_teacher(stage, run, trainer.unsharded)
     loader = stage_loader(stage, first_step, trainer.student.backbone.patch_size, device)
     for step, batch in run.steps(loader, first_step):

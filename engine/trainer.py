@@ -57,11 +57,10 @@ class Trainer:
         self.optimizer = optim.optimizer_for(self.student, cfg.optim)
         self.precision = distributed.choose_precision(cfg.precision, device)
 
-    def start(
-        self, run: Run, images: ImageData, outputs: TeacherOutputs, watch: CollapseWatch
-    ) -> None:
+    def start(self, run: Run, images: ImageData, outputs: TeacherOutputs) -> None:
         """Loads the run's checkpoint, if there is one."""
         self.run = run
+        watch = CollapseWatch(self.cfg.health.on_collapse)
         run.start(self._state(), outputs, len(images), self.unsharded.refresh, watch)
 
     def stages_left(self) -> Iterator[Stage]:
@@ -75,12 +74,15 @@ class Trainer:
             self._tune()
             self.optimizer = optim.optimizer_for(self.student, self.cfg.optim, self.optimizer)
             self.run.state = self._state()
-        first_step, init = self.run.enter(stage), stage.cfg.init
-        if stage.name and init and first_step == stage.first:
-            start_from(self.student, load_initial(init, stage.cfg.data.channels), init)
+        return self.run.enter(stage), self.optimization_step(stage)
+
+    def load_stage_init(self, first_step: int) -> None:
+        """At the first step of a stage with an `init` of its own: takes over these weights."""
+        init = self.stage.cfg.init
+        if self.stage.name and init and first_step == self.stage.first:
+            start_from(self.student, load_initial(init, self.stage.cfg.data.channels), init)
             self.teacher.load_state_dict(self.student.state_dict())
             optim.forget(self.optimizer)
-        return first_step, self.optimization_step(stage)
 
     def optimization_step(self, stage: Stage) -> OptimizationStep:
         cfg = stage.cfg
