@@ -1,7 +1,7 @@
 """Self-supervised pre-training: DINO, iBOT, DINOv2 and DINOv3 are configurations of this one loop.
 
-    python   train.py --config configs/quickstart.yaml                                # laptop CPU, minutes, no download
-    torchrun --nproc_per_node 8 train.py --config vits.yaml data.train=/my/images     # one machine with eight GPUs
+    python train.py --config configs/quickstart.yaml    # laptop CPU, minutes, no download
+    torchrun --nproc_per_node 8 train.py --config vits.yaml data.train=/my/images    # eight GPUs
 
 Each step:
     1. The teacher sees the global crops only and gives the targets.
@@ -13,57 +13,33 @@ Each step:
 Started again with the same output_dir, a run goes on where it stopped.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from data.annotated import Annotated, has_masks
-from data.augment import channel_statistics, multi_crop_from
-from data.loader import Batch, EvalDataset, first_readable, stage_loader
-from data.sources.specs import ImageData, open_data, open_labelled
-from engine import checkpoint, distributed, optim
+from data.loader import Batch, stage_loader
+from data.sources.specs import open_data
+from engine import distributed
 from engine.cli import config_parser, run_script
-from engine.config import (
-    LossConfig,
-    TrainConfig,
-    length_in_steps,
-    load_config,
-    micro_batch_size,
-    with_statistics,
-)
-from engine.finite import FiniteSteps
+from engine.config import LossConfig, TrainConfig, load_config
 from engine.gram import build_gram_teacher
-from engine.guard import build_guard
-from engine.health import CollapseWatch, health
-from engine.logger import BadImages, notice
-from engine.run import Cadence, Run
-from engine.settings import provenance, refuse_changes, to_yaml
-from engine.stages import Stage, plan_stages
-from engine.start import build_student, load_initial, start_from
-from engine.validation import size_pair
-from evals.curves import draw_curves
-from evals.inloop import probe_teacher, report_teacher
-from evals.patches import mean_locality
-from losses.centering import Centering, build_centering
+from engine.health import health, warn_of_same_pictures
+from engine.logger import notice
+from engine.run import Run
+from engine.stages import Stage
+from engine.start import build_student, load_init, plan_run
+from engine.step import OptimizationStep
+from engine.trainer import Trainer
+from evals.inloop import teacher_outputs
+from losses.centering import Centering
 from losses.dino import multicrop_dino_loss
 from losses.gram import downsample_patches, gram_loss
 from losses.ibot import ibot_loss
 from losses.koleo import koleo_loss
-from models.features import Preprocessing
-from models.lora import tune
-from models.ssl_model import (
-    SSLModel,
-    SSLOutput,
-    count_parameters,
-    host_copy,
-    make_teacher,
-    update_ema,
-)
-from models.weights.save import save_model
+from models.ssl_model import SSLModel, SSLOutput, count_parameters
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,158 +51,96 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(cfg: TrainConfig, device: torch.device) -> None:
-    initial = load_initial(cfg.init, cfg.data.channels) if cfg.init else None
-    cfg = cfg if initial is None else with_statistics(cfg, initial.preprocessing)
+    cfg, initial = load_init(cfg)
     images = open_data(cfg.data.train, cfg.data.channels)
-    stages = plan_stages(cfg, length_in_steps(cfg, len(images)), optim.build_schedules)
-    terms = {name for stage in stages for name in stage.schedules}
-    for stage in stages:  # a mistake in the last one costs nothing either
-        micro_batch_size(stage.cfg, distributed.world_size(), "koleo" in stage.schedules)
-    cadence = Cadence(log=cfg.log_every, probe=cfg.probe.every, **vars(cfg.checkpoint))
-    run = Run(
-        Path(cfg.output_dir),
-        [stage.stop for stage in stages],
-        cadence,
-        device,
-        cfg.time_limit,
-        cfg.mirrors,
-    )
-    if not run.open(to_yaml(cfg, provenance()), partial(refuse_changes, cfg), cfg.overwrite):
+    stages = plan_run(cfg, len(images))
+    run = Run(cfg, stages, device, cfg.time_limit)
+    if not run.open():
         return
-
     torch.manual_seed(cfg.seed)
-    student = build_student(cfg, "ibot" in terms, initial).to(device)
-    sizes = f"{count_parameters(student.backbone):,} parameters, {count_parameters(student):,} with the heads"
-    notice(f"{cfg.model.arch}: {sizes}")
-    teacher = make_teacher(student)
-    unsharded = distributed.UnshardedTeacher(teacher, cfg.strategy, device, cfg.precision)
-    distributed.prepare(
-        student, cfg.checkpointing, device.type == "cuda" if cfg.compile is None else cfg.compile
-    )
-    unsharded.place(student), unsharded.place(teacher)
-    centering = build_centering(cfg.loss, terms).to(device)
-    current = [stage for stage in stages if stage.first < max(run.start_step, 1)][
-        -1
-    ]  # of which a checkpoint is
-    tune(student, teacher, cfg.seed + current.first, **vars(current.cfg.tune))
-    optimizer = optim.optimizer_for(student, cfg.optim)
-    autocast, scaler = distributed.choose_precision(cfg.precision, device)
-    watch = CollapseWatch(cfg.health.on_collapse)
-    if run.start_step == 0 and (warning := watch.look_at(images)):
-        notice(warning)
-    run.start(
-        checkpoint.training_state(student, teacher, centering, optimizer, scaler),
-        bad_images=BadImages(run.folder, len(images), cfg.data.max_bad),
-        refresh=unsharded.refresh,
-        watch=watch,
-        guard=build_guard(cfg),
-        **teacher_outputs(cfg, images, unsharded.module, device),
-    )
-    for stage in stages:
-        if run.start_step < stage.stop:
-            if stage.cfg.tune != current.cfg.tune:
-                tune(student, teacher, cfg.seed + stage.first, **vars(stage.cfg.tune))
-                optimizer = optim.optimizer_for(student, cfg.optim, optimizer)
-                run.state = checkpoint.training_state(
-                    student, teacher, centering, optimizer, scaler
-                )
-            current = stage
-            train_stage(
-                stage, run, student, teacher, unsharded, centering, optimizer, autocast, scaler
-            )
+    terms = {name for stage in stages for name in stage.schedules}
+    student = build_student(cfg, "ibot" in terms, initial)
+    backbone, whole = count_parameters(student.backbone), count_parameters(student)
+    notice(f"{cfg.model.arch}: {backbone:,} parameters, {whole:,} with the heads")
+    centering = build_centering(cfg.loss, terms)
+    trainer = Trainer(cfg, student, centering, stages, device, run.start_step)
+    if run.start_step == 0:
+        warn_of_same_pictures(images, cfg.health.on_collapse)
+    outputs = teacher_outputs(cfg, images, trainer.unsharded.module, device)
+    trainer.start(run, images, outputs)
+    for stage in trainer.stages_left():
+        train_stage(trainer, stage)
 
 
-def train_stage(
-    stage: Stage,
-    run: Run,
-    student: SSLModel,
-    teacher: SSLModel,
-    unsharded: distributed.UnshardedTeacher,
-    centering: nn.ModuleDict,
-    optimizer: torch.optim.Optimizer,
-    autocast: Callable,
-    scaler: torch.amp.GradScaler,
-) -> None:
+def train_stage(trainer: Trainer, stage: Stage) -> None:
     """The steps of one stage; a run without `stages` has one."""
-    cfg, device = stage.cfg, run.device
-    first_step = run.enter(stage)
-    if stage.name and cfg.init and first_step == stage.first:  # a stage's own
-        start_from(student, load_initial(cfg.init, cfg.data.channels), cfg.init)
-        teacher.load_state_dict(student.state_dict())
-        optim.forget(optimizer)
-    gram_teacher = build_gram_teacher(
-        stage, run, unsharded, lambda spec: load_initial(spec, cfg.data.channels).to(device)
-    )
-    loader = stage_loader(stage, first_step, student.backbone.patch_size, device)
-    parallel = distributed.wrap(
-        student, cfg.strategy, device, all_used=student.uses_all(stage.schedules)
-    )
-    micro_batch = micro_batch_size(cfg, distributed.world_size(), "koleo" in stage.schedules)
-    freeze_steps = optim.span_steps(cfg.optim.freeze_last_layer, stage.stop - stage.first)
-    finite = FiniteSteps(optimizer, scaler, device)
-
-    def logged() -> dict:
-        finite.report(step + 1)
-        probs = targets[-1].dino if "dino" in now else targets[-1].ibot
-        return metrics(totals, now) | health(
-            probs, out.cls.unflatten(0, (-1, len(crops.images))), out.patches
-        )
-
+    cfg, run, device = stage.cfg, trainer.run, trainer.device
+    first_step, update = trainer.enter(stage)
+    trainer.load_stage_init(first_step)
+    gram_teacher = build_gram_teacher(stage, run, trainer.unsharded)
+    loader = stage_loader(stage, first_step, trainer.student.backbone.patch_size, device)
     for step, batch in run.steps(loader, first_step):
         distributed.seed_step(cfg.seed, step)
         now = stage.now(step)
-        anchor = gram_teacher.at(step) if gram_teacher else None
-        micro_batches = batch.to(device, non_blocking=True).split(micro_batch)
-        totals: dict[str, Tensor] = {}
-
-        # 1. The teacher sees the global crops only and gives the targets, of the whole batch at once.
-        with autocast():
-            targets = teacher_targets(
-                teacher, micro_batches, centering, now["teacher_temp"], anchor
-            )
-
-        for number, (crops, target) in enumerate(zip(micro_batches, targets), 1):
-            share = len(crops.images) / len(batch.images)
-            with distributed.accumulate(parallel, last=number == len(targets)):
-                # 2. The student sees every crop, with patches of the global crops hidden.
-                with autocast():
-                    out = parallel(crops.global_crops, crops.local_crops, crops.masks)
-
-                # 3. The loss is a weighted sum of the terms.
-                losses = compute_losses(out, target, crops, cfg.loss, now)
-                losses["loss"] = sum(now[name] * value for name, value in losses.items())
-                scaler.scale(share * losses["loss"]).backward()
-            for name, value in losses.items():
-                totals[name] = totals.get(name, 0.0) + share * value.detach()
-
-        # 4. The student follows the gradient.
-        scaler.unscale_(optimizer)
-        if step - stage.first < freeze_steps:
-            optim.drop_last_layer_gradients(student)
-        totals["grad_norm"] = optim.clip_gradients(student, cfg.optim.clip_grad, cfg.optim.clip_per)
-        optim.set_rates(optimizer, now["lr"], now["weight_decay"])
-        finite.step(totals)
-
-        # 5. The teacher follows the student, and at its times the Gram teacher the teacher.
-        update_ema(teacher, student, now["ema_momentum"], distributed.local)
-        if gram_teacher:
+        gram = gram_teacher.at(step) if gram_teacher else None
+        batch = batch.to(device, non_blocking=True)
+        targets, out = train_step(update, step, batch, trainer.centering, gram, cfg.loss, now)
+        if gram_teacher:  # at its times it follows the teacher
             gram_teacher.follow(step + 1)
             run.state["gram_teacher"] = gram_teacher.weights
-        run.step_done(step + 1, logged)
-    run.state.pop("gram_teacher", None)
+        run.step_done(step + 1, partial(measures, update, step + 1, targets, out, now))
 
 
 # ----------------------------------------------------------------- the method
 
 
+def train_step(
+    update: OptimizationStep,
+    step: int,
+    batch: Batch,
+    centering: nn.ModuleDict,
+    gram_teacher: nn.Module | None,
+    loss: LossConfig,
+    now: dict[str, float],
+) -> tuple["Targets", SSLOutput]:
+    """One step of the run; returns the targets and the student's output of its last micro batch.
+
+    Args:
+        update: holds student, teacher and optimizer; scales, adds up and clips the gradients.
+        now: the scheduled values of this step, and the weights of the terms in use.
+    """
+    micro_batches = update.split(batch)
+
+    # 1. The teacher sees the global crops only and gives the targets, of the whole batch at once.
+    with update.forward("teacher"):
+        targets = teacher_targets(
+            update.teacher, micro_batches, centering, now["teacher_temp"], gram_teacher
+        )
+
+    for crops, target in update.micro_batches(micro_batches, targets):
+        # 2. The student sees every crop, with patches of the global crops hidden.
+        with update.forward("forward"):
+            out = update.student(crops.global_crops, crops.local_crops, crops.masks)
+
+        # 3. The loss is a weighted sum of the terms.
+        losses = compute_losses(out, target, crops, loss, now)
+        update.backward(losses, now)
+
+    # 4. The student follows the gradient.
+    update.apply_gradients(step, now["lr"], now["weight_decay"])
+
+    # 5. The teacher follows the student.
+    update.update_teacher(now["ema_momentum"])
+    return target, out
+
+
 @dataclass
 class Targets:
-    """What the student should say, without gradient: the teacher's probabilities over the prototypes, and whose patches
-    its own should be similar like."""
+    """What the student should predict, without gradient."""
 
-    dino: Tensor  # (G, B, K)
-    ibot: Tensor | None  # (M, K'), in the order of masks.flatten().nonzero()
-    gram: Tensor | None  # (G·B, N, D'), patches of the Gram teacher
+    dino: Tensor  # (G, B, K) probabilities over the prototypes
+    ibot: Tensor | None  # (M, K') probabilities, in the order of masks.flatten().nonzero()
+    gram: Tensor | None  # (G·B, N, D') patches of the Gram teacher
 
 
 @torch.no_grad()
@@ -237,37 +151,44 @@ def teacher_targets(
     teacher_temp: float,
     gram_teacher: nn.Module | None = None,
 ) -> list[Targets]:
-    """One `Targets` a micro batch; centred and balanced over the whole batch and all ranks, however it is divided."""
+    """One `Targets` a micro batch, centred and balanced over the whole batch and all ranks."""
     outs = [teacher(crops.global_crops, masks=crops.masks, hide=False) for crops in micro_batches]
     dino = balance(centering["dino"], [out.global_logits for out in outs], teacher_temp)
-    ibot = [None] * len(outs)
+    ibot = gram = [None] * len(outs)
     if "ibot" in centering:
         ibot = balance(centering["ibot"], [out.patch_logits for out in outs], teacher_temp)
-    gram = [None] * len(outs)
     if gram_teacher is not None:
-        gram = [
-            gram_targets(gram_teacher, teacher, crops, out)
-            for crops, out in zip(micro_batches, outs)
-        ]
-    views = [(-1, len(crops.images)) for crops in micro_batches]  # (G·B, K) -> (G, B, K)
-    return [
-        Targets(probs.unflatten(0, shape), *rest)
-        for probs, shape, *rest in zip(dino, views, ibot, gram)
-    ]
+        pairs = zip(micro_batches, outs, strict=True)
+        gram = [gram_targets(gram_teacher, teacher, crops, out) for crops, out in pairs]
+    targets = []
+    for crops, probs, *rest in zip(micro_batches, dino, ibot, gram, strict=True):
+        probs = probs.unflatten(0, (-1, len(crops.images)))  # (G·B, K) -> (G, B, K)
+        targets.append(Targets(probs, *rest))
+    return targets
 
 
 def gram_targets(
     gram_teacher: nn.Module, teacher: SSLModel, crops: Batch, out: SSLOutput
 ) -> Tensor:
-    """(G·B, N, D') patches of the Gram teacher, from crops of its own size if it has such, on the student's grid."""
+    """(G·B, N, D') patches of the Gram teacher on the student's grid.
+
+    It sees crops of its own size, if there are any.
+    """
     if crops.gram_crops is None and gram_teacher is teacher.backbone:
         return out.patches
     seen = gram_teacher(crops.global_crops if crops.gram_crops is None else crops.gram_crops)
-    return (
-        seen.patches
-        if seen.grid == out.grid
-        else downsample_patches(seen.patches, seen.grid, out.grid)
-    )
+    if seen.grid == out.grid:
+        return seen.patches
+    return downsample_patches(seen.patches, seen.grid, out.grid)
+
+
+def build_centering(loss: LossConfig, terms: Iterable[str]) -> nn.ModuleDict:
+    """The centre or the balancing of each head's targets, for the terms in use."""
+    modules = {"dino": Centering(loss.dino.prototypes, loss.dino.centering)}
+    if "ibot" in terms:
+        prototypes = loss.ibot.prototypes or loss.dino.prototypes
+        modules["ibot"] = Centering(prototypes, loss.ibot.centering)
+    return nn.ModuleDict(modules)
 
 
 def balance(centering: Centering, parts: list[Tensor], teacher_temp: float) -> list[Tensor]:
@@ -279,9 +200,12 @@ def balance(centering: Centering, parts: list[Tensor], teacher_temp: float) -> l
 
 
 def compute_losses(
-    out: SSLOutput, targets: Targets, crops: Batch, cfg: LossConfig, now: dict[str, float]
+    out: SSLOutput, targets: Targets, crops: Batch, loss: LossConfig, now: dict[str, float]
 ) -> dict[str, Tensor]:
-    """The terms in use, unweighted. A new term: a file in losses/, a weight in the configuration, a line here."""
+    """The terms in use, unweighted.
+
+    A new term: a file in losses/, a weight in the configuration, a line here.
+    """
     views = (-1, len(crops.images))  # (G·B, ...) -> (G, B, ...)
     losses = {}
     if "dino" in now:
@@ -290,16 +214,15 @@ def compute_losses(
             out.global_logits.unflatten(0, views),
             local_logits,
             targets.dino,
-            cfg.dino.student_temp,
+            loss.dino.student_temp,
             now["dino_local"],
         )
     if "ibot" in now:
-        losses["ibot"] = ibot_loss(
-            out.patch_logits, targets.ibot, crops.masks, cfg.ibot.student_temp
-        )
+        student_temp = loss.ibot.student_temp
+        losses["ibot"] = ibot_loss(out.patch_logits, targets.ibot, crops.masks, student_temp)
     if "koleo" in now:  # per view: two views of an image must not be pushed apart
         losses["koleo"] = sum(
-            koleo_loss(cls, cfg.koleo.group, distributed.gather_rows)
+            koleo_loss(cls, loss.koleo.group, distributed.gather_rows)
             for cls in out.cls.unflatten(0, views)
         )
     if targets.gram is not None:
@@ -307,69 +230,14 @@ def compute_losses(
     return losses
 
 
-# ----------------------------------------------------------------- what comes out
-
-
-def metrics(totals: dict[str, Tensor], now: dict[str, float]) -> dict:
-    """Names as in metrics.jsonl; losses are means over the ranks."""
-    rates = {name: now[name] for name in ("lr", "weight_decay", "ema_momentum", "teacher_temp")}
-    losses = {
-        name: distributed.mean_over_ranks(value)
-        for name, value in totals.items()
-        if name != "grad_norm"
-    }
-    named = {name if name == "loss" else f"loss/{name}": value for name, value in losses.items()}
-    return named | rates | {"grad_norm": totals["grad_norm"]}
-
-
-def teacher_outputs(
-    cfg: TrainConfig, images: ImageData, teacher: SSLModel, device: torch.device
-) -> dict[str, Callable]:
-    """How to export, draw and probe the teacher; see `Run.start`."""
-    size = size_pair(cfg.crops.global_size)
-    mean, std = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
-    prepare = partial(EvalDataset, resize=max(size), size=size, mean=mean, std=std)
-    probed = cfg.probe.every > 0
-    train, val = (
-        open_labelled(cfg.probe.train, cfg.probe.val, cfg.data.channels) if probed else (None, None)
-    )
-    annotated = partial(
-        Annotated, kind="mask", size=size, multiple=teacher.backbone.patch_size, mean=mean, std=std
-    )
-    masks = (
-        [annotated(data) for data in (train, val)]
-        if probed and cfg.probe.patches and has_masks(train, val)
-        else None
-    )
-
-    def export() -> Callable[[Path], None]:
-        return partial(
-            save_model, host_copy(teacher), preprocessing=Preprocessing(size, max(size), mean, std)
-        )
-
-    def report() -> Callable[[Path], None]:
-        data = val if probed else images
-        shown = first_readable(data, 4)
-        inputs = torch.stack([prepare(data)[index][0] for index in shown]).to(device)
-        crops = multi_crop_from(cfg.crops, mean, std).examples(
-            [data.image(index) for index in shown], cfg.seed
-        )
-        return report_teacher(
-            Path(cfg.output_dir).name, teacher.backbone, inputs, crops, mean=mean, std=std
-        )
-
-    def probe() -> dict[str, float]:
-        return probe_teacher(
-            cfg.probe, teacher.backbone, prepare(train), prepare(val), masks, device
-        )
-
-    return {
-        "export": export,
-        "report": report,
-        "probe": probe if probed else None,
-        "curves": draw_curves,
-        "locality": lambda of: mean_locality(of, prepare(images), device),
-    }
+def measures(
+    update: OptimizationStep, done: int, targets: Targets, out: SSLOutput, now: dict[str, float]
+) -> dict:
+    """What metrics.jsonl records of a step, after `done` steps."""
+    metrics = update.metrics(done, now)
+    probs = targets.dino if "dino" in now else targets.ibot
+    cls = out.cls.unflatten(0, (-1, targets.dino.shape[1]))
+    return metrics | health(probs, cls, out.patches)
 
 
 if __name__ == "__main__":

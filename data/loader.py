@@ -177,11 +177,6 @@ class StepDataset(Dataset):
         self.block = range(rank * self.share, (rank + 1) * self.share)
         self.order = (-1, np.empty(0))  # epoch and its permutation, the last one asked for
 
-    @property
-    def repeats_images(self) -> bool:
-        """Whether a batch holds an image more than once, there being fewer images than that."""
-        return len(self.data) < self.batch_size
-
     def indices(self, step: int) -> np.ndarray:
         """(batch_size,) image indices of the global batch."""
         if isinstance(self.data, Mixture):

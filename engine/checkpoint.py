@@ -1,4 +1,4 @@
-"""The run folder: checkpoints written whole or not at all, the teacher's weights, going on where a run stopped.
+"""Checkpoints and weights in a run folder, written whole or not at all.
 
 checkpoints/<step>/   training state, PyTorch's distributed format (any number of ranks may read it)
 checkpoints/latest    a text file with the newest complete step
@@ -29,25 +29,24 @@ def training_state(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> dict:
-    """Everything a run needs to go on, as live tensors: loading writes into them. The scaler, of fp16, goes in as it is.
+    """What resuming needs, as live tensors, into which loading writes; the scaler as it is.
 
     Randomness needs no state: each step's is drawn from (seed, step).
     """
-    student = unwrap(student)
-    frozen = {
-        name for name, p in student.named_parameters() if not p.requires_grad
-    }  # the teacher's are the same
-    moments = {
-        name: optimizer.state[p] for name, p in student.named_parameters() if p in optimizer.state
-    }
-    return {
+    student, moments = unwrap(student), {}
+    weights = teacher.state_dict()
+    for name, parameter in student.named_parameters():
+        if parameter in optimizer.state:
+            moments[name] = optimizer.state[parameter]
+        if not parameter.requires_grad:  # the teacher's is the same tensor
+            weights.pop(name, None)
+    state = {
         "student": student.state_dict(),
-        "teacher": {
-            name: tensor for name, tensor in teacher.state_dict().items() if name not in frozen
-        },
+        "teacher": weights,
         "centering": centering.state_dict(),
         "optimizer": moments,
-    } | ({"scaler": scaler} if scaler.is_enabled() else {})
+    }
+    return state | ({"scaler": scaler} if scaler.is_enabled() else {})
 
 
 def latest_step(run: Path) -> int | None:
@@ -57,7 +56,7 @@ def latest_step(run: Path) -> int | None:
 
 
 def load_checkpoint(run: Path, step: int, state: dict) -> None:
-    """Fills `state`'s tensors in place, whatever the number of ranks and the strategy that wrote them.
+    """Fills the tensors of `state` in place; any number of ranks and any strategy may have written.
 
     A checkpoint without the scaler's state, of an earlier version, leaves the scaler as it is.
     """
@@ -70,25 +69,26 @@ def load_checkpoint(run: Path, step: int, state: dict) -> None:
 
 
 class CheckpointWriter:
-    """Writes the state beside its place, then moves it there: a kill at any moment leaves the previous one whole.
+    """Writes the state into another folder, then renames it: a kill leaves the previous one whole.
 
-    The state is copied to the host, and written while the run goes on, with what `also` adds; the step comes to count with
-    `finish`, which the next save, the end of the run and every `poll` that finds the writing done call.
+    The state is copied to the host, and written while the run goes on, with what `also` adds.
+    `finish` then makes it the newest checkpoint; the next `save`, the end of the run and a `poll`
+    after the writing is done call it.
     """
 
     def __init__(self, run: Path, keep: int):
         self.run, self.folder, self.keep = run, run / "checkpoints", keep
         self.future, self.step = None, None
         self.pool, self.others = ThreadPoolExecutor(1), []
-        # Said by the thread that writes, of a single process, which is what there is.
+        # A single process has no process group, as this warning says.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        # Written by a thread: a group of its own, or its messages would mix with those of the steps.
+        # A group of its own: a thread writes, and its messages must not mix with those of steps.
         self.group = distributed.twin_group("gloo")
 
     def save(self, step: int, state: dict) -> None:
         """
         Raises:
-            RunFailed: if a weight is not finite, or the disk is full; the previous checkpoint stays.
+            RunFailed: if a weight is not finite, or the disk is full; the one before stays.
         """
         self.finish()
         _refuse_non_finite(state["student"], step)
@@ -101,11 +101,11 @@ class CheckpointWriter:
         self.step = step
 
     def also(self, write: Callable[[], None]) -> None:
-        """Something else to be written, by a thread, before the checkpoint of this moment counts."""
+        """A thread writes something else, before the checkpoint of this moment counts."""
         self.others.append(self.pool.submit(write))
 
     def poll(self) -> None:
-        """Takes note of a writing that is done. On one process only: ranks would have to agree first."""
+        """Publishes what is written; on one process only, because ranks would have to agree."""
         writing = [*self.others, *([self.future] if self.future else [])]
         if writing and all(part.done() for part in writing) and not distributed.active():
             self.finish()
@@ -135,8 +135,9 @@ class CheckpointWriter:
                 raise
             reason = " ".join(str(error).split())[-300:]
             raise RunFailed(
-                f"the checkpoint of step {step} could not be written ({reason}); is the disk full? The one before, of step "
-                f"{latest_step(self.run)}, is untouched: make room and start again"
+                f"the checkpoint of step {step} could not be written ({reason}); is the disk full? "
+                f"The one before, of step {latest_step(self.run)}, is untouched: "
+                "make room and start again"
             ) from error
         distributed.barrier()
 
@@ -148,22 +149,19 @@ class CheckpointWriter:
 
 
 def _refuse_non_finite(weights: dict, step: int) -> None:
-    tensors = [
-        tensor for tensor in distributed.local(weights.values()) if tensor.is_floating_point()
-    ]
+    shards = distributed.local(weights.values())
+    tensors = [tensor for tensor in shards if tensor.is_floating_point()]
     bad = not torch.isfinite(sum(tensor.float().sum() for tensor in tensors))
     if distributed.any_rank(bad, tensors[0].device):
         raise RunFailed(
-            f"weights are not finite at step {step}, nothing was saved; lower schedule.lr.peak or schedule.teacher_temp, "
-            "or set precision=fp32"
+            f"weights are not finite at step {step}, nothing was saved; lower schedule.lr.peak or "
+            "schedule.teacher_temp, or set precision=fp32"
         )
 
 
 def _prune(folder: Path, keep: int) -> None:
-    steps = sorted(
-        (int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True
-    )
-    for old in steps[keep:]:
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+    for old in sorted(steps, reverse=True)[keep:]:
         shutil.rmtree(folder / str(old))
 
 
@@ -174,7 +172,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """`write(beside)` fills a folder beside its place; then each file is replaced in one move, so readers find no half.
+    """`write` fills another folder; then its files are renamed, so readers find whole files.
 
     Raises:
         RunFailed: if the disk is full; what stood there before stays.
@@ -186,11 +184,11 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
         write(unfinished)
     except Exception as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if (
-            isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
-        ):  # which is no OSError
+        # SafetensorError is no OSError.
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise RunFailed(
-                f"{folder} could not be written ({error}); is the disk full? What stood there, and the last checkpoint, are untouched"
+                f"{folder} could not be written ({error}); is the disk full? "
+                "What stood there, and the last checkpoint, are untouched"
             ) from error
         raise
     folder.mkdir(parents=True, exist_ok=True)

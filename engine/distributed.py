@@ -1,7 +1,7 @@
-"""The leaf that knows about ranks: process group, collectives (identities on one process), wrapping.
+"""Devices and ranks: process group, collectives (identities on one process), parallel models.
 
-Nothing here is needed on one process, where no process group exists. `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK, and
-`srun` what they are taken from.
+On one process no process group exists. `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; under
+`srun` they are taken from SLURM's variables.
 """
 
 import contextlib
@@ -24,14 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from errors import UserError
 
-LOST = (
-    "imed out",
-    "Connection closed",
-    "Connection reset",
-    "Connection refused",
-    "Broken pipe",
-)  # says gloo
-GIVING_UP = 3.0  # seconds in which all ranks give up that wait for the same one
+# Words in gloo's errors when a rank is lost.
+LOST = ("imed out", "Connection closed", "Connection reset", "Connection refused", "Broken pipe")
+GIVING_UP = 3.0  # seconds within which all ranks give up that wait for the same one
 
 
 class RankLost(RuntimeError):
@@ -70,7 +65,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[Callable, torch.amp.GradScaler]:
-    """A context for the forward passes, and the scaler that fp16 gradients need (idle otherwise)."""
+    """A context for the forward passes, and the scaler of fp16 gradients (idle otherwise)."""
     if name == "auto":
         name = "bf16" if has_fast_bf16(device) else "fp32"
     kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
@@ -91,68 +86,58 @@ def process_group(device: torch.device, timeout: float = 600.0) -> Iterator[None
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = (
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    )  # checkpoints are written through gloo
-    store, number, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    dist.init_process_group(
-        backend, store=store, rank=number, world_size=size, timeout=timedelta(seconds=timeout)
-    )
+    # Checkpoints are written through gloo.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout)
+    store, number, size = next(dist.rendezvous("env://", timeout=limit))
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=limit)
     try:
         yield
     except RuntimeError as error:
         of_torch = type(error) is RuntimeError or isinstance(error, dist.DistError)
         if not of_torch or not any(words in str(error) for words in LOST):
             raise
-        raise RankLost(
-            f"{_who_is_lost(store, number, size, timeout)}; the last checkpoint is untouched"
-        ) from error
+        who = _who_is_lost(store, number, size, timeout)
+        raise RankLost(f"{who}; the last checkpoint is untouched") from error
     finally:
         dist.destroy_process_group()
 
 
 def _who_is_lost(store: dist.Store, number: int, size: int, timeout: float) -> str:
-    """Each rank that gives up leaves its number in the store; after a moment, those that did not are the ones."""
+    """Each rank that gives up leaves its number in the store; the lost ranks do not."""
     try:
         store.set(f"gave_up/{number}", "")
         time.sleep(GIVING_UP * (1 + (number == 0)))  # under srun the store lives in rank 0
         lost = [str(other) for other in range(size) if not store.check([f"gave_up/{other}"])]
-    except RuntimeError:  # it lived on a machine that is gone
+    except RuntimeError:  # the store was on a machine that is gone
         lost = ["0"]
-    who = (
-        f"rank{'s' * (len(lost) > 1)} {', '.join(lost)} of {size}"
-        if lost
-        else "a connection between ranks"
-    )
+    who = f"rank{'s' * (len(lost) > 1)} {', '.join(lost)} of {size}"
+    who = who if lost else "a connection between ranks"
     return f"{who} ended, or did not answer for {timeout:g} seconds (hang_timeout)"
 
 
 def _from_slurm() -> None:
-    """srun's names for what torchrun sets. MASTER_ADDR is the first node, which SLURM does not spell out."""
-    if (
-        "RANK" in os.environ
-        or int(os.environ.get("SLURM_NTASKS", 1)) < 2
-        or "SLURM_PROCID" not in os.environ
-    ):
+    """Sets torchrun's variables from those of srun. MASTER_ADDR is the first node."""
+    several = int(os.environ.get("SLURM_NTASKS", 1)) >= 2 and "SLURM_PROCID" in os.environ
+    if "RANK" in os.environ or not several:
         return
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     os.environ.update({ours: os.environ[theirs] for ours, theirs in names.items()})
     os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-    os.environ.setdefault(
-        "MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 50000)
-    )
+    port = 10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 50000
+    os.environ.setdefault("MASTER_PORT", str(port))
 
 
 def active() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-_group: Any = None  # of ranks that everything below speaks of; None: all of them
+_group: Any = None  # the ranks that all functions below mean; None: all of them
 
 
 @contextlib.contextmanager
 def within(group: Any) -> Iterator[None]:
-    """In here ranks are counted, reduce, gather and wrap within `group` only; None: all of them."""
+    """Inside, all functions of this module mean the ranks of `group`; None: all ranks."""
     global _group
     before, _group = _group, group
     try:
@@ -162,13 +147,13 @@ def within(group: Any) -> Iterator[None]:
 
 
 def split_ranks(parts: Sequence[Sequence[int]]) -> Any:
-    """A group of ranks for each part; that of this rank is returned. All ranks call it, with the same parts."""
+    """This rank's group, of one group for each part. All ranks call it, with the same parts."""
     groups = [dist.new_group(list(part)) for part in parts]
-    return next(group for group, part in zip(groups, parts) if rank() in part)
+    return next(group for group, part in zip(groups, parts, strict=True) if rank() in part)
 
 
 def twin_group(backend: str) -> Any:
-    """Another group of the same ranks, whose messages do not mix with those of this one; None on one process."""
+    """Another group of the same ranks, for messages that must not mix; None on one process."""
     if not active():
         return None
     ranks = None if _group is None else dist.get_process_group_ranks(_group)
@@ -176,12 +161,12 @@ def twin_group(backend: str) -> Any:
 
 
 def current_group() -> Any:
-    """For torch.distributed's own functions: the group of `within`, or None."""
+    """The group of `within`, or None; for the functions of torch.distributed."""
     return _group
 
 
 def seed_step(seed: int, step: int) -> None:
-    """All randomness of a step on this rank follows from (seed, step, rank): a resumed run draws what it would have."""
+    """The random state of a step on this rank, the same in a resumed run."""
     torch.manual_seed((seed * 2**40 + step * 2**12 + rank()) % 2**63)
 
 
@@ -242,14 +227,22 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """(n, D) of each rank, n alike, joined in the order of ranks; gradients go back to where the rows came from, summed over
-    ranks: right for a loss that all ranks compute alike and whose gradients are then averaged."""
+    """(n, D) of each rank, the same n, joined in the order of ranks.
+
+    Gradients go back to where the rows came from, summed over ranks: right for a loss that all
+    ranks compute alike and whose gradients are then averaged.
+    """
     return _GatherRows.apply(rows) if active() else rows
 
 
 def exchange_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-    """Rows in the order of the ranks that they go to, so many each -> those that come, in the order of the ranks that had them;
-    without gradient."""
+    """Sends rows to other ranks; without gradient.
+
+    Args:
+        rows: in the order of the ranks that they go to.
+        sent: how many go to each rank.
+        received: how many come from each rank; they are returned in the order of the ranks.
+    """
     if not active():
         return rows
     arrived = rows.new_empty(sum(received), *rows.shape[1:])
@@ -262,11 +255,13 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(all_reduce_max(torch.tensor(float(flag), device=device))) if active() else flag
 
 
-# ----------------------------------------------------------------- models made parallel from outside
+# ----------------------------------------------------------------- parallel models
 
 
 def prepare(module: nn.Module, checkpointing: str, compiled: bool) -> None:
-    """Recomputes activations in the backward pass, and compiles; block by block, names stay as they are.
+    """Recomputes activations in the backward pass, and compiles, block by block.
+
+    Names of parameters stay as they are.
 
     Args:
         checkpointing: "none", "blocks" (of the backbone) or "full" (the heads as well).
@@ -283,50 +278,50 @@ def prepare(module: nn.Module, checkpointing: str, compiled: bool) -> None:
 
 
 def shard(module: nn.Module, strategy: str, device: torch.device, precision: str) -> nn.Module:
-    """With strategy "fsdp", each block, each head and the rest hold a shard of their parameters on every rank, gathered
-    when they run; in bf16 on CUDA, with gradients reduced in float32. Otherwise nothing happens."""
+    """With strategy "fsdp", each rank holds a shard of the parameters; otherwise nothing happens.
+
+    Blocks, heads and the rest are gathered when they run: in bf16 on CUDA, with gradients reduced
+    in float32.
+    """
     if strategy != "fsdp" or not active():
         return module
-    every = _group is None
-    mesh = (
-        init_device_mesh(device.type, (world_size(),))
-        if every
-        else DeviceMesh.from_group(_group, device.type)
-    )
+    if _group is None:
+        mesh = init_device_mesh(device.type, (world_size(),))
+    else:
+        mesh = DeviceMesh.from_group(_group, device.type)
     half = precision == "bf16" and device.type == "cuda"
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    parts = (
-        list(module.children()) if hasattr(module, "backbone") else []
-    )  # the backbone also runs alone, as a Gram teacher
+    # Each child is a part: the backbone also runs alone, as a Gram teacher.
+    parts = list(module.children()) if hasattr(module, "backbone") else []
     for part in [*_blocks(module), *parts, module]:
-        # Given back right after use, or the teacher would run on what it gathered before its last update.
+        # Resharded right after use: the teacher must not run on weights before its last update.
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return module
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
     backbone = getattr(module, "backbone", module)
-    return list(
-        getattr(backbone, "blocks", getattr(getattr(backbone, "model", None), "blocks", []))
-    )
+    timm_model = getattr(backbone, "model", None)
+    return list(getattr(backbone, "blocks", getattr(timm_model, "blocks", [])))
 
 
 class UnshardedTeacher:
-    """A module to look at, export and draw from. Made before the module is placed; `module` is the module itself, or where it
-    is then sharded a copy which `refresh` fills, on all ranks together."""
+    """The whole teacher, to probe, export and draw; made before the teacher is sharded.
+
+    `module` is the teacher itself, or a copy where it is then sharded. `refresh` fills the copy;
+    all ranks call it together.
+    """
 
     def __init__(self, module: nn.Module, strategy: str, device: torch.device, precision: str):
         self.source, self.sharded = module, strategy == "fsdp" and active()
         self.module = copy.deepcopy(module) if self.sharded else module
-        self.place = partial(
-            shard, strategy=strategy, device=device, precision=precision
-        )  # any module, like this one
+        # Shards any module as the teacher is sharded.
+        self.place = partial(shard, strategy=strategy, device=device, precision=precision)
 
     def refresh(self) -> None:
         if self.sharded:
-            self.module.load_state_dict(
-                {name: gathered(tensor) for name, tensor in self.source.state_dict().items()}
-            )
+            state = self.source.state_dict()
+            self.module.load_state_dict({name: gathered(state[name]) for name in state})
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -335,18 +330,19 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's shards, as plain tensors that share their storage; tensors that are whole as they are."""
+    """This rank's shards, as plain tensors that share their storage; whole tensors as they are."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def wrap(
     module: nn.Module, strategy: str, device: torch.device, *, all_used: bool = True
 ) -> nn.Module:
-    """`module` made parallel from outside; itself where there is no process group, or where it is sharded.
+    """`module` made parallel; itself without a process group, or where it is sharded.
 
     Args:
         strategy: "ddp" averages the gradients over ranks; "none" leaves the module as it is.
-        all_used: whether every parameter takes part in every loss; where not, DDP looks for the idle ones each step.
+        all_used: whether every parameter takes part in every loss; where not, DDP looks for the
+            unused ones in each step.
     """
     if not active() or strategy != "ddp":
         return module

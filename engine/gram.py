@@ -1,10 +1,10 @@
-"""The Gram teacher over a stage: whose patch similarities the student keeps, from when on, and when they are renewed."""
+"""The Gram teacher of a stage: the network whose patch similarities the student keeps."""
 
 import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -13,18 +13,24 @@ from engine.checkpoint import write_atomically
 from engine.distributed import UnshardedTeacher
 from engine.logger import notice
 from engine.optim import span_steps
+from engine.start import load_initial
 from errors import UserError
+
+if TYPE_CHECKING:
+    from engine.config import GramConfig
+    from engine.run import Run
+    from engine.stages import Stage
 
 
 class GramTeacher:
-    """What `loss.gram` describes (DINOv3, section 4.2).
+    """The Gram teacher that `loss.gram` describes (DINOv3, section 4.2).
 
-    Everything but the weights follows from the step, so a resumed run needs no more than `weights`.
+    All but the weights follows from the step, so a resumed run needs no more than `weights`.
     """
 
     def __init__(
         self,
-        settings: Any,
+        settings: "GramConfig",
         first: int,
         stop: int,
         ema: nn.Module,
@@ -35,13 +41,14 @@ class GramTeacher:
     ):
         """
         Args:
-            settings: the section `loss.gram`.
+            settings: of `loss.gram`.
             first, stop: the stage's steps.
             ema: the EMA teacher's backbone.
             snapshot: a frozen copy of it, as it is now.
             load: a backbone from a MODEL.
             choose: for `auto`, the MODEL to take among what there is at a step.
-            resumed_at: the step at which a run goes on within the stage; its weights are about to be loaded.
+            resumed_at: the step at which a run goes on within the stage; its weights are
+                loaded afterwards.
 
         Raises:
             UserError: if `refresh` asks for another architecture.
@@ -51,29 +58,24 @@ class GramTeacher:
         self.backbone = None
         if settings.teacher == "ema":
             self.backbone = ema
-        elif (
-            settings.teacher == "init"
-            or settings.teacher == "auto"
-            and (resumed_at or -1) > self.start
-        ):
+        elif settings.teacher == "init":
             self.backbone = snapshot()
         elif settings.teacher != "auto":
             self.backbone = load(settings.teacher)
-        if (
-            settings.refresh
-            and self.backbone is not None
-            and _shapes(self.backbone) != _shapes(ema)
-        ):
+        elif resumed_at is not None and resumed_at > self.start:
+            self.backbone = snapshot()
+        copies = settings.refresh and self.backbone is not None
+        if copies and _shapes(self.backbone) != _shapes(ema):
             raise UserError(
-                f"loss.gram.refresh copies the teacher into the Gram teacher, but {settings.teacher} is another architecture"
+                "loss.gram.refresh copies the teacher into the Gram teacher, "
+                f"but {settings.teacher} is another architecture"
             )
 
     @property
     def weights(self) -> dict:
-        """For the checkpoint: nothing where the EMA teacher itself plays the part, or before the start."""
-        return (
-            {} if self.backbone is None or self.backbone is self.ema else self.backbone.state_dict()
-        )
+        """For the checkpoint; empty before the start, and where the EMA teacher is the one."""
+        own = self.backbone is not None and self.backbone is not self.ema
+        return self.backbone.state_dict() if own else {}
 
     def at(self, step: int) -> nn.Module | None:
         """The network that gives the similarities in this step; None before the start."""
@@ -93,35 +95,45 @@ class GramTeacher:
 
 
 def build_gram_teacher(
-    stage: Any, run: Any, unsharded: UnshardedTeacher, load: Callable[[str], nn.Module]
+    stage: "Stage", run: "Run", unsharded: UnshardedTeacher
 ) -> GramTeacher | None:
-    """The one of a stage (engine.stages) of a run (engine.run), as far as the run has come; None without the Gram term.
+    """The Gram teacher of a stage, at the step that the run has come to; None without the term.
 
     Args:
         unsharded: the EMA teacher.
-        load: a backbone from a MODEL.
     """
     if "gram" not in stage.schedules:
         return None
     resumed = run.start_step if run.start_step > stage.first else None
 
+    def load(spec: str) -> nn.Module:
+        return load_initial(spec, stage.cfg.data.channels).to(run.device)
+
+    def locality(spec: str) -> float:
+        return run.outputs.locality(load(spec))
+
     def choose(step: int) -> str:
-        run.settle()  # the newest snapshot may still be on its way
-        return best_snapshot(run.folder, step, lambda spec: run.locality(load(spec)), run.curves)
+        run.settle()  # the newest snapshot may not be written yet
+        return best_snapshot(run.folder, step, locality, run.outputs.curves)
 
     def find(spec: str) -> nn.Module:
         run.settle()
-        return unsharded.place(
-            _frozen(load(f"{run.folder}{spec}" if spec.startswith("@") else spec))
-        )
+        whole = f"{run.folder}{spec}" if spec.startswith("@") else spec
+        return unsharded.place(_frozen(load(whole)))
 
     def snapshot() -> nn.Module:
         unsharded.refresh()
         return unsharded.place(_frozen(copy.deepcopy(unsharded.module.backbone)))
 
-    settings, ema = stage.cfg.loss.gram, unsharded.source.backbone
     gram_teacher = GramTeacher(
-        settings, stage.first, stage.stop, ema, snapshot, find, choose, resumed
+        stage.cfg.loss.gram,
+        stage.first,
+        stage.stop,
+        unsharded.source.backbone,
+        snapshot,
+        find,
+        choose,
+        resumed,
     )
     if resumed and gram_teacher.weights:
         run.restore({"gram_teacher": gram_teacher.weights})
@@ -142,32 +154,27 @@ def best_snapshot(
     measure: Callable[[str], float],
     curves: Callable[[Path, dict[str, list[dict]]], None],
 ) -> str:
-    """RUN@STEP of the snapshot up to `step` with the largest measure; the curve goes to RUN/gram_choice.json and .png.
+    """RUN@STEP of the snapshot up to `step` with the largest measure.
+
+    The measures go to RUN/gram_choice.json and RUN/gram_choice.png.
 
     Raises:
         UserError: if the run keeps no snapshot yet.
     """
-    kept = sorted(
-        int(path.name)
-        for path in (run / "snapshots").glob("*")
-        if path.name.isdigit() and int(path.name) <= step
-    )
+    names = [path.name for path in (run / "snapshots").glob("*") if path.name.isdigit()]
+    kept = sorted(int(name) for name in names if int(name) <= step)
     if not kept:
         raise UserError(
-            f"loss.gram.teacher: auto finds no snapshot in {run} up to step {step}; lower checkpoint.snapshot"
+            f"loss.gram.teacher: auto finds no snapshot in {run} up to step {step}; "
+            "lower checkpoint.snapshot"
         )
     values = {kept_step: measure(f"{run}@{kept_step}") for kept_step in kept}
     best = max(values, key=values.get)
-    notice(
-        f"Gram teacher: the snapshot of step {best}; locality "
-        + ", ".join(f"{k}: {v:.4f}" for k, v in values.items())
-    )
+    measures = ", ".join(f"{kept_step}: {value:.4f}" for kept_step, value in values.items())
+    notice(f"Gram teacher: the snapshot of step {best}; locality {measures}")
     if distributed.is_main():
-        write_atomically(
-            run / "gram_choice.json", json.dumps({"step": step, "chosen": best, "locality": values})
-        )
-        curve = [
-            {"step": kept_step, "probe/locality": value} for kept_step, value in values.items()
-        ]
+        choice = {"step": step, "chosen": best, "locality": values}
+        write_atomically(run / "gram_choice.json", json.dumps(choice))
+        curve = [{"step": kept_step, "probe/locality": v} for kept_step, v in values.items()]
         curves(run / "gram_choice.png", {"snapshots": curve})
     return f"{run}@{best}"

@@ -27,10 +27,9 @@ class TensorBoardMirror:
     def __init__(self, run: Path, start_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        # What was written after the checkpoint that a run goes on from is hidden: it comes again.
-        self.writer = SummaryWriter(
-            run / "tensorboard", purge_step=start_step + 1 if start_step else None
-        )
+        # Hides what was written after the checkpoint: a resumed run writes it again.
+        purge_step = start_step + 1 if start_step else None
+        self.writer = SummaryWriter(run / "tensorboard", purge_step=purge_step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -47,23 +46,19 @@ class WandbMirror:
     def __init__(self, run: Path, start_step: int):
         import wandb
 
-        known = (
-            run / "wandb" / "id"
-        )  # by which a run that goes on is recognised, wherever it now lies
+        known = run / "wandb" / "id"  # by which wandb recognises a resumed run
         known.parent.mkdir(exist_ok=True)
         if not (start_step and known.is_file()):
             known.write_text(uuid.uuid4().hex[:12])
-        options = {
-            "project": "nanodino",
-            "name": run.name,
-            "dir": run,
-            "id": known.read_text(),
-            "resume": "allow",
-        }
         try:
             self.session = wandb.init(
-                **options, reinit="create_new"
-            )  # distill.py has several in a process
+                project="nanodino",
+                name=run.name,
+                dir=run,
+                id=known.read_text(),
+                resume="allow",
+                reinit="create_new",  # distill.py has several in a process
+            )
         except Exception as error:  # of its own kinds: no account, no network
             raise UserError(
                 f"mirrors: [wandb]: {error}; run `wandb login`, or set WANDB_MODE=offline"
@@ -94,13 +89,12 @@ def require_mirrors(names: Sequence[str]) -> None:
 
 
 class Logger:
-    """One JSON object per logging interval in RUN/metrics.jsonl; a bar on a terminal, plain lines elsewhere."""
+    """Writes one JSON object a logging interval to RUN/metrics.jsonl, and shows the progress."""
 
     def __init__(self, run: Path, total_steps: int, start_step: int, mirrors: Sequence[str] = ()):
         self.path = run / "metrics.jsonl"
-        self.name = (
-            f"{run.name}: " if run.parent.name == "students" else ""
-        )  # one of several that speak here
+        # Several students write to one terminal.
+        self.name = f"{run.name}: " if run.parent.name == "students" else ""
         self.total_steps = total_steps
         self.enter(None, 0, 0)
         self.last_step, self.last_time, self.waited = start_step, time.perf_counter(), 0.0
@@ -138,32 +132,23 @@ class Logger:
             "images_seen": step * self.batch_size + self.shift,
             "stage": self.stage,
         } | values
-        if distributed.is_main():
-            with self.path.open("a") as file:
-                file.write(
-                    json.dumps({name: _rounded(value) for name, value in record.items()}) + "\n"
-                )
-            for mirror in self.mirrors:
-                mirror.log(
-                    step,
-                    {
-                        name: value
-                        for name, value in record.items()
-                        if isinstance(value, (int, float))
-                    },
-                )
-            self._show(step, record, time.perf_counter())
+        if not distributed.is_main():
+            return
+        rounded = {name: _rounded(value) for name, value in record.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(rounded) + "\n")
+        numbers = {name: v for name, v in record.items() if isinstance(v, (int, float))}
+        for mirror in self.mirrors:
+            mirror.log(step, numbers)
+        self._show(step, record, time.perf_counter())
 
     def restart_clock(self, step: int) -> None:
         """Speed is measured from here on (probes and pictures do not count)."""
         self.last_step, self.last_time, self.waited = step, time.perf_counter(), 0.0
 
     def _show(self, step: int, record: dict, now: float) -> None:
-        shown = {
-            name: f"{record[name]:.4g}"
-            for name in ("loss", "probe/knn", "images_per_second")
-            if name in record
-        }
+        names = [name for name in ("loss", "probe/knn", "images_per_second") if name in record]
+        shown = {name: f"{record[name]:.4g}" for name in names}
         if not self.bar.disable:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
@@ -173,11 +158,8 @@ class Logger:
             left = (now - self.began) / done * (self.total_steps - step) if done else None
             words = "  ".join(f"{name} {value}" for name, value in shown.items())
             ending = "" if left is None else f"  {left / 60:.1f} min left"
-            print(
-                f"{self.name}step {step}/{self.total_steps}  {words}{ending}",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"{self.name}step {step}/{self.total_steps}  {words}{ending}"
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.bar.close()
@@ -204,7 +186,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drops what comes after `step`: the run goes on from there and will write it again."""
+    """Drops the records after `step`, from which the run goes on: it will write them again."""
     kept = [record for record in read_metrics(path) if record["step"] <= step] if step else []
     beside = path.with_name(path.name + ".unfinished")
     beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -216,28 +198,20 @@ def memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     status = Path("/proc/self/status")
-    if (
-        status.is_file()
-    ):  # rather than getrusage, whose peak is handed down by the process that started this one
-        return (
-            next(
-                int(line.split()[1])
-                for line in status.read_text().splitlines()
-                if line.startswith("VmHWM")
-            )
-            / 2**20
-        )
+    if status.is_file():  # unlike getrusage, it does not inherit the peak of the parent process
+        lines = status.read_text().splitlines()
+        peak = next(line for line in lines if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 2**20
     try:
         import resource  # not on Windows
     except ImportError:
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**30 if sys.platform == "darwin" else 2**20
-    )
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 class BadImages:
-    """What could not be read: counted, listed in RUN/bad_images.txt, and too many of them end the run."""
+    """Counts the images that cannot be read, and lists them in RUN/bad_images.txt."""
 
     def __init__(self, run: Path, images: int, limit: int | None):
         self.path = run / "bad_images.txt"
@@ -248,7 +222,7 @@ class BadImages:
     def add(self, bad: list[tuple[str, str]]) -> None:
         """
         Raises:
-            ValueError: when more different images than the limit could not be read.
+            UserError: when more different images than the limit could not be read.
         """
         new = {name: reason for name, reason in bad if name not in self.seen}
         if not new:
@@ -258,5 +232,6 @@ class BadImages:
             file.writelines(f"{name}\t{reason}\n" for name, reason in new.items())
         if len(self.seen) > self.limit:
             raise UserError(
-                f"{len(self.seen)} images could not be read, more than data.max_bad {self.limit}; they are listed in {self.path}"
+                f"{len(self.seen)} images could not be read, more than data.max_bad {self.limit}; "
+                f"they are listed in {self.path}"
             )

@@ -1,21 +1,22 @@
-"""Schedules as functions of the step, parameter groups, gradient clipping, the optimiser's step."""
+"""Schedules as functions of the step, parameter groups, the optimizer, gradient clipping."""
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Union
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from engine import distributed
 
-Span = Union[int, str]
+if TYPE_CHECKING:
+    from engine.config import OptimConfig, TrainConfig
 
 
 # ----------------------------------------------------------------- schedules
 
 
-def span_steps(span: Span, total_steps: int) -> int:
+def span_steps(span: int | str, total_steps: int) -> int:
     """A span in steps: a number as it is, "10%" of the run rounded to the nearest step."""
     return span if isinstance(span, int) else round(float(span.rstrip("%")) / 100 * total_steps)
 
@@ -26,14 +27,14 @@ def make_schedule(
     peak: float,
     start: float | None = None,
     end: float | None = None,
-    warmup: Span = 0,
-    decay: Span | None = None,
+    warmup: int | str = 0,
+    decay: int | str | None = None,
     shape: str = "cosine",
     factor: float = 1.0,
 ) -> Callable[[int], float]:
-    """step -> value: linear from start to peak, then to end by `shape`, then constant (DINOv3's `schedules:` form).
+    """step -> value: linear from start to peak, then to end by `shape`, then constant (DINOv3).
 
-    The warm-up excludes its end point, the decay includes both, so it is at `end` in the last of its steps.
+    The warm-up excludes its end point. The decay includes both: its last step has the value `end`.
 
     Args:
         peak: value after the warm-up; `start` and `end` are the peak where not given.
@@ -45,11 +46,8 @@ def make_schedule(
     peak = factor * peak
     start = peak if start is None else start
     rise = min(span_steps(warmup, total_steps), total_steps)
-    fall = (
-        total_steps - rise
-        if decay is None
-        else min(span_steps(decay, total_steps), total_steps - rise)
-    )
+    left = total_steps - rise
+    fall = left if decay is None else min(span_steps(decay, total_steps), left)
 
     def value(step: int) -> float:
         if step < rise:
@@ -59,15 +57,18 @@ def make_schedule(
         if step >= rise + fall - 1:
             return end
         share = (step - rise) / (fall - 1)
-        return peak + (end - peak) * (
-            share if shape == "linear" else (1 - math.cos(math.pi * share)) / 2
-        )
+        if shape == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return peak + (end - peak) * share
 
     return value
 
 
 def lr_factor(scaling: str, batch_size: int) -> float:
-    """What multiplies the peak and end of the learning rate. DINO: G/256; DINOv2: sqrt(G/1024); DINOv3: 4 sqrt(G/1024)."""
+    """Multiplies the peak and end of the learning rate.
+
+    DINO: G/256; DINOv2: sqrt(G/1024); DINOv3: 4 sqrt(G/1024).
+    """
     return {
         "none": 1.0,
         "linear_256": batch_size / 256,
@@ -76,9 +77,11 @@ def lr_factor(scaling: str, batch_size: int) -> float:
     }[scaling]
 
 
-def build_schedules(cfg: Any, total_steps: int) -> dict[str, Callable[[int], float]]:
-    """step -> value for lr, weight_decay, ema_momentum, teacher_temp and the weight of every term in use, from the sections
-    `schedule` and `loss` of a configuration."""
+def build_schedules(cfg: "TrainConfig", total_steps: int) -> dict[str, Callable[[int], float]]:
+    """step -> value of lr, weight_decay, ema_momentum, teacher_temp and each weight in use.
+
+    A term without a weight and without a schedule is not in use.
+    """
     terms = {name: getattr(cfg.loss, name).weight for name in ("dino", "ibot", "koleo", "gram")}
     constants = terms | {"dino_local": cfg.loss.dino.local_weight}
     schedules = {}
@@ -95,15 +98,14 @@ def build_schedules(cfg: Any, total_steps: int) -> dict[str, Callable[[int], flo
 
 
 def layer_multiplier(name: str, depth: int, decay: float) -> float:
-    """Layer-wise decay (DINOv2): decay^(depth + 1 - layer); tokens and patch embedding are layer 0, the norm the last.
+    """Layer-wise decay (DINOv2): decay^(depth + 1 - layer), for a parameter of the backbone.
 
-    `name` is the parameter's within the backbone.
+    Tokens and patch embedding are layer 0, the final norm is the last layer.
     """
+    first = ("patch_embed", "cls_token", "mask_token", "pos_embed", "register")
     if name.startswith("blocks."):
         layer = int(name.split(".")[1]) + 1
-    elif any(
-        part in name for part in ("patch_embed", "cls_token", "mask_token", "pos_embed", "register")
-    ):
+    elif any(part in name for part in first):
         layer = 0
     else:
         layer = depth + 1
@@ -111,7 +113,7 @@ def layer_multiplier(name: str, depth: int, decay: float) -> float:
 
 
 def is_decayed(name: str) -> bool:
-    """No weight decay on biases, norms and LayerScale; tokens and positions are decayed, as in the authors' code."""
+    """No weight decay on biases, norms and LayerScale, but on tokens (as in the authors' code)."""
     return not (name.endswith("bias") or "norm" in name or "gamma" in name)
 
 
@@ -120,7 +122,7 @@ def parameter_groups(
 ) -> list[dict]:
     """Trainable parameters of `model` (backbone.*, *_head.*) by learning rate and weight decay.
 
-    Each group holds `lr_scale` and `weight_decay_scale`, by which `set_rates` multiplies the schedules' values.
+    `set_rates` multiplies the schedules' values by a group's `lr_scale` and `weight_decay_scale`.
     """
     depth = len(getattr(model.backbone, "blocks", []))
     groups: dict[tuple, dict] = {}
@@ -132,17 +134,15 @@ def parameter_groups(
             scale = layer_multiplier(name.removeprefix("backbone."), depth, layer_decay)
             scale *= patch_embed_lr if "patch_embed" in name else 1.0
         key = (scale, float(is_decayed(name)))
-        group = groups.setdefault(
-            key, {"params": [], "lr_scale": key[0], "weight_decay_scale": key[1]}
-        )
-        group["params"].append(parameter)
+        empty = {"params": [], "lr_scale": key[0], "weight_decay_scale": key[1]}
+        groups.setdefault(key, empty)["params"].append(parameter)
     return list(groups.values())
 
 
 def make_optimizer(
     groups: list[dict], betas: Iterable[float], before: torch.optim.Optimizer | None = None
 ) -> torch.optim.AdamW:
-    """AdamW whose state exists from the start, so that a checkpoint of any step holds the same tensors.
+    """AdamW whose state exists from the start: checkpoints of all steps hold the same tensors.
 
     Parameters that `before` has moments for keep them.
     """
@@ -152,27 +152,23 @@ def make_optimizer(
     )
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = (
-                before.state[parameter]
-                if before and parameter in before.state
-                else {
-                    "step": torch.zeros((), device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-            )
+            if before and parameter in before.state:
+                optimizer.state[parameter] = before.state[parameter]
+                continue
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
     return optimizer
 
 
 def optimizer_for(
-    student: nn.Module, settings: Any, before: torch.optim.Optimizer | None = None
+    student: nn.Module, settings: "OptimConfig", before: torch.optim.Optimizer | None = None
 ) -> torch.optim.AdamW:
-    """`make_optimizer` for what trains of the student, as the section `optim` of the configuration says."""
-    return make_optimizer(
-        parameter_groups(student, settings.layer_decay, settings.patch_embed_lr),
-        settings.betas,
-        before,
-    )
+    """`make_optimizer` for the trainable parameters of the student."""
+    groups = parameter_groups(student, settings.layer_decay, settings.patch_embed_lr)
+    return make_optimizer(groups, settings.betas, before)
 
 
 def forget(optimizer: torch.optim.Optimizer) -> None:
@@ -191,11 +187,15 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
 
 
 def clip_gradients(model: nn.Module, max_norm: float | None, per: str) -> Tensor:
-    """Scales gradients down in place; returns the L2 norm of all of them before, shards of all ranks taken together.
+    """Scales gradients down in place.
 
     Args:
-        per: "module" holds each top-level sub-module (backbone, heads) to `max_norm` (DINOv2, DINOv3); "tensor" each
-            parameter tensor alone (DINO, iBOT).
+        max_norm: largest L2 norm; None: nothing is scaled.
+        per: "module" clips each top-level sub-module (backbone, heads) alone (DINOv2, DINOv3),
+            "tensor" each parameter tensor alone (DINO, iBOT).
+
+    Returns:
+        The L2 norm of all gradients before, shards of all ranks taken together.
     """
     norms = []
     for child in model.children():
@@ -204,7 +204,7 @@ def clip_gradients(model: nn.Module, max_norm: float | None, per: str) -> Tensor
             continue
         gradients = distributed.local(whole)
         squares = torch.stack(torch._foreach_norm(gradients)).square()
-        if gradients[0] is not whole[0]:  # shards: fully_shard takes all parameters of a module
+        if gradients[0] is not whole[0]:  # shards; fully_shard takes all parameters of a module
             distributed.all_reduce_sum(squares)
         norms.append(squares.sum().sqrt())
         if max_norm is None:
@@ -212,13 +212,13 @@ def clip_gradients(model: nn.Module, max_norm: float | None, per: str) -> Tensor
         limits = squares.sqrt() if per == "tensor" else norms[-1].expand(len(gradients))
         scales = (max_norm / (limits + 1e-6)).clamp(max=1.0)
         if scales.device.type == "cpu" and bool((scales == 1).all()):
-            continue  # a pass over all gradients saved; a device would have to be waited for
+            continue  # saves a pass over all gradients; on a device, asking would cost a wait
         torch._foreach_mul_(gradients, list(scales))
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def drop_last_layer_gradients(model: nn.Module) -> None:
-    """Keeps the prototypes where they are in this step, moments included (DINO's freeze of the last layer)."""
+    """Keeps the prototypes and their moments as they are in this step (DINO)."""
     for name, parameter in model.named_parameters():
         if "last_layer" in name:
             parameter.grad = None

@@ -1,24 +1,30 @@
-"""Several stages in one run (DINOv3: pretrain, Gram anchoring, high resolution): who acts when.
+"""Several stages in one run (DINOv3: pretrain, Gram anchoring, high resolution).
 
-A stage is the run's configuration with some keys overridden, for a number of steps. Steps of the run go on from stage to
-stage; schedules, spans and `start` of a stage count from its first step. A run without `stages:` is one stage without a name.
+A stage is the run's configuration with some keys overridden, for a number of steps. Steps of the
+run go on from stage to stage; schedules, spans and `start` of a stage count from its first step.
+A run without `stages:` is one stage without a name.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from engine.optim import span_steps
 from engine.settings import build, changed_keys, merge, to_dict, write_out
 from errors import UserError
 
+if TYPE_CHECKING:
+    from engine.config import TrainConfig
+
 Schedules = dict[str, Callable[[int], float]]
 
-# What a stage may override: what the state of the run (weights, moments, folder) does not depend on.
+# Keys that a stage may override: the state of the run (weights, moments, folder) needs none of
+# them.
 ALLOWED = (
-    "init", "batch_size", "micro_batch_size", "data.train", "crops.", "schedule.", "loss.gram.", "loss.koleo.",
-    "loss.dino.weight", "loss.dino.local_weight", "loss.dino.student_temp", "loss.ibot.weight", "loss.ibot.student_temp",
-    "loss.ibot.mask_probability", "loss.ibot.mask_ratio", "optim.clip_grad", "optim.clip_per", "optim.lr_scaling",
+    "init", "batch_size", "micro_batch_size", "data.train", "crops.", "schedule.", "loss.gram.",
+    "loss.koleo.", "loss.dino.weight", "loss.dino.local_weight", "loss.dino.student_temp",
+    "loss.ibot.weight", "loss.ibot.student_temp", "loss.ibot.mask_probability",
+    "loss.ibot.mask_ratio", "optim.clip_grad", "optim.clip_per", "optim.lr_scaling",
     "optim.freeze_last_layer", "tune.",
 )  # fmt: skip
 
@@ -28,7 +34,7 @@ class Stage:
     """Steps first, ..., stop - 1 of the run, under one configuration."""
 
     name: str | None
-    cfg: Any
+    cfg: "TrainConfig"
     first: int
     stop: int
     images_before: int  # that the run has seen when the stage begins
@@ -36,7 +42,7 @@ class Stage:
 
     @property
     def shift(self) -> int:
-        """What to add to step * batch_size, so that the images go on where the stage before stopped."""
+        """Images seen before step `step` of the run, less step * batch_size."""
         return self.images_before - self.first * self.cfg.batch_size
 
     def now(self, step: int) -> dict[str, float]:
@@ -44,7 +50,9 @@ class Stage:
         return {name: schedule(step - self.first) for name, schedule in self.schedules.items()}
 
 
-def stage_configs(cfg: Any) -> Iterator[tuple[str | None, int | None, Any]]:
+def stage_configs(
+    cfg: "TrainConfig",
+) -> Iterator[tuple[str | None, int | None, "TrainConfig"]]:
     """(name, steps, configuration) of each stage; (None, None, cfg) where the run has no `stages`.
 
     Raises:
@@ -70,18 +78,20 @@ def stage_configs(cfg: Any) -> Iterator[tuple[str | None, int | None, Any]]:
             raise UserError(f"stages.{name}: {error}") from None
         for change in changed_keys(replace(cfg, stages=None, init=None), stage, all_fields=True):
             if not change.startswith(ALLOWED):
+                allowed = ", ".join(ALLOWED)
                 raise UserError(
-                    f"stages.{name} cannot change {change}; a stage may change {', '.join(ALLOWED)}"
+                    f"stages.{name} cannot change {change}; a stage may change {allowed}"
                 )
         if stage.init and stage.tune.mode == "lora":
             raise UserError(
-                f"stages.{name} has an init of its own and tune.mode=lora; load it in a stage before, or as the run's init"
+                f"stages.{name} has an init of its own and tune.mode=lora; "
+                "load it in a stage before, or as the run's init"
             )
         yield name, steps, stage
 
 
 def _without_schedules(base: dict, keys: dict) -> dict:
-    """A schedule that a stage gives is whole: nothing of the run's schedule of that name is left in it."""
+    """`base` without the schedules that `keys` give: a stage's schedule is not merged."""
     given = keys.get("schedule")
     names = set(given) & set(base["schedule"]) if isinstance(given, dict) else set()
     blank = {"start": None, "end": None, "warmup": 0, "decay": None, "shape": "cosine"}
@@ -90,7 +100,9 @@ def _without_schedules(base: dict, keys: dict) -> dict:
 
 
 def plan_stages(
-    cfg: Any, total_steps: int | None, schedules: Callable[[Any, int], Schedules]
+    cfg: "TrainConfig",
+    total_steps: int | None,
+    schedules: Callable[["TrainConfig", int], Schedules],
 ) -> list[Stage]:
     """The stages of a run in order.
 
@@ -106,10 +118,11 @@ def plan_stages(
     if total_steps is not None:
         ends = [round(end * total_steps / given) for end in ends] if given else [total_steps]
     stages, first, images = [], 0, 0
-    for (name, _, stage), stop in zip(parts, ends):
+    for (name, _, stage), stop in zip(parts, ends, strict=True):
         if stop <= first:
             raise UserError(
-                f"{total_steps} steps are too few for {len(parts)} stages: stages.{name} would have none"
+                f"{total_steps} steps are too few for {len(parts)} stages: "
+                f"stages.{name} would have none"
             )
         start = span_steps(stage.loss.gram.start, stop - first)
         if start >= stop - first:

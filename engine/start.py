@@ -1,61 +1,81 @@
-"""Training from weights that exist: `init: MODEL` fills backbone and, where a run of ours brings them, heads."""
+"""Building a student, with new weights or with those of `init: MODEL`."""
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from engine import distributed
+from engine.config import TrainConfig, length_in_steps, micro_batch_size, with_statistics
+from engine.optim import build_schedules
+from engine.stages import Stage, plan_stages
 from errors import UserError
 from models.ssl_model import SSLModel, build_ssl_model
 from models.vit import build_backbone
 from models.weights.load import load_backbone, load_heads
 from models.weights.read import load_tensors
 
-# Settings of a VisionTransformer that change no function of the weights: training only, or taken over from the weights.
+# Settings of a VisionTransformer that may differ from those of the weights: they matter in training
+# only, or they are taken over from the weights.
 FREE = {
-    "drop_path",
-    "drop_path_shape",
-    "mask_token",
-    "image_size",
-    "interpolation",
-    "rope_shift",
-    "rope_jitter",
-    "rope_rescale",
-    "fit",
+    *("drop_path", "drop_path_shape", "rope_shift", "rope_jitter", "rope_rescale"),
+    *("mask_token", "image_size", "interpolation", "fit"),
 }
 
 
+def plan_run(cfg: TrainConfig, images: int) -> list[Stage]:
+    """The stages of a run over a data set of that many images.
+
+    Raises:
+        UserError: if the batch of any stage cannot be divided; nothing was computed or written yet.
+    """
+    stages = plan_stages(cfg, length_in_steps(cfg, images), build_schedules)
+    check_batches(stages)
+    return stages
+
+
+def check_batches(stages: list[Stage]) -> None:
+    """
+    Raises:
+        UserError: if ranks, micro batches or KoLeo groups do not divide the batch of a stage.
+    """
+    for stage in stages:
+        micro_batch_size(stage.cfg, distributed.world_size(), "koleo" in stage.schedules)
+
+
+def load_init(cfg: TrainConfig) -> tuple[TrainConfig, nn.Module | None]:
+    """The configuration with mean and std of the weights of `init`, and their backbone, if any."""
+    if not cfg.init:
+        return cfg, None
+    initial = load_initial(cfg.init, cfg.data.channels)
+    return with_statistics(cfg, initial.preprocessing), initial
+
+
 def load_initial(spec: str | Path, channels: int) -> nn.Module:
-    """The backbone of a MODEL with `channels` input channels (see `models.channels` on how they are adapted)."""
+    """The backbone of a MODEL, adapted to `channels` input channels (`models.channels`)."""
     joint = "&" if "?" in str(spec) else "?"
     return load_backbone(f"{spec}{joint}channels={channels}")
 
 
-def build_student(cfg: Any, masked: bool, initial: nn.Module | None = None) -> SSLModel:
-    """Backbone and heads as a training configuration says, with the weights of `initial`.
+def build_student(cfg: TrainConfig, masked: bool, initial: nn.Module | None = None) -> SSLModel:
+    """Backbone and heads as a configuration says, with the weights of `initial`.
 
     Args:
-        cfg: with the sections `model`, `loss`, `data.channels` and `crops.global_size`, and the spec `init`.
         masked: whether patches are hidden in any step, for which there is a mask token.
     """
-    options = {
-        name: value
-        for name, value in vars(cfg.model).items()
-        if name != "arch" and value is not None
-    }
+    options = {name: value for name, value in vars(cfg.model).items() if value is not None}
+    arch = options.pop("arch")
     options["in_channels"] = cfg.data.channels
-    if cfg.model.arch.startswith("timm:"):
-        backbone = build_backbone(cfg.model.arch, in_channels=cfg.data.channels)
+    if arch.startswith("timm:"):
+        backbone = build_backbone(arch, in_channels=cfg.data.channels)
     else:
-        grid = {"image_size": cfg.crops.global_size}  # for which learned positions are made
+        options["image_size"] = cfg.crops.global_size  # for which learned positions are made
         if initial is not None:
-            grid = {
-                name: initial.config[name]
-                for name in ("image_size", "interpolation")
-                if name in initial.config
-            }
-        backbone = build_backbone(cfg.model.arch, **options, **grid, mask_token=masked)
+            del options["image_size"]
+            for name in ("image_size", "interpolation"):
+                if name in initial.config:
+                    options[name] = initial.config[name]
+        backbone = build_backbone(arch, **options, mask_token=masked)
     dino, ibot = cfg.loss.dino, cfg.loss.ibot
     own_ibot_head = masked and ibot.prototypes is not None
     model = build_ssl_model(backbone, dino, ibot if own_ibot_head else None, dino.last_layer)
@@ -65,11 +85,12 @@ def build_student(cfg: Any, masked: bool, initial: nn.Module | None = None) -> S
 
 
 def start_from(model: SSLModel, initial: nn.Module, spec: str | Path) -> None:
-    """Copies the weights of `initial` into `model`, and the heads beside them where their shapes fit; says so on standard
-    error.
+    """Copies the weights of `initial` into `model`, and the heads beside them where they fit.
+
+    Says on standard error which heads fit.
 
     Raises:
-        UserError: if the two backbones are not the same function of their weights, with the settings that differ.
+        UserError: if the two backbones differ in a setting that changes what the weights compute.
     """
     own, given = model.backbone.config, initial.config
     names = [name for name in given if name not in FREE and own.get(name) != given[name]]
@@ -94,11 +115,8 @@ def start_from(model: SSLModel, initial: nn.Module, spec: str | Path) -> None:
         if name in heads and heads[name].shape == state[name].shape
     }
     model.load_state_dict(fitting, strict=False)
-    said = (
-        f"{len(fitting)} of {len(wanted)} head tensors come along"
-        + "; the others start at random" * (len(fitting) < len(wanted))
-    )
-    print(
-        f"{spec}: {said if heads else 'the heads start at random: these weights bring none'}",
-        file=sys.stderr,
-    )
+    said = "the heads start at random: these weights bring none"
+    if heads:
+        others = "; the others start at random" if len(fitting) < len(wanted) else ""
+        said = f"{len(fitting)} of {len(wanted)} head tensors come along{others}"
+    print(f"{spec}: {said}", file=sys.stderr)

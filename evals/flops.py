@@ -1,4 +1,4 @@
-"""How fast a device can multiply matrices, against which a step is held (MFU), and how many operations a step takes."""
+"""The parts of the MFU: operations of a step, and how many a device can do in a second."""
 
 import time
 from collections.abc import Iterable
@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense operations a second in bf16 (fp16 where there is no bf16) and float32, from the vendors' data sheets. The first name
-# that is part of the device's counts.
+# Dense operations a second in bf16 (fp16 where there is no bf16) and float32, from the vendors'
+# data sheets. The first name that is part of the device's counts.
 GPUS = {
     "B200": (2250e12, 75e12),
     "GH200": (989e12, 67e12),
@@ -30,8 +30,10 @@ GPUS = {
 
 
 def peak_flops(device: torch.device, kind: torch.dtype) -> tuple[float, str]:
-    """(operations a second, where the number is from) of products of matrices of `kind`: of known GPUs the data sheet's,
-    elsewhere the fastest of some large products, on as many threads as are set."""
+    """(operations a second, where the number is from) of products of matrices of `kind`.
+
+    Of known GPUs it is the data sheet's, elsewhere that of the fastest of some large products.
+    """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = next((peaks for part, peaks in GPUS.items() if part in name), None)
@@ -55,6 +57,17 @@ def _fastest_product(device: torch.device, kind: torch.dtype, trials: int = 7) -
     return 2 * SIDE**3 / min(seconds)
 
 
+def machine(device: torch.device) -> dict:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def product_type(device: torch.device) -> torch.dtype:
+    """Of matrix products, under the current autocast."""
+    low = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if low else torch.float32
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was given."""
     if device.type != "cpu":
@@ -62,12 +75,14 @@ def synchronize(device: torch.device) -> None:
 
 
 class FlopClock:
-    """Floating-point operations of matrix products, convolutions and attention, forward and backward, by phase: `mark(name)`
-    puts what was counted since the last mark down to `name`. A multiplication and an addition count as two.
+    """Floating-point operations of matrix products, convolutions and attention, by phase.
+
+    `mark(name)` adds what was counted since the last mark to `name`. Forward and backward passes
+    count; a multiplication and an addition count as two.
 
     Args:
-        again: modules whose forward pass is done again in the backward pass (checkpointing); the phase "backward" goes without,
-            for the model does not need it.
+        again: modules whose forward pass is computed again in the backward pass (checkpointing).
+            The phase "backward" does not count it, because the model does not need it.
     """
 
     def __init__(self, again: Iterable[nn.Module] = ()):
@@ -77,13 +92,11 @@ class FlopClock:
 
     def __enter__(self) -> "FlopClock":
         self.counter.__enter__()
-        # Hooks run where a module is called, and not where checkpointing runs its forward once more.
-        self.hooks = [
-            module.register_forward_pre_hook(lambda *_: self._count(-1)) for module in self.again
-        ]
-        self.hooks += [
-            module.register_forward_hook(lambda *_: self._count(1)) for module in self.again
-        ]
+        # Hooks run where a module is called, not where checkpointing computes it again.
+        self.hooks = []
+        for module in self.again:
+            self.hooks.append(module.register_forward_pre_hook(lambda *_: self._count(-1)))
+            self.hooks.append(module.register_forward_hook(lambda *_: self._count(1)))
         return self
 
     def __exit__(self, *error) -> None:
@@ -103,7 +116,7 @@ class FlopClock:
 
 
 def _fused_attention() -> dict:
-    """Formulas for every operator of fused attention, however a release names the CPU's and others'.
+    """Formulas for every operator of fused attention, under the names of any release of torch.
 
     torch's own table leaves out the CPU's operator, which some releases split into matrix products
     before they are counted and others (torch 2.14) do not; for GPUs it counts the scores that the

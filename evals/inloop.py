@@ -1,33 +1,81 @@
-"""What is measured and drawn of the teacher while it trains."""
+"""Probes, pictures and exports of the teacher during training."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from data.annotated import Annotated, has_masks
+from data.augment import channel_statistics, multi_crop_from
+from data.loader import EvalDataset, first_readable
+from data.sources.specs import ImageData, open_labelled
+from engine.config import ProbeConfig, TrainConfig
+from engine.run import TeacherOutputs
+from engine.validation import size_pair
+from evals.curves import draw_curves
 from evals.figures import draw_report
 from evals.knn import knn_probe
 from evals.linear import linear_probe
 from evals.maps import prefix_attention
 from evals.patches import mean_locality, patch_knn_segmentation
+from models.features import Preprocessing
+from models.ssl_model import host_copy
+from models.weights.save import save_model
+
+
+def teacher_outputs(
+    cfg: TrainConfig, images: ImageData, teacher: nn.Module, device: torch.device
+) -> TeacherOutputs:
+    """How to export, draw and probe the teacher of a run on `images`."""
+    size = size_pair(cfg.crops.global_size)
+    mean, std = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
+    prepare = partial(EvalDataset, resize=max(size), size=size, mean=mean, std=std)
+    train = val = masks = None
+    if cfg.probe.every > 0:
+        train, val = open_labelled(cfg.probe.train, cfg.probe.val, cfg.data.channels)
+        if cfg.probe.patches and has_masks(train, val):
+            patch = teacher.backbone.patch_size
+            options = {"kind": "mask", "size": size, "multiple": patch, "mean": mean, "std": std}
+            masks = [Annotated(data, **options) for data in (train, val)]
+
+    def export() -> Callable[[Path], None]:
+        preprocessing = Preprocessing(size, max(size), mean, std)
+        return partial(save_model, host_copy(teacher), preprocessing=preprocessing)
+
+    def report() -> Callable[[Path], None]:
+        data = images if val is None else val
+        shown = first_readable(data, 4)
+        inputs = torch.stack([prepare(data)[index][0] for index in shown]).to(device)
+        pictures = [data.image(index) for index in shown]
+        crops = multi_crop_from(cfg.crops, mean, std).examples(pictures, cfg.seed)
+        title = Path(cfg.output_dir).name
+        return report_teacher(title, teacher.backbone, inputs, crops, mean=mean, std=std)
+
+    def probe() -> dict[str, float]:
+        labelled = prepare(train), prepare(val)
+        return probe_teacher(cfg.probe, teacher.backbone, *labelled, masks, device)
+
+    def locality(backbone: nn.Module) -> float:
+        return mean_locality(backbone, prepare(images), device)
+
+    return TeacherOutputs(export, report, None if train is None else probe, locality, draw_curves)
 
 
 def probe_teacher(
-    which: Any,
+    which: ProbeConfig,
     backbone: nn.Module,
     train: Dataset,
     val: Dataset,
     masks: Sequence[Dataset] | None,
     device: torch.device,
 ) -> dict[str, float]:
-    """Fields of metrics.jsonl, as the section `probe` of the configuration asks. All ranks together; the run's randomness is
-    neither used nor moved.
+    """Fields of metrics.jsonl; all ranks together. The run's random state stays as it is.
 
     Args:
+        which: says what is measured.
         train, val: items (image normalised, label, index).
         masks: the same images with masks, or None where there are none.
     """
@@ -47,10 +95,13 @@ def probe_teacher(
 def report_teacher(
     title: str, backbone: nn.Module, images: Tensor, crops: Sequence, **statistics: Sequence[float]
 ) -> Callable[[Path], None]:
-    """What draws report.png: PCA of the patches, attention where there is any, and what the crops of these images look like.
+    """Draws report.png: PCA of the patches, attention where there is any, crops of the images.
 
     Args:
-        images: (n, C, H, W) normalised, with the `statistics` mean and std.
+        images: (n, C, H, W) normalised with the `statistics` mean and std.
+
+    Returns:
+        A function that draws into a file; the features are computed before.
     """
     attention = prefix_attention(backbone, images)[0] if hasattr(backbone, "attention") else None
     return partial(

@@ -5,8 +5,7 @@ default there is one rank and they return what they got. All ranks call them in 
 also a rank without rows.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -158,17 +157,6 @@ class Centering(nn.Module):
         sums = all_reduce_sum(torch.cat([row_sum, count]))
         total = sums[-1]
         mean = sums[:-1] / total.clamp(min=1)
-        mean = torch.where(
-            mean.isfinite().all(), mean, self.center
-        )  # a step that is skipped leaves no trace
+        # A skipped step leaves the centre as it was.
+        mean = torch.where(mean.isfinite().all(), mean, self.center)
         self.center.lerp_(mean, (1 - self.momentum) * (total > 0))
-
-
-def build_centering(loss: Any, terms: Iterable[str]) -> nn.ModuleDict:
-    """The centre or the balancing of each head's targets, as `loss.dino` and `loss.ibot` say, for the terms in use."""
-    modules = {"dino": Centering(loss.dino.prototypes, loss.dino.centering)}
-    if "ibot" in terms:
-        modules["ibot"] = Centering(
-            loss.ibot.prototypes or loss.dino.prototypes, loss.ibot.centering
-        )
-    return nn.ModuleDict(modules)

@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor
 
-# Bytes of float32 scores held at a time: what stays in a CPU's cache, and on a device what a kernel launch is worth.
+# Bytes of float32 scores held at a time: a CPU keeps them in its cache, and a device does enough
+# work for one kernel launch.
 CHUNK = {"cpu": 1 << 20}
 LARGE_CHUNK = 1 << 28
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor, temp: float) -> Tensor:
-    """-Σ_k targets · log_softmax(logits / temp), without a float32 copy of the logits or of their gradient.
+    """-Σ_k targets · log_softmax(logits / temp), without a float32 copy of all logits.
 
-    Scores are made float32 a few rows at a time, in the forward pass for their logsumexp and once more in the backward pass,
-    whose result has the type of the logits. What is kept in between is the logits, the targets and a number a row.
+    Scores are made float32 a few rows at a time: in the forward pass for their logsumexp, and once
+    more in the backward pass, whose result has the type of the logits. Kept in between are the
+    logits, the targets and one number a row.
 
     Args:
         logits: (S, B, K), any float type.

@@ -1,14 +1,13 @@
-"""Feature matching, for teachers without heads: the student's vectors, projected, point where the teacher's do."""
+"""Feature matching, for teachers without heads: cosines to the student's projected features."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FLOOR = 1e-2  # of the mean variance: a dimension in which the teacher hardly varies is not blown up to full size
+FLOOR = 1e-2  # of the mean variance; keeps dimensions small in which the teacher hardly varies
 
 
 @torch.no_grad()
@@ -17,8 +16,8 @@ def standardize(
 ) -> list[Tensor]:
     """Each dimension with mean 0 and variance about 1 over the rows of all parts and ranks.
 
-    Features of released models have a large common part and a few huge dimensions; either would be most of a cosine
-    (ours). Of the step's own rows, so it is exact however they are divided.
+    Features of released models have a large mean and a few huge dimensions; either would dominate
+    a cosine (ours). Statistics are those of the step's rows, however these are divided.
 
     Args:
         parts: (..., D) each, any float type; computed in float32.
@@ -34,18 +33,21 @@ def standardize(
     mean, count = sums[:-1] / sums[-1], sums[-1]
     variance = all_reduce_sum(sum((part - mean).square().sum(0) for part in rows)) / count
     scale = (variance + FLOOR * variance.mean()).clamp(min=1e-12).rsqrt()
-    return [((part - mean) * scale).view(whole.shape) for part, whole in zip(rows, parts)]
+    return [
+        ((part - mean) * scale).view(whole.shape) for part, whole in zip(rows, parts, strict=True)
+    ]
 
 
 def matching_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cosine between what corresponds, averaged (UNIC, arXiv 2408.05088, without its smooth L1 part).
+    """Mean of 1 - cosine of corresponding rows (UNIC, arXiv 2408.05088, without smooth L1).
 
     Args:
         student: (..., D) after the projection, any float type; computed in float32.
         teacher: (..., D) targets. Gets no gradient.
 
     Returns:
-        Scalar in [0, 2]. Local to this rank: with equal batches, averaging ranks gives the global loss.
+        Scalar in [0, 2]. Local to this rank: with equal batches, averaging ranks gives the global
+        loss.
 
     Raises:
         ValueError: if the shapes differ.
@@ -59,29 +61,33 @@ def matching_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 @dataclass
 class MatchingTargets:
-    """What the projected features of a student should point at, without gradient."""
+    """What a student's projected features should equal, up to their length; no gradient."""
 
     cls: Tensor  # (G·B, D')
     patches: Tensor  # (G·B, N, D'), on the student's grid
-    gram: Tensor | None = None
+    gram: None = None  # as in the targets of train.py: no Gram teacher
 
 
 def matching_targets(
     cls: Sequence[Tensor], patches: Sequence[Tensor], all_reduce_sum: Callable[[Tensor], Tensor]
 ) -> list[MatchingTargets]:
     """One for each part of a batch, standardised over the whole of it; see `standardize`."""
-    sides = (standardize(parts, all_reduce_sum) for parts in (cls, patches))
-    return [MatchingTargets(*pair) for pair in zip(*sides)]
+    parts = standardize(cls, all_reduce_sum), standardize(patches, all_reduce_sum)
+    return [MatchingTargets(*pair) for pair in zip(*parts, strict=True)]
 
 
-def matching_losses(out: Any, targets: Any, weights: Mapping[str, float]) -> dict[str, Tensor]:
+def matching_losses(
+    cls: Tensor, patches: Tensor, targets: MatchingTargets, weights: Mapping[str, float]
+) -> dict[str, Tensor]:
     """The terms "cls" and "patches", unweighted, of those that have a weight.
 
     Args:
-        out: with `matched_cls` and `matched_patches`, shaped as in `targets`.
+        cls: (G·B, D') projected features of the student.
+        patches: (G·B, N, D') projected features of the student.
     """
-    names = [name for name in ("cls", "patches") if name in weights]
-    return {
-        name: matching_loss(getattr(out, f"matched_{name}"), getattr(targets, name))
-        for name in names
-    }
+    losses = {}
+    if "cls" in weights:
+        losses["cls"] = matching_loss(cls, targets.cls)
+    if "patches" in weights:
+        losses["patches"] = matching_loss(patches, targets.patches)
+    return losses

@@ -4,13 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CLAMPS = ("none", "both", "teacher")
 
-
-def gram_loss(
-    student_patches: Tensor, teacher_patches: Tensor, *, per_image: bool = True, clamp: str = "none"
-) -> Tensor:
-    """Mean squared difference of two cosine Gram matrices (DINOv3, arXiv 2508.10104).
+def gram_loss(student_patches: Tensor, teacher_patches: Tensor) -> Tensor:
+    """Mean squared difference of two cosine Gram matrices a crop (DINOv3, arXiv 2508.10104).
 
     The paper writes a squared Frobenius norm, the authors' code takes the mean over all entries,
     and so do we. Memory is O(B·N²): only similarities count, so D may differ between the two.
@@ -18,19 +14,13 @@ def gram_loss(
     Args:
         student_patches: (B, N, D) final-norm patch tokens; any float type, computed in float32.
         teacher_patches: (B, N, D') of the same crops from the Gram teacher. Gets no gradient.
-        per_image: compare patches within a crop, one (N, N) matrix each; False compares patches
-            across the local batch as well, one (B·N, B·N) matrix.
-        clamp: negative similarities set to 0: "none", in "both" matrices, or in the "teacher" one
-            only. The last is what `remove_only_teacher_neg` of the authors' code amounts to.
 
     Returns:
-        Scalar >= 0; exactly 0 when both inputs are equal and clamp is "none" or "both".
+        Scalar >= 0; exactly 0 when both inputs are equal.
 
     Raises:
-        ValueError: if clamp is unknown or the patches do not correspond.
+        ValueError: if the patches do not correspond.
     """
-    if clamp not in CLAMPS:
-        raise ValueError(f"clamp must be one of {', '.join(CLAMPS)}, got {clamp!r}")
     if student_patches.shape[:2] != teacher_patches.shape[:2]:
         raise ValueError(
             f"student_patches {tuple(student_patches.shape)} and teacher_patches "
@@ -38,20 +28,12 @@ def gram_loss(
             f"use downsample_patches on a finer grid"
         )
     with torch.autocast(student_patches.device.type, enabled=False):
-        student = cosine_gram(student_patches, per_image)
-        teacher = cosine_gram(teacher_patches.detach(), per_image)
-        if clamp == "both":
-            student = student.clamp(min=0)
-        if clamp != "none":
-            teacher = teacher.clamp(min=0)
-        return F.mse_loss(student, teacher)
+        return F.mse_loss(cosine_gram(student_patches), cosine_gram(teacher_patches.detach()))
 
 
-def cosine_gram(patches: Tensor, per_image: bool) -> Tensor:
-    """Cosines between patches: (B, N, D) -> (B, N, N), or (1, B·N, B·N) over the batch."""
+def cosine_gram(patches: Tensor) -> Tensor:
+    """Cosines between the patches of a crop: (B, N, D) -> (B, N, N)."""
     unit = F.normalize(patches.float(), dim=-1)
-    if not per_image:
-        unit = unit.flatten(0, 1)[None]
     return torch.bmm(unit, unit.mT)
 
 

@@ -30,8 +30,8 @@ def koleo_loss(
         group: neighbours are looked for among so many consecutive rows; None = among all. A fixed
             group gives the same loss whether the batch comes whole, in micro-batches or on
             several ranks, as long as each part is a multiple of it.
-        gather: joins the rows of all ranks, differentiably, where a group is larger than B; every rank then computes
-            the loss of the whole.
+        gather: joins the rows of all ranks, differentiably, where a group is larger than B; every
+            rank then computes the loss of all rows.
 
     Returns:
         Scalar, mean over rows. 0 with a graph when groups have fewer than 2 rows.

@@ -16,6 +16,7 @@ import eval_knn
 import export
 import train
 from data.sources.specs import open_data
+from engine import optim
 from engine.config import load_config
 from errors import UserError
 from models.weights.load import load_backbone
@@ -120,7 +121,7 @@ def continued(before: Path, run: Path, *keys: str) -> list[str]:
 def test_a_frozen_backbone_stays_bit_equal_through_the_first_stage_and_heads_learn(
     before, tmp_path, monkeypatch
 ):
-    clip, gradients = train.optim.clip_gradients, []
+    clip, gradients = optim.clip_gradients, []
 
     def watched(model, *arguments):
         gradients.append(
@@ -128,7 +129,7 @@ def test_a_frozen_backbone_stays_bit_equal_through_the_first_stage_and_heads_lea
         )
         return clip(model, *arguments)
 
-    monkeypatch.setattr(train.optim, "clip_gradients", watched)
+    monkeypatch.setattr(optim, "clip_gradients", watched)
     run = tmp_path / "run"
     train.main(continued(before, run))
     assert [record["stage"] for record in metrics(run)] == ["heads"] * 2 + ["adapt"] * 3

@@ -18,7 +18,7 @@ from engine.config import load_config
 from engine.logger import read_metrics
 from engine.optim import build_schedules
 from engine.stages import plan_stages
-from losses.centering import build_centering
+from models.ssl_model import make_teacher
 from models.weights.load import load_backbone
 
 ROOT = Path(__file__).parent.parent
@@ -360,12 +360,14 @@ def test_every_key_of_the_configuration_is_read(tiny, monkeypatch):
 def test_no_gradient_reaches_the_teacher(tiny):
     cfg = load_config(None, tiny)
     student = train.build_student(cfg, masked=True)
-    teacher = train.make_teacher(student)
+    teacher = make_teacher(student)
     (stage,) = plan_stages(cfg, 4, build_schedules)
     schedules = stage.schedules
     batch = next(iter(stage_loader(stage, 0, 8, torch.device("cpu"))))
     now = {name: schedule(1) for name, schedule in schedules.items()}
-    targets = train.teacher_targets(teacher, [batch], build_centering(cfg.loss, schedules), 0.05)
+    targets = train.teacher_targets(
+        teacher, [batch], train.build_centering(cfg.loss, schedules), 0.05
+    )
     out = student(batch.global_crops, batch.local_crops, batch.masks)
     terms = train.compute_losses(out, targets[0], batch, cfg.loss, now)
     sum(terms.values()).backward()

@@ -1,0 +1,129 @@
+"""The one optimisation step: what micro batches, clipping and values that are not finite do."""
+
+import copy
+import math
+import types
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from engine.cli import RunFailed
+from engine.config import OptimConfig
+from engine.optim import make_optimizer, parameter_groups
+from engine.step import IN_A_ROW, IN_A_ROW_FP16, OptimizationStep
+
+LR, MOMENTUM, CLIP = 0.1, 0.75, 0.05
+NOW = {"lr": LR, "weight_decay": 0.0, "ema_momentum": MOMENTUM, "teacher_temp": 0.1}
+
+
+class Student(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone, self.dino_head = nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.dino_head(self.backbone(x).tanh())
+
+
+class Rows(types.SimpleNamespace):
+    """A batch of rows, divided like a batch of images."""
+
+    def split(self, micro):
+        starts = range(0, len(self.images), micro)
+        return [Rows(x=self.x[k : k + micro], images=self.images[k : k + micro]) for k in starts]
+
+
+def step_of(student, micro_batch=None, half=False, clip=CLIP) -> OptimizationStep:
+    optimizer = make_optimizer(parameter_groups(student), (0.9, 0.999))
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    scaler = torch.amp.GradScaler("cpu", enabled=half)
+    settings = OptimConfig(clip_grad=clip)
+    precision = (nullcontext, scaler)
+    return OptimizationStep(
+        student, teacher, optimizer, precision, settings, micro_batch=micro_batch
+    )
+
+
+def take(update, batch, step=0, factor=1.0) -> None:
+    parts = update.split(batch)
+    for rows, target in update.micro_batches(parts, [None] * len(parts)):
+        assert target is None
+        out = update.student(rows.x)
+        terms = {"square": out.square().mean(), "mean": factor * out.mean()}
+        update.backward(terms, {"square": 1.0, "mean": 0.5})
+    update.apply_gradients(step, LR, 0.0)
+    update.update_teacher(MOMENTUM)
+
+
+@pytest.fixture
+def batch():
+    return Rows(x=torch.randn(6, 4, generator=torch.Generator().manual_seed(1)), images=range(6))
+
+
+def weights(module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4, 1])
+def test_the_step_is_that_of_a_plain_loop_however_the_batch_is_divided(batch, micro_batch):
+    update = step_of(Student(), micro_batch)
+    plain, ema = Student(), weights(Student())
+    adam = torch.optim.AdamW(plain.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=0.0)
+    for step in range(3):
+        take(update, batch, step)
+        out = plain(batch.x)
+        loss = out.square().mean() + 0.5 * out.mean()
+        adam.zero_grad()
+        loss.backward()
+        norms = [
+            nn.utils.clip_grad_norm_(part.parameters(), CLIP)
+            for part in (plain.backbone, plain.dino_head)
+        ]
+        adam.step()
+        ema = MOMENTUM * ema + (1 - MOMENTUM) * weights(plain)
+        values = update.metrics(step + 1, NOW)
+        assert float(values["loss"]) == pytest.approx(loss.item(), rel=1e-5)
+        assert float(values["grad_norm"]) == pytest.approx(math.hypot(*norms), rel=1e-5)
+        assert min(norms) > CLIP, "nothing was clipped"
+    torch.testing.assert_close(weights(update.student), weights(plain), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights(update.teacher), ema, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_is_named_and_moves_nothing(batch, capsys):
+    update = step_of(Student(), micro_batch=3)
+    take(update, batch)
+    before = weights(update.student)
+    moments = copy.deepcopy(update.optimizer.state_dict()["state"])
+    take(update, batch, step=1, factor=float("nan"))
+    assert torch.equal(weights(update.student), before)
+    for key, state in update.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, moments[key][name]) for name, value in state.items())
+    update.metrics(2, NOW)
+    assert "skipped 1 steps before step 2, not finite: mean;" in capsys.readouterr().err
+    take(update, batch, step=2)
+    update.metrics(3, NOW)
+    assert not torch.equal(weights(update.student), before) and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("half, limit", [(False, IN_A_ROW), (True, IN_A_ROW_FP16)])
+def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(batch, half, limit):
+    """Also in fp16, where no scale of the gradients can save them."""
+    update = step_of(Student(), half=half)
+    message = f"not finite for {limit} steps up to step {limit}: mean;"
+    with pytest.raises(RunFailed, match=message):
+        for step in range(limit + 10):
+            take(update, batch, step, factor=float("nan"))
+            update.metrics(step + 1, NOW)
+    assert weights(update.student).isfinite().all()
+
+
+def test_phases_are_marked_in_their_order(batch):
+    update, marks = step_of(Student(), micro_batch=3), []
+    update.mark = marks.append
+    with update.forward("teacher"):
+        pass
+    take(update, batch)
+    assert marks == ["teacher", *["loss", "backward"] * 2, "optimizer", "ema"]
