@@ -4,10 +4,9 @@
     python docs/experiments/gpu.py OUT --size toy                     # at toy size, on a CPU
 
 Each part is a process with a time limit of its own, the most valuable first. OUT/gpu.json and the
-tables in OUT/gpu.md are written anew after each part, so a call that is cut off keeps what it has;
-OUT/gpu.log holds what the parts said. A part that fails is recorded and the rest goes on. Results
-that already lie in OUT are kept unless their part runs again. The images are made on the spot:
-photographs of noise, 500 x 375 pixels, stored as JPEG files.
+tables in OUT/gpu.md are written after each part, so a call that is cut off keeps what it has;
+OUT/gpu.log holds what the parts said. A part that fails is recorded, and the rest goes on. What
+lies in OUT already is kept. The images are noise of 500 x 375 pixels in JPEG files, made here.
 """
 
 import argparse
@@ -16,7 +15,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -56,7 +54,7 @@ class Size:
 
 
 FULL = Size(
-    photographs=2000,
+    photographs=1000,
     batches={"vitl16": 64, "vits16": 128},
     smaller={"vitl16": 32, "vits16": 64},
     group=16,
@@ -113,8 +111,7 @@ def main() -> None:
     size = SIZES[arguments.size]
     file = arguments.out / "gpu.json"
     report = json.loads(file.read_text()) if file.is_file() else {"parts": {}}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory() as scratch:
         environment = process_environment(arguments.packages, Path(scratch) / "packages")
         report["machine"] = describe_machine()
@@ -126,8 +123,8 @@ def main() -> None:
             if arguments.only and part.name not in arguments.only:
                 continue
             left = arguments.budget - (time.monotonic() - started)
-            log = arguments.out / "gpu.log"
-            report["parts"][part.name] = run_part(part, left, size.limit, environment, log)
+            result = run_part(part, left, size.limit, environment, arguments.out / "gpu.log")
+            report["parts"][part.name] = result
             report["seconds"] = round(time.monotonic() - started, 1)
             write(report, arguments.out)
     write(report, arguments.out)
@@ -155,9 +152,9 @@ def plan(size: Size, photographs: Path, workers: int, dinov3: Path | None) -> li
     bench = partial(bench_part, size, photographs, workers)
     authors = partial(authors_part, size, dinov3)
     return [
-        bench("vits16", "off", "workers", 80),
+        bench("vits16", "off", "workers", 110),  # the first part reads everything from a cold disk
         bench("vits16", "on", "workers", 110),
-        bench("vitl16", "off", "workers", 80),
+        bench("vitl16", "off", "workers", 90),
         bench("vitl16", "on", "workers", 120),
         authors("vitl16", 170),
         authors("vits16", 120),
@@ -196,8 +193,8 @@ def bench_part(
         "augmentation": augmented,
         "checkpointing": checkpointing,
     }
-    name = f"bench_{model}_compile_{compiled}_{augmented}"
-    name += "" if checkpointing == "none" else "_checkpointed"
+    suffix = "" if checkpointing == "none" else "_checkpointed"
+    name = f"bench_{model}_compile_{compiled}_{augmented}{suffix}"
     return Part(name, commands[0], limit, commands[1], tuple(facts.items()))
 
 
@@ -221,9 +218,8 @@ def memory_part(size: Size, photographs: Path, limit: int) -> Part:
 def bench_command(size: Size, photographs: Path, model: str, batch: int) -> list[str]:
     config = f"dinov3_{model}.yaml"
     data = [f"data.train=folder:{photographs}", f"batch_size={batch}"]
-    data += [f"loss.koleo.group={size.group}"]
-    command = [sys.executable, "bench.py", "--config", config]
-    return [*command, *size.changes[model], *data]
+    data.append(f"loss.koleo.group={size.group}")
+    return [sys.executable, "bench.py", "--config", config, *size.changes[model], *data]
 
 
 def authors_part(size: Size, dinov3: Path | None, model: str, limit: int) -> Part:
@@ -236,10 +232,10 @@ def authors_part(size: Size, dinov3: Path | None, model: str, limit: int) -> Par
 
 def tests_part(size: Size, limit: int) -> Part:
     """The tests marked gpu; only files that hold such tests are read."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    files = sorted(ROOT.glob("tests/**/test_*.py"))
     chosen = [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text()]
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider"]
-    command += ["-m", "gpu", "-ra", "--tb=short", *size.tests, *chosen]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts=", "-ra", "--tb=short"]
+    command += ["-p", "no:cacheprovider", *size.tests, *chosen]
     return Part("tests", command, limit, read=read_tests)
 
 
@@ -342,8 +338,8 @@ def process_environment(packages: Path | None, linked: Path) -> dict:
         if entry.suffix == ".dist-info" or importlib.util.find_spec(entry.stem) is not None:
             continue
         (linked / entry.name).symlink_to(entry.resolve())
-    before = environment.get("PYTHONPATH")
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [before, str(linked)]))
+    paths = [environment.get("PYTHONPATH"), str(linked)]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return environment
 
 
@@ -361,7 +357,7 @@ def describe_machine() -> dict:
     return {
         "gpu": gpu,
         "cores": os.cpu_count(),
-        "python": platform.python_version(),
+        "python": sys.version.split()[0],
         "versions": versions,
         "shared_memory_gib": round(shared_memory() / 2**30, 1),
         "date": time.strftime("%Y-%m-%d"),

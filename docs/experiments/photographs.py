@@ -27,10 +27,10 @@ def write_photograph(seed: int, folder: Path, width: int = 500, height: int = 37
     while side <= 512:
         cells = Image.fromarray(numbers.integers(0, 256, (side, side, 3), dtype=np.uint8))
         total += weight * np.asarray(cells.resize((width, height), Image.Resampling.BICUBIC))
-        side, weight = 2 * side, 0.65 * weight
+        side, weight = 2 * side, 0.8 * weight
     total -= total.min()
     image = Image.fromarray((total * (255 / total.max())).astype(np.uint8))
-    image.save(folder / f"{seed % 16:02d}" / f"{seed}.jpg", quality=90)
+    image.save(folder / f"{seed % 16:02d}" / f"{seed}.jpg", quality=95)
 
 
 if __name__ == "__main__":
