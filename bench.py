@@ -171,7 +171,7 @@ class Workload:
         self.gram_teacher = None
         if "gram" in stage.schedules:
             ema = stage.cfg.loss.gram.teacher == "ema"
-            source = self.trainer.teacher if ema else make_teacher(student)
+            source = self.trainer.teacher if ema else make_teacher(self.trainer.teacher)
             self.gram_teacher = source.backbone
         longer = replace(stage, stop=stage.stop + STEPS)
         loader = stage_loader(longer, self.middle, student.backbone.patch_size, device)
