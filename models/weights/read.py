@@ -94,11 +94,8 @@ def load_tensors(
 ) -> None:
     """Gives `backbone`, which may be on the meta device, copies of `tensors` in its own types.
 
-    Prints to standard error how many of its tensors `source` holds, what was left aside, and
-    `notes`.
-
-    Args:
-        source: the file's name in messages.
+    Prints to standard error how many of its tensors the file called `source` holds, what was left
+    aside, and `notes`.
 
     Raises:
         UserError: if names or shapes differ, with those that do and the likely cause.
