@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.augment import normalize, resize, to_unit
+from data.pixels import normalize, resize, to_unit
 from data.images import ImageData, Recolored
 from data.pictures import fit_channels
 from errors import UserError

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import gaussian_blur
 
-from data.augment import CropSpec, crop_boxes, draw, normalize, resized_crop
+from data.augment import CropSpec, crop_boxes, draw, resized_crop
 from data.loader import EvalDataset
+from data.pixels import normalize
 from errors import UserError
 
 SEVERITIES = (1, 2, 3, 4, 5)

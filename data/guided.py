@@ -98,7 +98,9 @@ def marked_points(notes: dict, u: np.ndarray) -> np.ndarray:
     )
 
 
-def steered(boxes: np.ndarray, points: np.ndarray, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def move_to_points(
+    boxes: np.ndarray, points: np.ndarray, u: np.ndarray, sizes: np.ndarray
+) -> np.ndarray:
     """Crops moved, inside their images, to where they contain their points. Each point lies in the middle half of its
     crop, at random, unless the image's border forbids it: a model must not learn that what matters is in the centre.
 

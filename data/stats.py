@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from data.augment import to_unit
+from data.pixels import to_unit
 from data.sources.specs import ImageData, UnreadableImage, open_data
 from errors import UserError
 

@@ -13,7 +13,7 @@ import bench
 import train
 from data import device
 from data.augment import POLICIES, CropSpec, MultiCrop, draw
-from data.device import cut_out, pack, resampling, shrunk
+from data.device import cut_out, pack, resampling, shrink
 from data.loader import Batch, RawBatch, StepDataset, Views, make_loader, stage_loader, views_from
 from data.sources.mixture import Mixture
 from data.sources.specs import open_data
@@ -167,10 +167,10 @@ def test_only_what_is_far_larger_than_any_crop_is_shrunk():
     crops = plain_crops(3, gram=False)
     for size in ((107, 107), (130, 130), (90, 90), (5, 400)):
         image = noise(3, *size)
-        assert shrunk(image, crops) is image
-    assert shrunk(noise(3, 400, 600), crops).shape == (3, 88, 131)
-    assert shrunk(noise(3, 200, 4000), crops).shape[1] >= 40  # long ones keep the height of a crop
-    assert shrunk(noise(3, 2000, 3000), plain_crops(3)).shape == (3, 89, 134), (
+        assert shrink(image, crops) is image
+    assert shrink(noise(3, 400, 600), crops).shape == (3, 88, 131)
+    assert shrink(noise(3, 200, 4000), crops).shape[1] >= 40  # long ones keep the height of a crop
+    assert shrink(noise(3, 2000, 3000), plain_crops(3)).shape == (3, 89, 134), (
         "those of a Gram teacher are larger"
     )
 
@@ -186,7 +186,7 @@ def test_boxes_and_mirroring_of_shrunk_images_are_those_of_the_workers():
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     images, crops = [torch.stack([x, y])] * 40, plain_crops(2, gram=False)
     tables = tables_of(40, 5)
-    assert shrunk(images[0], crops).shape[1] < 110
+    assert shrink(images[0], crops).shape[1] < 110
     for ours, theirs in zip(on_device(crops, images, tables)[:2], crops(images, tables)[:2]):
         ours, theirs = corners(ours), corners(theirs)
         assert (ours - theirs).abs().max() < 0.01  # of the image's sides
@@ -216,7 +216,7 @@ def test_colours_and_blur_of_shrunk_images_are_distributed_as_those_of_the_worke
             (0.5,) * 3,
             (0.25,) * 3,
         )
-        assert shrunk(images[0], crops).shape[1] < 80
+        assert shrink(images[0], crops).shape[1] < 80
         tables = tables_of(len(images), 6, seed)
         return (make(crops, images, tables) if make else crops(images, tables))[:2]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import train
 import visualize
-from data.guided import Guidance, marked_points, steered
+from data.guided import Guidance, marked_points, move_to_points
 from data.images import ImageData
 from data.loader import StepDataset, views_from
 from data.sources.specs import open_data
@@ -199,7 +199,7 @@ def test_steered_crops_contain_their_points_inside_the_image_and_keep_their_size
     boxes = np.concatenate([rng.integers(0, sizes - extent + 1), extent], 1)
     points = rng.random((3000, 2)) * sizes
     points[::3] = np.nan
-    moved = steered(boxes, points, rng.random((3000, 2)), sizes)
+    moved = move_to_points(boxes, points, rng.random((3000, 2)), sizes)
     low, high = moved[:, :2], moved[:, :2] + moved[:, 2:]
     aimed = ~np.isnan(points[:, 0])
     assert (low >= 0).all() and (high <= sizes).all() and np.array_equal(moved[:, 2:], extent)
@@ -210,7 +210,7 @@ def test_steered_crops_contain_their_points_inside_the_image_and_keep_their_size
 def test_a_point_lies_in_the_middle_half_of_its_crop_and_not_always_in_the_centre():
     boxes, sizes = np.tile([0, 0, 40, 20], (500, 1)), np.tile([400, 400], (500, 1))
     u = np.random.default_rng(1).random((500, 2))
-    moved = steered(boxes, np.full((500, 2), 200.0), u, sizes)
+    moved = move_to_points(boxes, np.full((500, 2), 200.0), u, sizes)
     places = (200 - moved[:, :2]) / moved[:, 2:]
     assert (
         places.min() > 0.22 and places.max() < 0.78 and (places.std(0) > 0.1).all()
