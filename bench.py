@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import distill
-from data.loader import Batch, stage_loader
+from data.loader import Batch
 from data.sources.specs import open_data
 from engine import distributed, optim
 from engine.cli import config_parser, print_result, run_script
@@ -44,6 +44,7 @@ from engine.settings import find_config, read_yaml
 from engine.stages import Stage, plan_stages
 from engine.start import build_student, load_initial
 from engine.students import student_configs, uses_heads, what_is_cut
+from engine.views import stage_loader
 from errors import UserError
 from evals.flops import FlopClock, peak_flops, synchronize
 from evals.memory import forget_peak, memory_table

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from data.distillation import (
     CropAdapter,
     DistillationBatch,
-    crop_adapter,
     exchanged,
     rank_share,
     with_masks,
 )
-from data.loader import Batch, stage_loader
+from data.loader import Batch
+from data.masking import MaskSpec
 from data.sources.specs import ImageData, open_data
 from engine import checkpoint, distributed, optim
 from engine.cli import config_parser, run_script
@@ -69,6 +69,7 @@ from engine.students import (
     what_is_cut,
 )
 from engine.validation import size_pair
+from engine.views import crop_adapter, stage_loader
 from errors import UserError
 from losses.centering import build_centering
 from losses.distill import matching_losses, matching_targets
@@ -127,9 +128,7 @@ def teacher_crop_adapter(
         device,
         f"the teacher {cfg.distill.teacher}",
     )
-    return crop_adapter(
-        cfg, teacher.backbone.preprocessing, cfg.data.channels, device, global_size=size
-    )
+    return crop_adapter(cfg, teacher.backbone.preprocessing, device, global_size=size)
 
 
 def distill_stage(
@@ -228,7 +227,7 @@ class Student:
         notice(f"{self.name}, {cfg.model.arch}: {count_parameters(model.backbone):,} parameters")
         self.model, self.ema = model.to(device), make_teacher(model.to(device))
         sizes = {name: getattr(cfg.crops, name) for name in ("global_size", "local_size")}
-        self.sight = crop_adapter(self.base, cfg.data, cfg.data.channels, device, **sizes)
+        self.sight = crop_adapter(self.base, cfg.data, device, **sizes)
         sizes = {self.sight.size(size_pair(cut.global_size)) for cut in self.cuts}
         if self.heads and cfg.crops.local_count:
             sizes |= {self.sight.size(size_pair(cut.local_size), local=True) for cut in self.cuts}
@@ -289,7 +288,9 @@ class Student:
         batch = replace(batch, global_crops=crops[0], local_crops=crops[1])
         grid = self.grids[tuple(batch.global_crops.shape[-2:])]
         if self.heads and "ibot" in now:
-            batch = with_masks(batch, grid, cfg.loss.ibot, (cfg.seed, step), places, cfg.batch_size)
+            ibot = cfg.loss.ibot
+            spec = MaskSpec(grid, ibot.mask_probability, ibot.mask_ratio)
+            batch = with_masks(batch, spec, cfg.seed, step, places, cfg.batch_size)
         micro_batches = batch.split(self.micro_batch)
         totals: dict[str, Tensor] = {}
         with self.autocast():

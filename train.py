@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from data.annotated import Annotated, has_masks
-from data.augment import channel_statistics, multi_crop_from
-from data.loader import Batch, EvalDataset, first_readable, stage_loader
+from data.augment import channel_statistics
+from data.loader import Batch, EvalDataset, first_readable
 from data.sources.specs import ImageData, open_data, open_labelled
 from engine import checkpoint, distributed, optim
 from engine.cli import config_parser, run_script
@@ -45,6 +45,7 @@ from engine.settings import provenance, refuse_changes, to_yaml
 from engine.stages import Stage, plan_stages
 from engine.start import build_student, load_initial, start_from
 from engine.validation import size_pair
+from engine.views import multi_crop_from, stage_loader
 from evals.figures import draw_curves
 from evals.inloop import probe_teacher, report_teacher
 from evals.patches import mean_locality

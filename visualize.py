@@ -28,17 +28,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.augment import channel_statistics, multi_crop_from, normalize, resize, to_unit
-from data.guided import guidance_from
+from data.augment import channel_statistics
 from data.loader import EvalDataset
 from data.masking import draw_masks
 from data.pictures import UnreadableImage
+from data.pixels import normalize, resize, to_unit
 from data.sources.specs import ImageData, open_data
 from engine.cli import preparation, print_result, run_script
 from engine.config import TrainConfig, load_config
 from engine.distributed import choose_device
 from engine.logger import notice, read_metrics
 from engine.validation import size_pair
+from engine.views import guidance_from, multi_crop_from
 from errors import UserError
 from evals.figures import (
     draw_curves,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.pixels import normalize, resize, to_unit
 from data.images import ImageData, Recolored
 from data.pictures import fit_channels
+from data.pixels import normalize, resize, to_unit
 from errors import UserError
 
 

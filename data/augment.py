@@ -9,7 +9,7 @@ the device does. Both give the same views from the same table.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -375,49 +375,6 @@ def _chunks(selected: Tensor, x: Tensor) -> Iterator[Tensor]:
     if len(rows):
         for part in rows.split(max(1, values // x[0].numel())):
             yield send(part, x.device)
-
-
-def multi_crop_from(
-    crops, mean: Sequence[float], std: Sequence[float], sizes=None, gram=None
-) -> MultiCrop:
-    """A MultiCrop from an object with the attributes of the configuration's section `crops`.
-
-    A policy's probabilities and strengths hold where the attribute of that name is None.
-
-    Args:
-        sizes: an object with other global and local sizes.
-        gram: an object with a Gram teacher's `teacher_scale` and `distortions`; it asks for crops
-            of its own where they differ from the student's.
-
-    Raises:
-        UserError: for an unknown policy.
-    """
-    if crops.policy not in POLICIES:
-        raise UserError(f"unknown crops.policy {crops.policy!r}; choose from {', '.join(POLICIES)}")
-    changes = {}
-    for item in fields(AugmentPolicy):
-        value = getattr(crops, item.name, None)
-        if value is not None:
-            changes[item.name] = tuple(value) if isinstance(value, list) else value
-    sizes = crops if sizes is None else sizes
-    global_size, local_size = size_pair(sizes.global_size), size_pair(sizes.local_size)
-    gram_size = None
-    if gram is not None and (gram.teacher_scale != 1 or not gram.distortions):
-        gram_size = tuple(round(side * gram.teacher_scale) for side in global_size)
-    return MultiCrop(
-        CropSpec(global_size, tuple(crops.global_scale), crops.global_count),
-        CropSpec(local_size, tuple(crops.local_scale), crops.local_count),
-        replace(POLICIES[crops.policy], **changes),
-        mean,
-        std,
-        gram_size,
-        gram is not None and gram.distortions,
-    )
-
-
-def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a size given as one number or as two."""
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def channel_statistics(

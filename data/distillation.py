@@ -1,13 +1,12 @@
 """Batches for distillation: one set of crops for several networks, and the teacher's output."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.augment import channel_statistics, size_pair
 from data.loader import Batch, step_masks
 from data.masking import MaskSpec
 from engine import distributed
@@ -60,27 +59,6 @@ class CropAdapter:
         return crops if self.same else crops * self.scale + self.shift
 
 
-def crop_adapter(
-    cut, own, channels: int, device: torch.device | str = "cpu", **sizes
-) -> CropAdapter:
-    """The adapter of a network for the crops of a run.
-
-    Args:
-        cut: the configuration of the run, with the sections `crops` and `data`.
-        own: an object with `mean` and `std`, None for ImageNet's.
-        sizes: `global_size` or `local_size` in pixels, where this network takes others.
-    """
-    cut_sizes, own_sizes = [], []
-    for name in ("global_size", "local_size"):
-        size = getattr(cut.crops, name)
-        own_size = sizes.get(name)
-        cut_sizes.append(size_pair(size))
-        own_sizes.append(size_pair(size if own_size is None else own_size))
-    given = channel_statistics(channels, cut.data.mean, cut.data.std)
-    wanted = channel_statistics(channels, own.mean, own.std)
-    return CropAdapter(cut_sizes, own_sizes, given, wanted, device)
-
-
 def rank_share(batch_size: int) -> range:
     """This rank's places in a batch."""
     share = batch_size // distributed.world_size()
@@ -97,19 +75,15 @@ class DistillationBatch(Batch):
 
 
 def with_masks(
-    batch: Batch, grid: Size, ibot, key: tuple[int, int], places: Iterable[int], batch_size: int
+    batch: Batch, spec: MaskSpec, seed: int, step: int, places: Sequence[int], batch_size: int
 ) -> Batch:
-    """`batch` with the masks that `StepDataset` would have drawn on that grid.
+    """`batch` with the masks that `StepDataset` would have drawn.
 
     Args:
-        ibot: an object with `mask_probability` and `mask_ratio`.
-        key: seed and step.
         places: of the batch's images within the global batch of `batch_size`.
     """
-    seed, step = key
-    spec = MaskSpec(grid, ibot.mask_probability, ibot.mask_ratio)
     views = len(batch.global_crops) // len(batch.images)
-    masks = step_masks(spec, views, batch_size, list(places), seed, step)
+    masks = step_masks(spec, views, batch_size, places, seed, step)
     return replace(batch, masks=masks.to(batch.global_crops.device, non_blocking=True))
 
 

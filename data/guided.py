@@ -63,15 +63,6 @@ class Guidance:
         return drawn < self.share
 
 
-def guidance_from(crops: Any) -> Guidance | None:
-    """From the configuration's section `crops`; None where nothing is guided."""
-    return (
-        Guidance(crops.guided, crops.guided_globals, crops.guided_share)
-        if crops.guided > 0
-        else None
-    )
-
-
 def marked_points(notes: dict, u: np.ndarray) -> np.ndarray:
     """Places within marks: uniform in a box drawn uniformly, so that small things count as much as large ones; without
     boxes uniform over the pixels of the mask that are neither 0 nor 255 (background, unknown).

@@ -7,7 +7,6 @@ resumes by naming a step.
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -17,14 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.augment import MultiCrop, channel_statistics, draw, multi_crop_from
+from data.augment import MultiCrop, draw
 from data.device import Cut, cut_out, pack
-from data.guided import Guidance, guidance_from, require_marks
+from data.guided import Guidance
 from data.masking import MaskSpec, draw_masks
 from data.pixels import normalize, resize, to_unit
 from data.sources.mixture import Mixture
-from data.sources.specs import ImageData, UnreadableImage, open_data
-from engine import distributed
+from data.sources.specs import ImageData, UnreadableImage
 from errors import UserError
 
 # Purposes of random numbers, so that none repeats another's.
@@ -114,24 +112,6 @@ class Views:
     masks: MaskSpec | None = None
     share: float = 1.0
     guidance: Guidance | None = None
-
-
-def views_from(
-    crops, mean: Sequence[float], std: Sequence[float], patch_size: int, ibot=None, gram=None
-) -> list[Views]:
-    """One `Views`, or those of `crops.mix`, from the configuration's section `crops`.
-
-    Args:
-        ibot: an object with `mask_probability` and `mask_ratio`, or None for no masks.
-        gram: see `multi_crop_from`.
-    """
-    views = []
-    for sizes in crops.mix or [crops]:
-        multi_crop = multi_crop_from(crops, mean, std, sizes, gram)
-        grid = tuple(side // patch_size for side in multi_crop.cuts[0][0].size)
-        masks = None if ibot is None else MaskSpec(grid, ibot.mask_probability, ibot.mask_ratio)
-        views.append(Views(multi_crop, masks, getattr(sizes, "share", 1.0), guidance_from(crops)))
-    return views
 
 
 class StepDataset(Dataset):
@@ -343,40 +323,6 @@ def make_loader(
         persistent_workers=workers > 0,
         pin_memory=device == "cuda",
         generator=torch.Generator().manual_seed(0),
-    )
-
-
-def stage_loader(stage, first_step: int, patch_size: int, device: torch.device) -> DataLoader:
-    """This rank's batches of a stage (engine.stages.Stage) from `first_step` on."""
-    cfg, terms = stage.cfg, stage.schedules
-    images = open_data(cfg.data.train, cfg.data.channels)
-    if cfg.crops.guided > 0:
-        require_marks(images, cfg.data.train)
-    if len(images) < cfg.batch_size and distributed.is_main():
-        print(
-            f"{cfg.data.train} has {len(images)} images, fewer than batch_size {cfg.batch_size}: "
-            "they repeat after all were seen",
-            file=sys.stderr,
-        )
-    statistics = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
-    gram = cfg.loss.gram if "gram" in terms else None
-    ibot = cfg.loss.ibot if "ibot" in terms else None
-    on_device = cfg.data.augment_on == "device"
-    if cfg.data.augment_on == "auto":
-        on_device = device.type == "cuda"
-    return make_loader(
-        images,
-        views_from(cfg.crops, *statistics, patch_size, ibot, gram),
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        start_step=first_step,
-        stop_step=stage.stop,
-        shift=stage.shift,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        workers=cfg.data.workers,
-        device=device.type,
-        on_device=on_device,
     )
 
 

@@ -14,11 +14,12 @@ import train
 from data import device
 from data.augment import POLICIES, CropSpec, MultiCrop, draw
 from data.device import cut_out, pack, resampling, shrink
-from data.loader import Batch, RawBatch, StepDataset, Views, make_loader, stage_loader, views_from
+from data.loader import Batch, RawBatch, StepDataset, Views, make_loader
 from data.sources.mixture import Mixture
 from data.sources.specs import open_data
 from engine.config import CropsConfig, GramConfig, SizeConfig, load_config
 from engine.logger import read_metrics
+from engine.views import stage_loader, views_from
 from tests.data.test_guided import SPOT, Spotted
 
 CPU = torch.device("cpu")

@@ -10,9 +10,10 @@ import train
 import visualize
 from data.guided import Guidance, marked_points, move_to_points
 from data.images import ImageData
-from data.loader import StepDataset, views_from
+from data.loader import StepDataset
 from data.sources.specs import open_data
 from engine.config import CropsConfig
+from engine.views import views_from
 from tests.test_train import folder_of, losses
 
 SPOT = (31, 74)  # row and column of the middle of the one thing to see, three pixels wide
