@@ -26,7 +26,8 @@ class ArrayImages(ImageData):
 
     Args:
         pixels: (n, H, W), (n, H, W, C) or (n, C, H, W); see `array_to_tensor`.
-        labels: (n,) or (n, 1) class ids; several columns (more than one class an image) are left out.
+        labels: (n,) or (n, 1) class ids; several columns (more than one class an image) are
+            ignored.
     """
 
     def __init__(
