@@ -22,7 +22,7 @@ class Annotated(Dataset):
     is a dictionary.
 
     Args:
-        kind: such as "mask", "instance", "depth", "keypoints", "boxes", or several of them, or none: ().
+        kind: such as "mask", "instance", "depth", "keypoints", "boxes"; several of them, or ().
         size: short side in pixels of what the model sees, or (height, width) exactly.
         multiple: sides are rounded to multiples of it, so that whole patches cover the image.
         mean, std, interpolation: as in `EvalDataset`.

@@ -131,12 +131,13 @@ class MultiCrop:
         self.has_gram = gram_size is not None
         if self.has_gram:
             self.cuts.append((replace(global_spec, size=tuple(gram_size)), global_rows))
-        first, further, local = policy.blur
-        further_globals = self.globals - 1
-        self.blur = torch.tensor([first] + [further] * further_globals + [local] * self.locals)
-        self.solarize = torch.tensor(
-            [0.0] + [policy.solarize] * further_globals + [0.0] * self.locals
-        )
+        # Probabilities of each crop of an image.
+        self.blur = torch.full((self.crops,), policy.blur[1])
+        self.blur[0] = policy.blur[0]
+        self.blur[local_rows] = policy.blur[2]
+        self.solarize = torch.full((self.crops,), policy.solarize)
+        self.solarize[0] = 0
+        self.solarize[local_rows] = 0
 
     def __call__(
         self,
@@ -175,12 +176,10 @@ class MultiCrop:
                 table = torch.cat([table, places], 2)
             for made, (spec, rows) in zip(crops, self.cuts, strict=True):
                 made += self._cut(held, table[:, rows].flatten(0, 1), spec)
-        views = []
-        for made, (spec, _) in zip(crops, self.cuts, strict=True):
-            views.append(
-                _stack([crop for view in range(spec.count) for crop in made[view :: spec.count]])
-            )
-        return views
+        return [
+            _stack_crop_major(made, spec.count)
+            for made, (spec, _) in zip(crops, self.cuts, strict=True)
+        ]
 
     def _cut(self, images: list[Tensor], u: Tensor, spec: CropSpec) -> list[Tensor]:
         sizes = np.array([image.shape[-2:] for image in images]).repeat(spec.count, 0)
@@ -217,9 +216,10 @@ class MultiCrop:
             views: a tensor for each of `cuts`, on any device.
             u: the tables (crops, B, NUMBERS), on the CPU.
         """
-        global_rows, local_rows = slice(0, self.globals), slice(self.globals, self.crops)
-        local_crops = self._photometric(views[1], u, local_rows) if self.locals else None
-        gram_crops = None
+        local_crops = gram_crops = None
+        if self.locals:
+            local_crops = self._photometric(views[1], u, self.cuts[1][1])
+        global_rows = self.cuts[0][1]
         if self.has_gram and self.gram_distorted:
             gram_crops = self._photometric(views[-1], u, global_rows)
         elif self.has_gram:
@@ -293,9 +293,10 @@ def resized_crop(
     return crop.rot90(turns, (1, 2)) if turns else crop
 
 
-def _stack(crops: list[Tensor]) -> Tensor:
-    """A folder may mix 8-bit with deeper images; what is stacked has one type."""
-    if len({crop.dtype for crop in crops}) > 1:
+def _stack_crop_major(crops: list[Tensor], count: int) -> Tensor:
+    """One tensor of `count` crops of each image, listed image by image."""
+    crops = [crop for view in range(count) for crop in crops[view::count]]
+    if len({crop.dtype for crop in crops}) > 1:  # a folder may mix 8-bit with deeper images
         crops = [to_unit(crop) for crop in crops]
     return torch.stack(crops)
 

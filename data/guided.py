@@ -1,7 +1,7 @@
-"""Label-guided crops (DINO-MX, arXiv 2511.01610; DINO-LG, arXiv 2411.07976): marks say where to cut.
+"""Label-guided crops (DINO-MX, arXiv 2511.01610; DINO-LG, arXiv 2411.07976).
 
-Marks are boxes or masks of a few images or of all; no label enters the loss. With a set
-probability a local crop, by choice a global one too, is moved to where it shows a marked place.
+Marks (boxes or masks of a few images or of all) say where to cut; no label enters the loss. With
+a set probability a local crop, by choice a global one too, is moved to where it shows a marked place.
 Its size, mirroring and colours stay as drawn, as do all crops of images without a mark. The papers
 give neither the probability nor how a crop lies around the mark: that is ours.
 """
@@ -135,7 +135,8 @@ def require_marks(data: ImageData, spec: str) -> None:
             return
     raise UserError(
         f"crops.guided is set, but {spec} has neither boxes nor masks; "
-        f"give a folder or list ?marks=FILE.csv with the columns file, {', '.join(BOX)} or file, mask"
+        f"give a folder or list ?marks=FILE.csv with the columns file, {', '.join(BOX)} "
+        "or file, mask"
     )
 
 
@@ -165,7 +166,7 @@ class Marks:
         return file in self.masks or file in self.boxes
 
     def of(self, file: str) -> dict[str, np.ndarray]:
-        """`mask` (H, W) uint8, 1 where marked, or `boxes` (m, 4) float32; m is 0 where there is no mark."""
+        """`mask` (H, W) uint8, 1 where marked, or `boxes` (m, 4) float32, (0, 4) without marks."""
         if file in self.masks:
             mask = read_image(self.folder / self.masks[file], None)[0] > 0
             return {"mask": mask.numpy().astype(np.uint8)}

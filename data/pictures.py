@@ -289,7 +289,7 @@ def _tiff_tags(file: BinaryIO) -> dict:
 
 
 def _pillow_keeps_all(tags: dict) -> bool:
-    """Pillow rounds 16-bit colours to 8 bits and drops bands that are neither colour nor transparency."""
+    """Pillow rounds 16-bit colours to 8 bits and drops bands beyond colour and transparency."""
     bits, samples, extra = tags.get(BITS, (1,)), tags.get(SAMPLES, 1), tags.get(EXTRA, ())
     kind = tags.get(FORMAT, (1,))[0]
     if samples == 1:

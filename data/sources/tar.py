@@ -36,7 +36,7 @@ DAMAGED = -1
 
 
 class TarImages(ImageData):
-    """Images in uncompressed tar files; the class is that of a .cls or .json member beside the image.
+    """Images in uncompressed tar files; a .cls or .json member beside an image names its class.
 
     All ranks make one together, of the same shards.
 

@@ -1,4 +1,5 @@
-"""Crops made on the device are those that loader workers make: pixel by pixel where nothing was shrunk, else in distribution."""
+"""Crops made on the device equal those of loader workers: pixel by pixel where nothing was shrunk,
+else in distribution."""
 
 import json
 from dataclasses import replace
@@ -116,11 +117,12 @@ def test_crops_of_8_bits_are_those_of_the_workers_within_rounding(channels):
 def test_16_bits_are_kept_and_depths_may_mix():
     deep = [(image.int() * 257 + 31).clamp(max=65535).to(torch.uint16) for image in odd_images(1)]
     crops, tables = plain_crops(1), tables_of(len(deep), 5)
-    for ours, theirs in zip(on_device(crops, deep, tables), crops(deep, tables)):
+    for ours, theirs in zip(on_device(crops, deep, tables), crops(deep, tables), strict=True):
         assert (ours - theirs).abs().max() < 2e-5
-    # Not up to black and white: of bytes the overshoot is cut off between the two passes, of floats after them.
+    # Not up to black and white: of bytes the overshoot is cut off between the two passes, of
+    # floats after them.
     mixed = [*deep[:3], *(image // 2 + 64 for image in odd_images(1)[3:])]
-    for ours, theirs in zip(on_device(crops, mixed, tables), crops(mixed, tables)):
+    for ours, theirs in zip(on_device(crops, mixed, tables), crops(mixed, tables), strict=True):
         assert (ours - theirs).abs().max() < 2.5 * LEVEL
 
 
@@ -152,7 +154,7 @@ def test_crops_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
     pixels, cuts = pack(crops, images, tables)
     monkeypatch.setattr(device, "BUDGET", 4 * 4000)
     _, smaller = pack(crops, images, tables)
-    for whole, parts in zip(cuts, smaller):
+    for whole, parts in zip(cuts, smaller, strict=True):
         assert len(whole.chunks) == 2 < len(parts.chunks)  # upright and turned
         for start, stop, height, width, _ in parts.chunks:
             assert stop - start == 1 or (stop - start) * height * width <= 4000
@@ -160,11 +162,12 @@ def test_crops_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
         assert (a - b).abs().max() <= 1 and (a != b).float().mean() < 1e-3
 
 
-# ----------------------------------------------------------------- in distribution, of images that were shrunk
+# ------------------------------------------------- in distribution, of images that were shrunk
 
 
 def test_only_what_is_far_larger_than_any_crop_is_shrunk():
-    # The smallest global crop needs images of 40 / 0.3^0.5 = 73 pixels a side, the smallest local one 24 / 0.05^0.5 = 107.
+    # The smallest global crop needs images of 40 / 0.3^0.5 = 73 pixels a side, the smallest local
+    # one 24 / 0.05^0.5 = 107.
     crops = plain_crops(3, gram=False)
     for size in ((107, 107), (130, 130), (90, 90), (5, 400)):
         image = noise(3, *size)
@@ -188,7 +191,9 @@ def test_boxes_and_mirroring_of_shrunk_images_are_those_of_the_workers():
     images, crops = [torch.stack([x, y])] * 40, plain_crops(2, gram=False)
     tables = tables_of(40, 5)
     assert shrink(images[0], crops).shape[1] < 110
-    for ours, theirs in zip(on_device(crops, images, tables)[:2], crops(images, tables)[:2]):
+    for ours, theirs in zip(
+        on_device(crops, images, tables)[:2], crops(images, tables)[:2], strict=True
+    ):
         ours, theirs = corners(ours), corners(theirs)
         assert (ours - theirs).abs().max() < 0.01  # of the image's sides
         assert 0.3 < (theirs[:, 2] < 0).float().mean() < 0.7 and theirs.std(0).min() > 0.05
@@ -224,7 +229,7 @@ def test_colours_and_blur_of_shrunk_images_are_distributed_as_those_of_the_worke
     images, natural = textured(24), POLICIES["natural"]
     sharp = views(replace(natural, blur=(0.0, 0.0, 0.0)), 0)
     for ours, theirs, others, unblurred in zip(
-        views(natural, 0, on_device), views(natural, 0), views(natural, 1), sharp
+        views(natural, 0, on_device), views(natural, 0), views(natural, 1), sharp, strict=True
     ):
         change, missing = (
             (spectrum(made) / spectrum(theirs)).log().abs() for made in (ours, unblurred)
@@ -450,6 +455,8 @@ def test_every_policy_on_a_gpu_is_that_of_the_workers(policy):
     images = [image / 255 for image in textured(6, 60, 70)]
     tables = tables_of(6, 6)
     for ours, theirs in zip(
-        on_device(crops, images, tables, torch.device("cuda"))[:2], crops(images, tables)[:2]
+        on_device(crops, images, tables, torch.device("cuda"))[:2],
+        crops(images, tables)[:2],
+        strict=True,
     ):
         assert ((ours.cpu() - theirs).abs() < 5e-3).float().mean() > 0.999

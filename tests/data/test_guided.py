@@ -101,7 +101,9 @@ def test_pictures_of_crops_show_where_guided_ones_look(tmp_path, monkeypatch):
     )
     assert steered.all() and plain.float().mean() < 0.4
     assert all(
-        torch.equal(*pair) for crops in zip(*drawn) for pair in zip(crops[0][:2], crops[1][:2])
+        torch.equal(*pair)
+        for crops in zip(*drawn, strict=True)
+        for pair in zip(crops[0][:2], crops[1][:2], strict=False)
     )  # the global ones
 
 
@@ -154,7 +156,7 @@ def test_a_share_of_the_images_is_looked_at_always_the_same_ones():
             (plain.local_crops != guided.local_crops).flatten(1).any(1).unflatten(0, (4, 64)).any(0)
         )
         looked_at.append(
-            {index for index, follows in zip(guided.images, moved.tolist()) if follows}
+            {index for index, follows in zip(guided.images, moved.tolist(), strict=True) if follows}
         )
     assert (
         looked_at[0] == looked_at[1] == looked_at[2] and 14 <= len(looked_at[0]) <= 38
@@ -230,9 +232,9 @@ def test_points_are_uniform_in_boxes_of_equal_chance_or_over_the_mask():
     mask = np.zeros((6, 9), np.uint8)
     mask[2, 3:5], mask[5, 8], mask[0, 0] = 1, 7, 255  # 255: unknown
     rows, columns = np.floor(marked_points({"mask": mask}, u)).astype(int).T
-    assert {(2, 3), (2, 4), (5, 8)} == set(zip(rows.tolist(), columns.tolist())) and abs(
-        (rows == 2).mean() - 2 / 3
-    ) < 0.04
+    assert {(2, 3), (2, 4), (5, 8)} == set(
+        zip(rows.tolist(), columns.tolist(), strict=True)
+    ) and abs((rows == 2).mean() - 2 / 3) < 0.04
     for nothing in ({}, {"boxes": np.zeros((0, 4))}, {"mask": np.zeros((4, 4), np.uint8)}):
         assert np.isnan(marked_points(nothing, u)).all()
 
