@@ -3,9 +3,9 @@
     geometry     crop_boxes, resized_crop     each image on its own, uint8 in, uint8 out
     photometry   photometric                  all crops of a batch at once, float32 out
 
-Both halves are pure functions of a table of uniform random numbers, one row per crop, drawn once
-per image by `draw`. A loader worker runs both halves (`MultiCrop.__call__`); with data/device.py
-the device does. Both give the same views from the same table.
+Both are pure functions of a table of uniform random numbers, one row per crop, drawn once per image
+by `draw`. A loader worker runs them (`MultiCrop.__call__`), or the device does (data/device.py):
+the same table gives the same views.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -132,12 +132,11 @@ class MultiCrop:
         if self.has_gram:
             self.cuts.append((replace(global_spec, size=tuple(gram_size)), global_rows))
         # Probabilities of each crop of an image.
-        self.blur = torch.full((self.crops,), policy.blur[1])
+        self.blur = torch.full((self.crops,), float(policy.blur[1]))
         self.blur[0] = policy.blur[0]
         self.blur[local_rows] = policy.blur[2]
-        self.solarize = torch.full((self.crops,), policy.solarize)
-        self.solarize[0] = 0
-        self.solarize[local_rows] = 0
+        self.solarize = torch.zeros(self.crops)
+        self.solarize[1 : self.globals] = policy.solarize
 
     def __call__(
         self,
@@ -184,19 +183,18 @@ class MultiCrop:
     def _cut(self, images: list[Tensor], u: Tensor, spec: CropSpec) -> list[Tensor]:
         sizes = np.array([image.shape[-2:] for image in images]).repeat(spec.count, 0)
         boxes, flips, turns = (values.tolist() for values in self.geometry(u, sizes, spec))
-        return [
-            resized_crop(images[k // spec.count], boxes[k], spec.size, flips[k], turns[k])
-            for k in range(len(boxes))
-        ]
+        crops = []
+        for k, box in enumerate(boxes):
+            image = images[k // spec.count]
+            crops.append(resized_crop(image, box, spec.size, flips[k], turns[k]))
+        return crops
 
     def geometry(
         self, u: Tensor, sizes: np.ndarray, spec: CropSpec
     ) -> tuple[np.ndarray, Tensor, Tensor]:
         """Boxes (n, 4), whether to mirror (n,) and quarter turns (n,): arguments of `resized_crop`.
 
-        Args:
-            u: (n, NUMBERS) rows of the table, with two further columns in guided runs.
-            sizes: (n, 2) of the image of each crop.
+        They depend on n rows of the table and on the size of each crop's image, `sizes` (n, 2).
         """
         boxes = crop_boxes(u, sizes[:, 0], sizes[:, 1], spec)
         if u.shape[1] > NUMBERS:
@@ -210,16 +208,10 @@ class MultiCrop:
         return boxes, u[:, FLIP] < self.policy.flip, turns
 
     def finish(self, views: list[Tensor], u: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The photometric half of `__call__`.
-
-        Args:
-            views: a tensor for each of `cuts`, on any device.
-            u: the tables (crops, B, NUMBERS), on the CPU.
-        """
-        local_crops = gram_crops = None
-        if self.locals:
-            local_crops = self._photometric(views[1], u, self.cuts[1][1])
+        """Photometry of `views`, on any device, with the tables (crops, B, NUMBERS) on the CPU."""
         global_rows = self.cuts[0][1]
+        local_crops = self._photometric(views[1], u, self.cuts[1][1]) if self.locals else None
+        gram_crops = None
         if self.has_gram and self.gram_distorted:
             gram_crops = self._photometric(views[-1], u, global_rows)
         elif self.has_gram:
@@ -235,10 +227,7 @@ class MultiCrop:
     def examples(
         self, images: Sequence[Tensor], seed: int, targets: Sequence[Tensor] | None = None
     ) -> list[list[Tensor]]:
-        """The normalised views of each image, globals first, for pictures of what training sees.
-
-        `targets` as in `__call__`.
-        """
+        """The normalised views of each image, globals first; `targets` as in `views`."""
         generator = torch.Generator().manual_seed(seed)
         examples = []
         for k, image in enumerate(images):

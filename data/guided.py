@@ -1,7 +1,7 @@
 """Label-guided crops (DINO-MX, arXiv 2511.01610; DINO-LG, arXiv 2411.07976).
 
-Marks (boxes or masks of a few images or of all) say where to cut; no label enters the loss. With
-a set probability a local crop, by choice a global one too, is moved to where it shows a marked place.
+Marks (boxes or masks of a few images or of all) say where to cut; no label enters the loss. With a
+set probability a local crop, by choice a global one too, is moved to where it shows a marked place.
 Its size, mirroring and colours stay as drawn, as do all crops of images without a mark. The papers
 give neither the probability nor how a crop lies around the mark: that is ours.
 """
