@@ -14,6 +14,7 @@ on the configuration's own data. It writes only the files that are asked for.
 """
 
 import argparse
+import copy
 import re
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import distill
 import train
-from data.loader import Batch, stage_loader
+from data.loader import Batch
 from data.sources.specs import open_data
 from engine import distributed
 from engine.cli import config_parser, print_result, run_script
@@ -48,11 +49,11 @@ from engine.students import (
     uses_heads,
 )
 from engine.trainer import Trainer
+from engine.views import stage_loader
 from errors import UserError
 from evals.clocks import Clock, profile, time_crops
 from evals.flops import FlopClock, machine, peak_flops, product_type, synchronize
 from evals.memory import as_table, forget_peak, memory_table
-from models.ssl_model import make_teacher
 
 PHASES = ("data_wait", "augmentation", "teacher", "forward", "loss", "backward", "optimizer", "ema")
 # Length of configurations without stages. The steps measured are in the middle of a stage.
@@ -171,7 +172,7 @@ class Workload:
         self.gram_teacher = None
         if "gram" in stage.schedules:
             ema = stage.cfg.loss.gram.teacher == "ema"
-            source = self.trainer.teacher if ema else make_teacher(self.trainer.teacher)
+            source = self.trainer.teacher if ema else copy.deepcopy(self.trainer.teacher)
             self.gram_teacher = source.backbone
         longer = replace(stage, stop=stage.stop + STEPS)
         loader = stage_loader(longer, self.middle, student.backbone.patch_size, device)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.distillation import CropAdapter, DistillationBatch, exchanged, rank_share
-from data.loader import Batch, stage_loader
+from data.loader import Batch
 from data.sources.specs import ImageData, open_data
 from engine import distributed
 from engine.cli import config_parser, run_script
@@ -44,6 +44,7 @@ from engine.students import (
     teacher_crop_adapter,
     uses_heads,
 )
+from engine.views import stage_loader
 from evals.inloop import teacher_outputs
 from losses.distill import matching_losses, matching_targets
 from losses.gram import downsample_patches

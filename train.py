@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from data.loader import Batch, stage_loader
+from data.loader import Batch
 from data.sources.specs import open_data
 from engine import distributed
 from engine.cli import config_parser, run_script
@@ -33,6 +33,7 @@ from engine.stages import Stage
 from engine.start import build_student, load_init, plan_run
 from engine.step import OptimizationStep
 from engine.trainer import Trainer
+from engine.views import stage_loader
 from evals.inloop import teacher_outputs
 from losses.centering import Centering
 from losses.dino import multicrop_dino_loss

@@ -1,4 +1,5 @@
-"""Data with annotations, as dense probes take it: whole images at the model's size, their annotations at full size."""
+"""Data with annotations for dense probes: whole images at the model's size, their annotations at
+full size."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,24 +9,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.augment import normalize, resize, to_unit
-from data.images import ImageData, Recolored
-from data.pictures import fit_channels
+from data.images import ImageData
+from data.pixels import normalize, resize, to_unit
 from errors import UserError
 
 
 class Annotated(Dataset):
     """Whole images for a frozen model, each with one annotation; nothing is cut off.
 
-    Item i is (float32 (C, h, w), annotation, i). An annotation is what `annotations(i)` holds under `kind`, as a tensor
-    of its own size: a map is not resized with the image. With several kinds it is a dictionary.
+    Item i is (float32 (C, h, w), annotation, i). An annotation is what `annotations(i)` holds under
+    `kind`, as a tensor of its own size: a map is not resized with the image. With several kinds it
+    is a dictionary.
 
     Args:
-        kind: such as "mask", "instance", "depth", "keypoints", "boxes", or several of them, or none: ().
+        kind: such as "mask", "instance", "depth", "keypoints", "boxes"; several of them, or ().
         size: short side in pixels of what the model sees, or (height, width) exactly.
         multiple: sides are rounded to multiples of it, so that whole patches cover the image.
         mean, std, interpolation: as in `EvalDataset`.
-        ignore: this class of a "mask" becomes 255, which all probes leave out; 0 where no class is 0.
+        ignore: this class of a "mask" becomes 255, which probes ignore; 0 where no class is 0.
         flip: images, but no annotations, are mirrored left to right.
 
     Raises:
@@ -61,18 +62,16 @@ class Annotated(Dataset):
     def prepare(self, image: Tensor) -> Tensor:
         """(C, H, W) in the stored type -> (C, h, w) normalised."""
         target = target_size(image.shape[-2:], self.size, self.multiple)
-        image = normalize(
-            to_unit(resize(image, target, self.interpolation)).clone(), self.mean, self.std
-        )
+        image = to_unit(resize(image, target, self.interpolation)).clone()
+        image = normalize(image, self.mean, self.std)
         return image.flip(-1) if self.flip else image
 
     def annotations(self, index: int) -> Any:
         notes = self.data.annotations(index) if self.kinds else {}
         missing = [kind for kind in self.kinds if kind not in notes]
         if missing:
-            raise UserError(
-                f"{self.data.name(index)} has no {missing[0]}; it has {', '.join(notes) or 'nothing'}"
-            )
+            held = ", ".join(notes) or "nothing"
+            raise UserError(f"{self.data.name(index)} has no {missing[0]}; it has {held}")
         found = {kind: torch.from_numpy(np.ascontiguousarray(notes[kind])) for kind in self.kinds}
         if self.ignore != 255 and "mask" in found:
             found["mask"] = torch.where(found["mask"] == self.ignore, 255, found["mask"])
@@ -80,7 +79,8 @@ class Annotated(Dataset):
 
 
 def target_size(shape: Sequence[int], size: int | Sequence[int], multiple: int) -> tuple[int, int]:
-    """(height, width): short side to `size` in the image's aspect, or to that size; sides rounded to `multiple`."""
+    """(height, width), rounded to `multiple`: short side to `size` in the image's aspect, or `size`
+    itself where it is two numbers."""
     wanted = [side * size / min(shape) for side in shape] if isinstance(size, int) else size
     height, width = (max(multiple, round(side / multiple) * multiple) for side in wanted)
     return height, width
@@ -92,46 +92,32 @@ def kinds_of(data: ImageData) -> list[str]:
         found = list(data.annotations(0))
     except ValueError:
         found = []
-    return found + [method for method in ("pair", "clip") if hasattr(_source(data), method)]
+    return found + [method for method in ("pair", "clip") if hasattr(data, method)]
 
 
 def pair(data: ImageData, index: int) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray, np.ndarray]:
-    """Two views with matching points, as `Scenes.pair` gives them, in the channels that the data was opened with.
+    """Two views with matching points, as `Scenes.pair` gives them.
 
     Raises:
         UserError: if this kind of data has no pairs.
     """
-    source = _with(data, "pair", "pairs of views with matching points")
-    image_a, image_b, *points = source.pair(index)
-    return _recolor(data, image_a, index), _recolor(data, image_b, index), *points
+    _require(data, "pair", "pairs of views with matching points")
+    return data.pair(index)
 
 
 def clip(data: ImageData, index: int) -> tuple[Tensor, np.ndarray]:
-    """Frames and instances, as `Scenes.clip` gives them, in the channels that the data was opened with.
+    """Frames and instances, as `Scenes.clip` gives them.
 
     Raises:
         UserError: if this kind of data has no clips.
     """
-    frames, instances = _with(data, "clip", "clips with instance masks").clip(index)
-    return torch.stack([_recolor(data, frame, index) for frame in frames]), instances
+    _require(data, "clip", "clips with instance masks")
+    return data.clip(index)
 
 
-def _source(data: ImageData) -> ImageData:
-    return data.data if isinstance(data, Recolored) else data
-
-
-def _with(data: ImageData, method: str, words: str) -> Any:
-    if not hasattr(_source(data), method):
+def _require(data: ImageData, method: str, words: str) -> None:
+    if not hasattr(data, method):
         raise UserError(f"{data.name(0)} comes without {words}; `scenes` has them")
-    return _source(data)
-
-
-def _recolor(data: ImageData, image: Tensor, index: int) -> Tensor:
-    return (
-        fit_channels(image, data.channels, data.name(index))
-        if isinstance(data, Recolored)
-        else image
-    )
 
 
 def has_masks(*sets: ImageData) -> bool:

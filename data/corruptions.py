@@ -1,8 +1,9 @@
-"""Damaged images for robustness and copy detection: noise, blur, contrast and JPEG of the prepared input.
+"""Damaged images for robustness and copy detection: noise, blur, contrast and JPEG.
 
-Strengths are those of ImageNet-C (Hendrycks & Dietterich, arXiv 1903.12261, the authors' code: gaussian_noise,
-gaussian_blur, contrast, jpeg_compression), made for 224 pixels; a blur scales with the image. Unlike there, what is
-damaged is the input that the model would get, whatever its size, and nothing is rounded to 8 bits but JPEG.
+Strengths are those of ImageNet-C (Hendrycks & Dietterich, arXiv 1903.12261, the authors' code:
+gaussian_noise, gaussian_blur, contrast, jpeg_compression), made for 224 pixels; a blur scales with
+the image. Unlike there, the prepared input of the model is damaged, whatever its size, and only
+JPEG rounds to 8 bits.
 """
 
 import io
@@ -15,18 +16,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import gaussian_blur
 
-from data.augment import CropSpec, crop_boxes, draw, normalize, resized_crop
+from data.augment import CropSpec, crop_boxes, draw, resized_crop
 from data.loader import EvalDataset
+from data.pixels import normalize
 from errors import UserError
 
 SEVERITIES = (1, 2, 3, 4, 5)
 CORRUPTION, COPY = range(2)  # purposes of random numbers
-NOISE, BLUR, CONTRAST, QUALITY = (
-    (0.08, 0.12, 0.18, 0.26, 0.38),  # standard deviation
-    (1, 2, 3, 4, 6),  # sigma in pixels of 224
-    (0.4, 0.3, 0.2, 0.1, 0.05),  # factor
-    (25, 18, 15, 10, 7),  # of JPEG
-)
+NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)  # standard deviation
+BLUR = (1, 2, 3, 4, 6)  # sigma in pixels of 224
+CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)  # factor
+QUALITY = (25, 18, 15, 10, 7)  # of JPEG
 
 
 def noise(image: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
@@ -52,9 +52,8 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
         return torch.cat([jpeg(channel[None], quality) for channel in image])
     pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
     file = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if len(image) == 1 else pixels).save(
-        file, "JPEG", quality=quality
-    )
+    picture = Image.fromarray(pixels.squeeze(-1) if len(image) == 1 else pixels)
+    picture.save(file, "JPEG", quality=quality)
     read = torch.from_numpy(np.array(Image.open(file)))
     return read.reshape(pixels.shape).permute(2, 0, 1) / 255
 
@@ -63,11 +62,12 @@ def corrupt(image: Tensor, name: str, severity: int, generator: torch.Generator)
     """(C, H, W) in [0, 1] from such an image; severity 1 to 5, 5 the strongest.
 
     Raises:
-        ValueError: for an unknown corruption or severity.
+        UserError: for an unknown corruption or severity.
     """
     if name not in CORRUPTIONS or severity not in SEVERITIES:
         raise UserError(
-            f"corruption {name!r} of severity {severity!r}; there are {', '.join(CORRUPTIONS)}, severity 1 to 5"
+            f"corruption {name!r} of severity {severity!r}; "
+            f"there are {', '.join(CORRUPTIONS)}, severity 1 to 5"
         )
     function, strengths = CORRUPTIONS[name]
     further = (generator,) if function is noise else ()
@@ -93,16 +93,18 @@ class Corrupted(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         image, label, _ = self.items[index]
+        generator = _generator(CORRUPTION, self.severity, index)
         unit = _denormalize(image, self.items)
-        damaged = corrupt(
-            unit, self.name, self.severity, _generator(CORRUPTION, self.severity, index)
-        )
+        damaged = corrupt(unit, self.name, self.severity, generator)
         return normalize(damaged, self.items.mean, self.items.std), label, index
 
 
 class Copies(Dataset):
-    """A strongly edited copy of each item: cropped to 30 to 70 %, mirrored half of the time, contrast and light
-    changed, blurred, compressed. Ours, in the spirit of the "strong" part of Copydays; the same on every call."""
+    """A strongly edited copy of each item, the same on every call.
+
+    It is cropped to 30 to 70 %, mirrored half of the time, changed in contrast and light, blurred
+    and compressed. Ours, in the spirit of the "strong" part of Copydays.
+    """
 
     def __init__(self, items: EvalDataset):
         self.items = items
@@ -114,11 +116,10 @@ class Copies(Dataset):
         image, label, _ = self.items[index]
         generator = _generator(COPY, index)
         height, width = image.shape[-2:]
-        box = crop_boxes(
-            draw(generator, 1), height, width, CropSpec((height, width), (0.3, 0.7), 1)
-        )[0].tolist()
+        spec = CropSpec((height, width), (0.3, 0.7), 1)
+        box = crop_boxes(draw(generator, 1), height, width, spec)[0].tolist()
         flip, gain, scale, sigma, quality = torch.rand(5, generator=generator).tolist()
-        copy = resized_crop(_denormalize(image, self.items), box, (height, width), flip < 0.5)
+        copy = resized_crop(_denormalize(image, self.items), box, spec.size, flip < 0.5)
         copy = contrast(copy, 0.5 + scale) * (0.7 + 0.6 * gain)
         copy = jpeg(blur(copy, 0.5 + 2 * sigma).clamp(0, 1), 10 + int(40 * quality))
         return normalize(copy, self.items.mean, self.items.std), label, index

@@ -1,25 +1,25 @@
-"""Label-guided crops (DINO-MX, arXiv 2511.01610; DINO-LG, arXiv 2411.07976): marks say where crops are cut.
+"""Label-guided crops (DINO-MX, arXiv 2511.01610; DINO-LG, arXiv 2411.07976).
 
-Boxes or masks of a few images or of all; no label enters the loss. With a set probability a local crop, by choice a
-global one too, is moved to where it shows a marked place. Its size, mirroring and colours stay as drawn, as do all
-crops of images without a mark. The papers give neither the probability nor how a crop lies around the mark: that is ours.
+Marks (boxes or masks of a few images or of all) say where to cut; no label enters the loss. With a
+set probability a local crop, by choice a global one too, is moved to where it shows a marked place.
+Its size, mirroring and colours stay as drawn, as do all crops of images without a mark. The papers
+give neither the probability nor how a crop lies around the mark: that is ours.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.images import ImageData
 from data.pictures import read_image
 from errors import UserError
 
-GUIDES, MARKED = range(
-    24, 26
-)  # purposes of random numbers; those below are the loader's and the mixture's
+# Purposes of random numbers; those below are the loader's and the mixture's.
+GUIDES, MARKED = range(24, 26)
 BOX = ("x0", "y0", "x1", "y1")
 
 
@@ -30,7 +30,7 @@ class Guidance:
     Args:
         probability: of a crop to follow a mark, where its image has one.
         global_crops: whether that holds for the global crops too.
-        share: of the images, whose marks are looked at; always the same ones.
+        share: of the images, whose marks are used; always the same ones.
     """
 
     probability: float
@@ -38,16 +38,19 @@ class Guidance:
     share: float = 1.0
 
     def targets(
-        self, data: Any, index: int, position: int, seed: int, global_count: int, count: int
+        self, data: ImageData, index: int, position: int, seed: int, global_count: int, count: int
     ) -> Tensor:
-        """Where the crops of an image should look: a function of image, position in the stream, and seed.
+        """Places that the crops of an image must show.
+
+        A function of image, position in the stream, and seed.
 
         Args:
             data: with `annotations(index)`.
             global_count: of the `count` crops, those that come first.
 
         Returns:
-            (count, 2) float32 row and column in pixels of the image; NaN for the crops that stay where they are.
+            (count, 2) float32 row and column in pixels of the image; NaN for the crops that stay
+            where they are.
         """
         u = np.random.default_rng([seed, GUIDES, position]).random((count, 4))
         follow = u[:, 0] < self.probability
@@ -63,18 +66,12 @@ class Guidance:
         return drawn < self.share
 
 
-def guidance_from(crops: Any) -> Guidance | None:
-    """From the configuration's section `crops`; None where nothing is guided."""
-    return (
-        Guidance(crops.guided, crops.guided_globals, crops.guided_share)
-        if crops.guided > 0
-        else None
-    )
-
-
 def marked_points(notes: dict, u: np.ndarray) -> np.ndarray:
-    """Places within marks: uniform in a box drawn uniformly, so that small things count as much as large ones; without
-    boxes uniform over the pixels of the mask that are neither 0 nor 255 (background, unknown).
+    """Random places within marks.
+
+    They are uniform in a box drawn uniformly, so that small things count as much as large ones.
+    Without boxes they are uniform over the pixels of the mask that are neither 0 nor 255
+    (background, unknown).
 
     Args:
         notes: `boxes` (m, 4) x0, y0, x1, y1 or `mask` (H, W), in pixels of the image; or neither.
@@ -92,15 +89,17 @@ def marked_points(notes: dict, u: np.ndarray) -> np.ndarray:
     pixels = np.flatnonzero((mask > 0) & (mask != 255))
     if not len(pixels):
         return np.full((len(u), 2), np.nan)
-    return (
-        np.stack(np.divmod(pixels[(u[:, 0] * len(pixels)).astype(int)], mask.shape[1]), 1)
-        + u[:, 1:]
-    )
+    chosen = pixels[(u[:, 0] * len(pixels)).astype(int)]
+    return np.stack(np.divmod(chosen, mask.shape[1]), 1) + u[:, 1:]
 
 
-def steered(boxes: np.ndarray, points: np.ndarray, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Crops moved, inside their images, to where they contain their points. Each point lies in the middle half of its
-    crop, at random, unless the image's border forbids it: a model must not learn that what matters is in the centre.
+def move_to_points(
+    boxes: np.ndarray, points: np.ndarray, u: np.ndarray, sizes: np.ndarray
+) -> np.ndarray:
+    """Moves crops, inside their images, to where they contain their points.
+
+    Each point lies in the middle half of its crop, at random, unless the image's border forbids
+    it: a model must not learn that what matters is in the centre.
 
     Args:
         boxes: (n, 4) int64 top, left, height, width in pixels.
@@ -111,16 +110,14 @@ def steered(boxes: np.ndarray, points: np.ndarray, u: np.ndarray, sizes: np.ndar
     extent, pixel = boxes[:, 2:], np.clip(np.floor(points), 0, sizes - 1)
     corner = np.clip(np.rint(points - extent * (0.25 + 0.5 * u)), pixel - extent + 1, pixel)
     corner = np.clip(corner, 0, sizes - extent)
-    stays = np.isnan(points)
-    return np.concatenate(
-        [np.where(stays, boxes[:, :2], np.nan_to_num(corner).astype(np.int64)), extent], 1
-    )
+    corner = np.where(np.isnan(points), boxes[:, :2], np.nan_to_num(corner).astype(np.int64))
+    return np.concatenate([corner, extent], 1)
 
 
 # ----------------------------------------------------------------- where marks come from
 
 
-def annotations_of(data: Any, index: int) -> dict:
+def annotations_of(data: ImageData, index: int) -> dict:
     """Empty where this image has none, which in a mixture of sources is no mistake."""
     try:
         return data.annotations(index)
@@ -128,7 +125,7 @@ def annotations_of(data: Any, index: int) -> dict:
         return {}
 
 
-def require_marks(data: Any, spec: str) -> None:
+def require_marks(data: ImageData, spec: str) -> None:
     """
     Raises:
         UserError: if no source of the data has boxes or masks.
@@ -137,20 +134,23 @@ def require_marks(data: Any, spec: str) -> None:
         if {"boxes", "mask"} & annotations_of(source, 0).keys():
             return
     raise UserError(
-        f"crops.guided is set, but {spec} has neither boxes nor masks; give a folder or list ?marks=FILE.csv with the "
-        f"columns file, {', '.join(BOX)} or file, mask"
+        f"crops.guided is set, but {spec} has neither boxes nor masks; "
+        f"give a folder or list ?marks=FILE.csv with the columns file, {', '.join(BOX)} "
+        "or file, mask"
     )
 
 
 class Marks:
-    """Marks of files, from the rows of a CSV file: `file, x0, y0, x1, y1` in pixels, a row a box, or `file, mask`, with
-    the path of a picture of the image's size, not 0 where marked.
+    """Marks of files, from the rows of a CSV file.
+
+    A row is a box (`file, x0, y0, x1, y1` in pixels) or a mask (`file, mask`: the path of a picture
+    of the image's size, not 0 where marked).
 
     Args:
-        folder: of the CSV file, from which the masks' paths count.
+        folder: of the CSV file; paths of masks are relative to it.
 
     Raises:
-        ValueError: for columns or values that say neither.
+        UserError: for columns or values that say neither.
     """
 
     def __init__(self, rows: Iterable[dict[str, str]], folder: Path):
@@ -166,13 +166,10 @@ class Marks:
         return file in self.masks or file in self.boxes
 
     def of(self, file: str) -> dict[str, np.ndarray]:
-        """`mask` (H, W) uint8, 1 where marked, or `boxes` (m, 4) float32; m is 0 where there is no mark."""
+        """`mask` (H, W) uint8, 1 where marked, or `boxes` (m, 4) float32, (0, 4) without marks."""
         if file in self.masks:
-            return {
-                "mask": (read_image(self.folder / self.masks[file], None)[0] > 0)
-                .numpy()
-                .astype(np.uint8)
-            }
+            mask = read_image(self.folder / self.masks[file], None)[0] > 0
+            return {"mask": mask.numpy().astype(np.uint8)}
         return {"boxes": np.array(self.boxes.get(file, ()), dtype=np.float32).reshape(-1, 4)}
 
 
@@ -183,6 +180,7 @@ def _box(row: dict[str, str]) -> list[float]:
         box = []
     if not box or not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
         raise UserError(
-            f"{row} marks nothing; give {', '.join(BOX)} in pixels with x0 < x1 and y0 < y1, or mask"
+            f"{row} marks nothing; "
+            f"give {', '.join(BOX)} in pixels with x0 < x1 and y0 < y1, or mask"
         )
     return box

@@ -4,7 +4,6 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.pictures import fit_channels
 from errors import UserError
 
 # What a data set may call the split that is asked for, best first.
@@ -18,9 +17,14 @@ SPLITS = {
 class ImageData(Dataset):
     """Images with or without labels; item i is (image, label or -1).
 
-    `labels` is (n,) int64, -1 where an image has none, or None; `classes` are their names or None.
+    A kind of data is a subclass with `__len__`, `image` and a `title` or a `name` of its own.
+
+    Attributes:
+        labels: (n,) int64, -1 where an image has none, or None.
+        classes: their names, or None.
     """
 
+    title: str
     labels: np.ndarray | None = None
     classes: list[str] | None = None
 
@@ -33,7 +37,7 @@ class ImageData(Dataset):
 
     def name(self, index: int) -> str:
         """Where the image comes from, such as its path."""
-        raise NotImplementedError
+        return f"{self.title}/{index}"
 
     def annotations(self, index: int) -> dict:
         """Boxes, masks, depth or keypoints, of the kinds of data that have them."""
@@ -43,28 +47,11 @@ class ImageData(Dataset):
         return self.image(index), -1 if self.labels is None else int(self.labels[index])
 
 
-class Recolored(ImageData):
-    """Another data set's images with another number of channels."""
-
-    def __init__(self, data, channels: int):
-        self.data, self.channels = data, channels
-        self.labels, self.classes = data.labels, data.classes
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def image(self, index: int) -> Tensor:
-        return fit_channels(self.data.image(index), self.channels, self.name(index))
-
-    def name(self, index: int) -> str:
-        return self.data.name(index)
-
-    def annotations(self, index: int) -> dict:
-        return self.data.annotations(index)
-
-
 def number_classes(names: list[str | None]) -> tuple[np.ndarray | None, list[str] | None]:
-    """(labels, classes) of one class name an image, None where it has none; classes that are numbers sort as such."""
+    """(labels, classes) of one class name an image, None where it has none.
+
+    Classes that are numbers sort as numbers.
+    """
     known = {name for name in names if name is not None}
     if not known:
         return None, None
@@ -76,3 +63,16 @@ def number_classes(names: list[str | None]) -> tuple[np.ndarray | None, list[str
 def class_names(data: ImageData) -> list[str]:
     """Of a data set with labels; numbers where the classes have no names."""
     return data.classes or [str(k) for k in range(int(data.labels.max()) + 1)]
+
+
+def choose_split(split: str | None, available, title: str) -> str:
+    """The name that a data set gives to `split`.
+
+    Raises:
+        UserError: if there is none, or `split` is None.
+    """
+    for name in SPLITS.get(split, (split,)):
+        if name in available:
+            return name
+    given = "needs a split" if split is None else f"has no split {split!r}"
+    raise UserError(f"{title} {given}; split= is one of {', '.join(available)}")

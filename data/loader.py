@@ -7,7 +7,6 @@ resumes by naming a step.
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -17,26 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.augment import (
-    MultiCrop,
-    channel_statistics,
-    draw,
-    multi_crop_from,
-    normalize,
-    resize,
-    to_unit,
-)
+from data.augment import MultiCrop, draw
 from data.device import Cut, cut_out, pack
-from data.guided import Guidance, guidance_from, require_marks
+from data.guided import Guidance
 from data.masking import MaskSpec, draw_masks
+from data.pixels import normalize, resize, to_unit
 from data.sources.mixture import Mixture
-from data.sources.specs import ImageData, UnreadableImage, open_data
-from engine import distributed
+from data.sources.specs import ImageData, UnreadableImage
 from errors import UserError
 
-EPOCH_ORDER, VIEWS, MASKS, SIZES = range(
-    4
-)  # purposes of random numbers, so that none repeats another's
+# Purposes of random numbers, so that none repeats another's.
+EPOCH_ORDER, VIEWS, MASKS, SIZES = range(4)
 
 
 @dataclass
@@ -45,48 +35,48 @@ class Batch:
 
     global_crops: Tensor  # (G·b, C, H, W) float32, normalised
     local_crops: Tensor | None  # (L·b, C, h, w); None when L = 0
-    gram_crops: (
-        Tensor | None
-    )  # (G·b, C, H', W') global crops as the Gram teacher sees them; None = as they are
+    gram_crops: Tensor | None  # (G·b, C, H', W') for the Gram teacher; None = the global crops
     masks: Tensor | None  # (G·b, N) bool, True = hidden from the student
     images: list[int]  # indices into the data
     bad: list[tuple[str, str]]  # (name, reason) of those that could not be read
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
     def split(self, micro: int) -> list["Batch"]:
         """Batches of `micro` images (the last may have fewer), crop-major again; `bad` goes with
         the first."""
-
-        def part(tensor: Tensor, chosen: slice) -> Tensor:
-            return tensor.unflatten(0, (-1, len(self.images)))[:, chosen].flatten(0, 1)
-
         parts = []
         for start in range(0, len(self.images), micro):
-            chosen = slice(start, start + micro)
-            piece = self._map(lambda tensor: part(tensor, chosen))
-            parts.append(replace(piece, images=self.images[chosen], bad=[] if start else self.bad))
+            part = self.map(partial(_images_of, len(self.images), start, start + micro))
+            images = self.images[start : start + micro]
+            parts.append(replace(part, images=images, bad=[] if start else self.bad))
         return parts
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {
-            field.name: function(value)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """A batch with `function` of every tensor that is not None."""
+        tensors = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                tensors[field.name] = function(value)
         return replace(self, **tensors)
+
+
+def _images_of(count: int, start: int, stop: int, crops: Tensor) -> Tensor:
+    """The crops of images start, ..., stop - 1 among crop-major crops of `count` images."""
+    return crops.unflatten(0, (-1, count))[:, start:stop].flatten(0, 1)
 
 
 @dataclass
 class RawBatch:
-    """What becomes a `Batch` on the device that it is moved to: images as they are, and what is to be made of them."""
+    """Whole images and the places of their crops; `to` makes a `Batch` of it on a device."""
 
     pixels: Tensor  # (P, C) of all images, see data.device.pack
-    cuts: list[Cut]  # where each crop lies
+    cuts: list[Cut]
     tables: Tensor  # (crops, b, NUMBERS); they stay on the CPU
     multi_crop: MultiCrop
     masks: Tensor | None  # these three as in `Batch`
@@ -115,8 +105,8 @@ class RawBatch:
 
 @dataclass(frozen=True)
 class Views:
-    """What is made of an image: crops, guided by marks or not, and masks over the global ones or None; for `share` of the
-    steps."""
+    """What is made of an image, for `share` of the steps: crops, which marks may guide, and masks
+    over the global crops or None."""
 
     multi_crop: MultiCrop
     masks: MaskSpec | None = None
@@ -124,31 +114,14 @@ class Views:
     guidance: Guidance | None = None
 
 
-def views_from(
-    crops, mean: Sequence[float], std: Sequence[float], patch_size: int, ibot=None, gram=None
-) -> list[Views]:
-    """One `Views`, or those of `crops.mix`, from the configuration's section `crops`.
-
-    Args:
-        ibot: an object with `mask_probability` and `mask_ratio`, or None for no masks.
-        gram: see `multi_crop_from`.
-    """
-    views = []
-    for sizes in crops.mix or [crops]:
-        multi_crop = multi_crop_from(crops, mean, std, sizes, gram)
-        grid = tuple(side // patch_size for side in multi_crop.specs[0].size)
-        masks = None if ibot is None else MaskSpec(grid, ibot.mask_probability, ibot.mask_ratio)
-        views.append(Views(multi_crop, masks, getattr(sizes, "share", 1.0), guidance_from(crops)))
-    return views
-
-
 class StepDataset(Dataset):
     """Item `step` is this rank's batch of that step: a contiguous block of the global batch.
 
     Args:
-        views: what is made of an image; of several, one is drawn for each step, the same on all ranks.
+        views: of several, one is drawn for each step, the same on all ranks.
         batch_size: global, a multiple of world_size.
-        shift: position of step s in the stream less s · batch_size, where steps before had another batch.
+        shift: position of step s in the stream less s · batch_size; not 0 where earlier steps had
+            another batch size.
         on_device: items are `RawBatch`, whose crops are made on the device that it is moved to.
 
     Raises:
@@ -183,12 +156,11 @@ class StepDataset(Dataset):
             return self.data.step_indices(step, self.batch_size, self.seed, self.shift)
         start = step * self.batch_size + self.shift
         epochs, places = np.divmod(np.arange(start, start + self.batch_size), len(self.data))
-        return np.concatenate(
-            [
-                self._epoch_order(epoch)[places[epochs == epoch]]
-                for epoch in np.unique(epochs).tolist()
-            ]
-        )
+        parts = [
+            self._epoch_order(epoch)[places[epochs == epoch]]
+            for epoch in np.unique(epochs).tolist()
+        ]
+        return np.concatenate(parts)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self.order[0] != epoch:
@@ -198,22 +170,27 @@ class StepDataset(Dataset):
         return self.order[1]
 
     def __getitem__(self, step: int) -> Batch | RawBatch:
+        views = self._choose_views(step)
+        multi_crop = views.multi_crop
+        first = step * self.batch_size + self.shift
+        tables = [self._table(first + place, multi_crop.crops) for place in self.block]
+        masks = None
+        if views.masks is not None:
+            masks = step_masks(
+                views.masks, multi_crop.globals, self.batch_size, self.block, self.seed, step
+            )
         images: list[int] = []
         bad: dict[str, str] = {}
-        views = self._views(step)
-        readable = self._read(self.indices(step), images, bad)
-        first = step * self.batch_size + self.shift
-        tables = [self._table(first + place, views.multi_crop.crops) for place in self.block]
-        make = partial(pack, views.multi_crop) if self.on_device else views.multi_crop
-        crops = make(readable, tables, self._targets(views, first, images))
-        masks = None if views.masks is None else self._draw_masks(step, views)
+        pixels = self._read(self.indices(step), images, bad)
+        targets = self._targets(views, first, images)
         if self.on_device:
-            return RawBatch(
-                *crops, torch.stack(tables, 1), views.multi_crop, masks, images, list(bad.items())
-            )
+            buffer, cuts = pack(multi_crop, pixels, tables, targets)
+            u = torch.stack(tables, 1)
+            return RawBatch(buffer, cuts, u, multi_crop, masks, images, list(bad.items()))
+        crops = multi_crop(pixels, tables, targets)
         return Batch(*crops, masks, images, list(bad.items()))
 
-    def _views(self, step: int) -> Views:
+    def _choose_views(self, step: int) -> Views:
         if len(self.views) == 1:
             return self.views[0]
         shares = np.array([views.share for views in self.views])
@@ -223,18 +200,23 @@ class StepDataset(Dataset):
     def _read(
         self, indices: np.ndarray, images: list[int], bad: dict[str, str]
     ) -> Iterator[Tensor]:
-        """The images of this rank's block. An unreadable one gives its place to the next readable
-        one of the global batch, whichever rank's: that does not depend on the number of ranks."""
+        """The images of this rank's block; their indices are added to `images`, unreadable ones
+        to `bad`.
+
+        An unreadable one gives its place to the next readable one of the global batch, whichever
+        rank's: that does not depend on the number of ranks.
+        """
         errors: dict[int, UnreadableImage] = {}
         for place in self.block:
-            for step in range(len(indices)):
-                index = int(indices[(place + step) % len(indices)])
+            for further in range(len(indices)):
+                index = int(indices[(place + further) % len(indices)])
                 image = None if index in errors else self._try_image(index, errors)
                 if image is not None:
                     break
             else:
                 raise UserError(
-                    f"none of the {len(indices)} images of a batch could be read; one of them: {errors[index]}"
+                    f"none of the {len(indices)} images of a batch could be read; "
+                    f"one of them: {errors[index]}"
                 )
             if error := errors.get(int(indices[place])):
                 bad[error.name] = error.reason
@@ -253,7 +235,8 @@ class StepDataset(Dataset):
         return draw(torch.Generator().manual_seed(int(hashed[0])), crops)
 
     def _targets(self, views: Views, first: int, images: list[int]) -> Iterator[Tensor] | None:
-        """Where the crops of this rank's images should look. `images` fills as they are read, each before it is asked for."""
+        """Places that the crops of each image must show. `images` fills while the images are
+        read, each before its targets are asked for."""
         if views.guidance is None:
             return None
         counts = views.multi_crop.globals, views.multi_crop.crops
@@ -262,27 +245,40 @@ class StepDataset(Dataset):
             for number, place in enumerate(self.block)
         )
 
-    def _draw_masks(self, step: int, views: Views) -> Tensor:
-        count, spec = views.multi_crop.globals, views.masks
-        rows = [view * self.batch_size + place for view in range(count) for place in self.block]
-        return draw_masks(
-            count * self.batch_size,
-            spec.grid,
-            spec.probability,
-            spec.ratio,
-            (self.seed, MASKS, step),
-            rows,
-            spec.fill,
-        )
+
+def step_masks(
+    spec: MaskSpec, views: int, batch_size: int, places: Sequence[int], seed: int, step: int
+) -> Tensor:
+    """(views·b, N) masks of the global crops of some images of a step, crop-major.
+
+    Args:
+        views: global crops an image.
+        batch_size: of all ranks together.
+        places: of the b images within the global batch.
+    """
+    rows = [view * batch_size + place for view in range(views) for place in places]
+    return draw_masks(
+        views * batch_size,
+        spec.grid,
+        spec.probability,
+        spec.ratio,
+        (seed, MASKS, step),
+        rows,
+        spec.fill,
+    )
 
 
 def default_workers(device: str, ranks: int = 1) -> int:
-    """Loader processes of a rank: on a GPU machine its share of the cores, at most 16. None where the CPU trains: the work
-    is the same, and threads that wait for a core held by a loader cost more than the overlap gains."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(16, cores // ranks) if device == "cuda" else 0
+    """Loader processes of a rank: on a GPU machine its share of the cores, at most 16.
+
+    0 where the CPU trains: there is no more work to spread, and threads that wait for a core held
+    by a loader cost more than the overlap gains.
+    """
+    if device != "cuda":
+        return 0
+    allowed = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if allowed else os.cpu_count() or 1
+    return min(16, cores // ranks)
 
 
 def make_loader(
@@ -300,17 +296,24 @@ def make_loader(
     device: str = "cpu",
     on_device: bool = False,
 ) -> DataLoader:
-    """One `Batch`, or `RawBatch` if `on_device`, per step from start_step to stop_step - 1; `.dataset` is the `StepDataset`.
+    """One `Batch`, or `RawBatch` if `on_device`, per step from start_step to stop_step - 1.
 
+    `.dataset` is the `StepDataset`; see there for the arguments that are not described here.
     A worker makes whole batches, with one thread. torch's global random state is not touched.
 
     Args:
         workers: processes; None = `default_workers` for the `device` that the batches go to.
     """
     workers = default_workers(device, world_size) if workers is None else workers
-    ranks = {"rank": rank, "world_size": world_size}
     steps = StepDataset(
-        data, views, batch_size=batch_size, seed=seed, shift=shift, on_device=on_device, **ranks
+        data,
+        views,
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        shift=shift,
+        on_device=on_device,
     )
     return DataLoader(
         steps,
@@ -323,52 +326,17 @@ def make_loader(
     )
 
 
-def stage_loader(stage, first_step: int, patch_size: int, device: torch.device) -> DataLoader:
-    """This rank's batches of a stage (engine.stages) from `first_step` on, as its configuration says."""
-    cfg, terms = stage.cfg, stage.schedules
-    images = open_data(cfg.data.train, cfg.data.channels)
-    if cfg.crops.guided > 0:
-        require_marks(images, cfg.data.train)
-    if len(images) < cfg.batch_size and distributed.is_main():
-        print(
-            f"{cfg.data.train} has {len(images)} images, fewer than batch_size {cfg.batch_size}: "
-            "they repeat after all were seen",
-            file=sys.stderr,
-        )
-    statistics = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
-    gram, ibot = (
-        cfg.loss.gram if "gram" in terms else None,
-        cfg.loss.ibot if "ibot" in terms else None,
-    )
-    return make_loader(
-        images,
-        views_from(cfg.crops, *statistics, patch_size, ibot, gram),
-        batch_size=cfg.batch_size,
-        seed=cfg.seed,
-        start_step=first_step,
-        stop_step=stage.stop,
-        shift=stage.shift,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        workers=cfg.data.workers,
-        device=device.type,
-        on_device=device.type == "cuda"
-        if cfg.data.augment_on == "auto"
-        else cfg.data.augment_on == "device",
-    )
-
-
 def first_readable(data: ImageData, count: int) -> list[int]:
     """Indices of the first `count` images that can be read, fewer where there are not so many."""
     found = []
     for index in range(len(data)):
+        if len(found) == count:
+            break
         try:
             data.image(index)
         except UnreadableImage:
             continue
         found.append(index)
-        if len(found) == count:
-            break
     return found
 
 
@@ -403,10 +371,11 @@ class EvalDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         image, label = self.data[index]
         height, width = image.shape[-2:]
-        scale = max(self.resize / min(height, width), self.size[0] / height, self.size[1] / width)
+        h, w = self.size
+        scale = max(self.resize / min(height, width), h / height, w / width)
         # The small addend: 256 / 3 * 3 may come out a hair below 256.
-        resized = (int(height * scale + 1e-6), int(width * scale + 1e-6))
-        image = resize(image, resized, self.interpolation)
-        top, left = (round((have - want) / 2) for have, want in zip(resized, self.size))
-        crop = image[:, top : top + self.size[0], left : left + self.size[1]]
+        height, width = int(height * scale + 1e-6), int(width * scale + 1e-6)
+        image = resize(image, (height, width), self.interpolation)
+        top, left = round((height - h) / 2), round((width - w) / 2)
+        crop = image[:, top : top + h, left : left + w]
         return normalize(to_unit(crop.clone()), self.mean, self.std), label, index

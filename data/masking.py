@@ -109,7 +109,7 @@ def draw_masks(
     counts = np.random.default_rng([*seed_key, 0]).permutation(counts)
     chosen = np.arange(crops)[rows]
     masks = np.zeros((len(chosen), patches), dtype=bool)
-    for mask, crop in zip(masks, chosen.tolist()):
+    for mask, crop in zip(masks, chosen.tolist(), strict=True):
         if counts[crop]:
             rng = np.random.default_rng([*seed_key, 1, crop])
             mask[:] = block_mask(grid, counts[crop], rng, fill).ravel()

@@ -1,7 +1,8 @@
 """One image file to one tensor, whatever its colours and its depth are stored as.
 
-The content decides what a file is, not its name. PNG, JPEG, TIFF, WebP and the like, and NumPy arrays (.npy, .npz):
-8 bits stay 8, 16 stay 16, floats stay floats. What cannot be kept as it is stored is refused, never rounded to 8 bits.
+The content decides what a file is, not its name. PNG, JPEG, TIFF, WebP and the like, and NumPy
+arrays (.npy, .npz): 8 bits stay 8, 16 stay 16, floats stay floats. What cannot be kept as it is
+stored is refused, never rounded to 8 bits.
 """
 
 import warnings
@@ -16,29 +17,11 @@ from torch import Tensor
 
 from errors import UserError
 
-ARRAYS = {".npy", ".npz"}
-EXTENSIONS = {
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".bmp",
-    ".gif",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-} | ARRAYS
+PICTURES = ".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm"
+EXTENSIONS = {*PICTURES.split(), ".npy", ".npz"}
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-WIDTH, HEIGHT, BITS, ORIENTATION, SAMPLES, EXTRA, FORMAT = (
-    256,
-    257,
-    258,
-    274,
-    277,
-    338,
-    339,
-)  # tags of TIFF 6.0
+# Tags of TIFF 6.0.
+WIDTH, HEIGHT, BITS, ORIENTATION, SAMPLES, EXTRA, FORMAT = 256, 257, 258, 274, 277, 338, 339
 ALPHA = (1, 2)  # values of EXTRA: with and without premultiplied colours; anything else is a band
 Window = tuple[float, float]
 
@@ -51,10 +34,8 @@ class UnreadableImage(OSError):
         self.name, self.reason = name, reason
 
     def __reduce__(self):
-        return type(self), (
-            self.name,
-            self.reason,
-        )  # OSError's own would hand over the message alone
+        # OSError's own would pass on the message alone.
+        return type(self), (self.name, self.reason)
 
 
 def read_image(
@@ -64,17 +45,17 @@ def read_image(
     window: Window | None = None,
     page: int | None = None,
 ) -> Tensor:
-    """(C, H, W) uint8, uint16 or float32 in [0, 1], upright as its EXIF tag says; of an animation the first frame.
+    """(C, H, W) uint8, uint16 or float32 in [0, 1], upright as its EXIF tag says.
 
     Args:
-        channels: see `finish`.
-        window: centre and width of the values to keep, in the file's own unit (Hounsfield in CT), see `finish`.
-        page: of a TIFF or frame of an animation, from 0. None: the first; all, as channels, of a TIFF whose pages are
-            grey and of one size.
+        channels, window: see `finish`.
+        page: of a TIFF or frame of an animation, from 0. None: the first; all, as channels, of a
+            TIFF whose pages are grey and of one size.
 
     Raises:
-        UnreadableImage: if it cannot be decoded, cannot be brought to `channels`, or has more pixels than twice
-            PIL.Image.MAX_IMAGE_PIXELS (about 180 million), which is seen before anything is decoded.
+        UnreadableImage: if it cannot be decoded, cannot be brought to `channels`, or has more
+            pixels than twice PIL.Image.MAX_IMAGE_PIXELS (about 180 million), which is checked
+            before anything is decoded.
     """
     try:
         with open(path, "rb") as file:
@@ -109,15 +90,17 @@ def error_text(error: Exception) -> str:
 
 
 def finish(image: Tensor, name: str, channels: int | None, window: Window | None = None) -> Tensor:
-    """What a decoder gave, as the rest of the program takes it: uint8, uint16, or float32 in [0, 1].
+    """The output of a decoder as uint8, uint16, or float32 in [0, 1].
 
     Args:
-        channels: grey is repeated to 3, colour is reduced to its luminance for 1; None keeps what there is.
-        window: centre and width; values are clipped to it and become 0 at its lower and 1 at its upper end.
+        channels: grey is repeated to 3, colour is reduced to its luminance for 1; None keeps all.
+        window: centre and width of the values to keep, in the file's own unit (Hounsfield in CT).
+            Values are clipped to it and become 0 at its lower and 1 at its upper end.
 
     Raises:
-        UnreadableImage: for values that have no known range (wide or signed integers, floats outside [0, 1]) where
-            there is no window, for NaN, and for a number of channels that cannot become `channels`.
+        UnreadableImage: without a window, for values that have no known range (wide or signed
+            integers, floats outside [0, 1]); for NaN, and for a number of channels that cannot
+            become `channels`.
     """
     if image.is_floating_point() and not image.isfinite().all():
         raise UnreadableImage(name, "holds NaN or infinite values")
@@ -129,8 +112,11 @@ def finish(image: Tensor, name: str, channels: int | None, window: Window | None
     elif image.dtype not in (torch.uint8, torch.uint16):
         low, high = image.min().item(), image.max().item()
         if not image.is_floating_point() or low < 0 or high > 1:
-            reason = f"values from {low:g} to {high:g} are neither 8 or 16 bits without sign nor floats from 0 to 1"
-            raise UnreadableImage(name, f"{reason}; window=centre,width says which become 0 to 1")
+            raise UnreadableImage(
+                name,
+                f"values from {low:g} to {high:g} are neither 8 or 16 bits without sign nor floats "
+                "from 0 to 1; window=centre,width says which become 0 to 1",
+            )
         image = image.float()
     return fit_channels(image, channels, name)
 
@@ -177,14 +163,16 @@ def picture_to_tensor(picture: Image.Image, channels: int | None = None) -> Tens
 def array_to_tensor(array: np.ndarray, channels: int | None = None) -> Tensor:
     """(C, H, W) from (H, W), (H, W, C) or (C, H, W).
 
-    The channels are the outer axis whose length is `channels`; where that does not decide, the shorter of the two.
+    The channels are the outer axis whose length is `channels`; where that does not decide, the
+    shorter of the two.
 
     Raises:
-        ValueError: for another number of axes, no values, or values that are no numbers.
+        UserError: for another number of axes, no values, or values that are no numbers.
     """
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise UserError(
-            f"an array of shape {array.shape} is no image; shapes are (H, W), (H, W, C) and (C, H, W)"
+            f"an array of shape {array.shape} is no image; "
+            "shapes are (H, W), (H, W, C) and (C, H, W)"
         )
     if array.dtype.kind not in "buif":
         raise UserError(f"an array of {array.dtype} is no image")
@@ -211,7 +199,8 @@ def _decode(file: BinaryIO, channels: int | None, page: int | None) -> Tensor:
         return array_to_tensor(_read_npz(file), channels)
     if start.startswith(TIFF_STARTS):
         return _read_tiff(file, channels, page)
-    # Of a PNG, width, height, bit depth and colour type begin at byte 16. Pillow reads only grey (0) in 16 bits.
+    # Of a PNG, width, height, bit depth and colour type begin at byte 16. Pillow reads only grey
+    # (0) in 16 bits.
     if start.startswith(b"\x89PNG") and start[24] == 16 and start[25] != 0:
         _refuse_huge(int.from_bytes(start[20:24], "big"), int.from_bytes(start[16:20], "big"))
         return _without_alpha(_read_deep_png(file), channels)
@@ -256,11 +245,8 @@ def _refuse_huge(height: int, width: int) -> None:
 
 def _read_npy(file: BinaryIO) -> np.ndarray:
     version = np.lib.format.read_magic(file)
-    header = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
+    old = version == (1, 0)
+    header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
     shape = sorted(header(file)[0])
     if len(shape) > 1:
         _refuse_huge(*shape[-2:])
@@ -271,11 +257,12 @@ def _read_npy(file: BinaryIO) -> np.ndarray:
 def _read_npz(file: BinaryIO) -> np.ndarray:
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if name.endswith(".npy")]
-        if len(names) != 1 and "image.npy" not in names:
+        name = names[0] if len(names) == 1 else "image.npy"
+        if name not in names:
             raise UserError(
                 f"holds {len(names)} arrays; an image is the only one, or the one called 'image'"
             )
-        with archive.open(names[0] if len(names) == 1 else "image.npy") as member:
+        with archive.open(name) as member:
             return _read_npy(member)
 
 
@@ -291,7 +278,7 @@ def _read_tiff(file: BinaryIO, channels: int | None, page: int | None) -> Tensor
 
 
 def _tiff_tags(file: BinaryIO) -> dict:
-    """Tags of the first page. Image.open would print a complaint about every image of many bands."""
+    """Tags of the first page. Image.open would print a warning for every image of many bands."""
     start = file.read(8)
     start += file.read(8) if start[2:3] == b"+" or start[3:4] == b"+" else b""  # BigTIFF
     tags = TiffImagePlugin.ImageFileDirectory_v2(start)
@@ -302,18 +289,13 @@ def _tiff_tags(file: BinaryIO) -> dict:
 
 
 def _pillow_keeps_all(tags: dict) -> bool:
-    """Pillow rounds 16-bit colours to 8 bits and drops bands that are neither colour nor transparency."""
+    """Pillow rounds 16-bit colours to 8 bits and drops bands beyond colour and transparency."""
     bits, samples, extra = tags.get(BITS, (1,)), tags.get(SAMPLES, 1), tags.get(EXTRA, ())
     kind = tags.get(FORMAT, (1,))[0]
     if samples == 1:
         return (kind == 1 and bits[0] <= 16) or (kind, bits[0]) in ((2, 16), (2, 32), (3, 32))
-    return (
-        max(bits) <= 8
-        and kind == 1
-        and samples <= 4
-        and set(extra) <= set(ALPHA)
-        and len(extra) <= 1
-    )
+    alpha_at_most = len(extra) <= 1 and set(extra) <= set(ALPHA)
+    return max(bits) <= 8 and kind == 1 and samples <= 4 and alpha_at_most
 
 
 def _read_pages(file: BinaryIO, tags: dict, page: int | None, channels: int | None) -> list[Tensor]:
@@ -346,13 +328,10 @@ def _read_pages_with_tifffile(
             axes, array = tiff.pages[number].axes, tiff.pages[number].asarray()
             if axes not in ("YX", "YXS", "SYX"):
                 raise UserError(f"has the axes {axes}; an image has height, width and bands")
-            array = (
-                array[None]
-                if axes == "YX"
-                else array
-                if axes == "SYX"
-                else array.transpose(2, 0, 1)
-            )
+            if axes == "YX":
+                array = array[None]
+            elif axes == "YXS":
+                array = array.transpose(2, 0, 1)
             image = array_to_tensor(array, len(array))
             image = _without_alpha(image, channels) if tags.get(EXTRA, (0,))[0] in ALPHA else image
             images.append(_upright(image, tags.get(ORIENTATION, 1)))
@@ -370,6 +349,5 @@ def _chosen_pages(count: int, all_alike: bool, page: int | None) -> range:
 def _upright(image: Tensor, orientation: int) -> Tensor:
     """(C, H, W) turned as the value 1 to 8 of the TIFF and EXIF tag says."""
     image = image.transpose(1, 2) if orientation >= 5 else image
-    return image.flip(
-        {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation, ())
-    )
+    mirrored = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}
+    return image.flip(mirrored.get(orientation, ()))

@@ -3,9 +3,9 @@
     python -m data.stats scenes?size=200
     python -m data.stats "tar:/data/shard-{0000..0127}.tar" --images 2000
 
-Give the mean and the deviation to a run as data.mean and data.std: they are of values in [0, 1], as it takes them (8
-and 16 bits divided by their largest value, windowed values between the ends of the window). The range is that of the
-values as they are read. Every image weighs the same, whatever its size.
+Give the mean and the deviation to a run as data.mean and data.std. They are of values in [0, 1], as
+the run takes them: 8 and 16 bits divided by their largest value, windowed values between the ends
+of the window. The range is that of the values as read. Every image weighs the same.
 """
 
 import argparse
@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from data.augment import to_unit
+from data.pixels import to_unit
 from data.sources.specs import ImageData, UnreadableImage, open_data
 from errors import UserError
 
 
 class ImageStats(Dataset):
-    """Item i: (mean (C,), mean square (C,), lowest (C,), highest (C,), type, (H, W)) of image i, or why it has none."""
+    """Item i is (mean, mean square, lowest, highest, type, (H, W)) of image i, the first four (C,);
+    or the reason why it cannot be read."""
 
     def __init__(self, data: ImageData):
         self.data = data
@@ -39,7 +40,7 @@ class ImageStats(Dataset):
         values = to_unit(image).double().flatten(1)
         stored = image.flatten(1) if image.is_floating_point() else image.flatten(1).to(torch.int32)
         kind = str(image.dtype).removeprefix("torch.")
-        moments = values.mean(1), values.square().mean(1), stored.amin(1), stored.amax(1)
+        moments = (values.mean(1), values.square().mean(1), stored.amin(1), stored.amax(1))
         return *(part.tolist() for part in moments), kind, tuple(image.shape[-2:])
 
 
@@ -47,17 +48,16 @@ def collect(data: ImageData, images: int = 10_000, workers: int = 0) -> dict:
     """Statistics of up to so many images, drawn evenly at random with a fixed seed.
 
     Returns:
-        `mean` and `std` of values in [0, 1], `min` and `max` as stored, `dtype` and `channels`, `images` that were
-        read, `bad` that could not be, and the smallest and the largest `height` and `width`.
+        `mean` and `std` of values in [0, 1], `min` and `max` as stored, `dtype` and `channels`,
+        the numbers of `images` that were read and `bad` ones, and the smallest and the largest
+        `height` and `width`.
 
     Raises:
         UserError: if no image can be read, or they differ in their number of channels.
     """
-    chosen = (
-        np.random.default_rng(0).permutation(len(data))[:images]
-        if len(data) > images
-        else range(len(data))
-    )
+    chosen = range(len(data))
+    if len(data) > images:
+        chosen = np.random.default_rng(0).permutation(len(data))[:images]
     loader = DataLoader(Subset(ImageStats(data), chosen), batch_size=None, num_workers=workers)
     rows, bad = [], []
     for number, item in enumerate(loader, 1):
@@ -69,18 +69,18 @@ def collect(data: ImageData, images: int = 10_000, workers: int = 0) -> dict:
     counts = sorted({len(row[0]) for row in rows})
     if len(counts) > 1:
         raise UserError(
-            f"images have {' and '.join(map(str, counts))} channels; --channels brings them to one number"
+            f"images have {' and '.join(map(str, counts))} channels; "
+            "--channels brings them to one number"
         )
     mean, square, low, high = (np.array([row[k] for row in rows]) for k in range(4))
+    kinds = [row[4] for row in rows]
     sizes = np.array([row[5] for row in rows])
     return {
         "images": len(rows),
         "bad": len(bad),
         "first_bad": bad[0] if bad else None,
         "channels": counts[0],
-        "dtype": {
-            kind: sum(row[4] == kind for row in rows) for kind in sorted({row[4] for row in rows})
-        },
+        "dtype": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "height": [int(sizes[:, 0].min()), int(sizes[:, 0].max())],
         "width": [int(sizes[:, 1].min()), int(sizes[:, 1].max())],
         "mean": mean.mean(0).round(6).tolist(),
@@ -110,21 +110,16 @@ def main(argv: list[str] | None = None) -> None:
         open_data(arguments.data, arguments.channels), arguments.images, arguments.workers
     )
     print(f"{'channel':>7} {'mean':>9} {'std':>9} {'min':>9} {'max':>9}", file=sys.stderr)
-    for channel, values in enumerate(zip(stats["mean"], stats["std"], stats["min"], stats["max"])):
-        print(
-            f"{channel:>7} {values[0]:>9.5f} {values[1]:>9.5f} {values[2]:>9g} {values[3]:>9g}",
-            file=sys.stderr,
-        )
-    settings = (
-        f"data.{name}={json.dumps(stats[name], separators=(',', ':'))}"
-        for name in ("channels", "mean", "std")
-    )
+    columns = (stats["mean"], stats["std"], stats["min"], stats["max"])
+    for channel, (mean, std, low, high) in enumerate(zip(*columns, strict=True)):
+        print(f"{channel:>7} {mean:>9.5f} {std:>9.5f} {low:>9g} {high:>9g}", file=sys.stderr)
+    settings = []
+    for name in ("channels", "mean", "std"):
+        settings.append(f"data.{name}={json.dumps(stats[name], separators=(',', ':'))}")
     print(" ".join(settings), file=sys.stderr)
     seconds = round(time.perf_counter() - start, 2)
-    print(
-        json.dumps({"task": "stats", "data": arguments.data, **stats, "seconds": seconds}),
-        flush=True,
-    )
+    result = {"task": "stats", "data": arguments.data, **stats, "seconds": seconds}
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

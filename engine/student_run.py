@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.distillation import DistillationBatch, crop_adapter, with_masks
+from data.distillation import DistillationBatch, with_masks
+from data.masking import MaskSpec
 from data.sources.specs import ImageData
 from engine import distributed
 from engine.checkpoint import latest_step, write_atomically
@@ -25,6 +26,7 @@ from engine.start import build_student, check_batches, load_init
 from engine.students import Entry, check_prototypes, matching_schedules, patch_grid
 from engine.trainer import Trainer
 from engine.validation import size_pair
+from engine.views import crop_adapter
 from errors import UserError
 from models.distill import MatchingStudent, Teacher
 from models.ssl_model import count_parameters
@@ -81,7 +83,7 @@ class StudentRun:
         notice(f"{self.name}, {cfg.model.arch}: {count_parameters(model.backbone):,} parameters")
         self.trainer = Trainer(cfg, model, centering, self.stages, self.device, self.run.start_step)
         sizes = {name: getattr(cfg.crops, name) for name in ("global_size", "local_size")}
-        self.adapt = crop_adapter(self.base, cfg.data, cfg.data.channels, self.device, **sizes)
+        self.adapt = crop_adapter(self.base, cfg.data, self.device, **sizes)
         backbone, where = self.trainer.unsharded.module.backbone, f"distill.students.{self.name}"
         self.grids = {
             size: patch_grid(backbone, size, self.device, where) for size in self._crop_sizes()
@@ -122,8 +124,9 @@ class StudentRun:
         )
         grid, cfg = self.grids[tuple(batch.global_crops.shape[-2:])], self.stage.cfg
         if self.heads and "ibot" in self.stage.schedules:
-            key = (cfg.seed, step)
-            batch = with_masks(batch, grid, cfg.loss.ibot, key, places, cfg.batch_size)
+            ibot = cfg.loss.ibot
+            spec = MaskSpec(grid, ibot.mask_probability, ibot.mask_ratio)
+            batch = with_masks(batch, spec, cfg.seed, step, places, cfg.batch_size)
         return batch, grid
 
     def measures(

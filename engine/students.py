@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.distillation import CropAdapter, crop_adapter
+from data.distillation import CropAdapter
 from engine.config import DistillTrainConfig
 from engine.optim import build_schedules
 from engine.settings import (
@@ -24,6 +24,7 @@ from engine.settings import (
 )
 from engine.stages import Schedules, Stage
 from engine.validation import size_pair
+from engine.views import crop_adapter
 from errors import UserError
 from models.distill import Teacher, load_teacher
 
@@ -163,7 +164,7 @@ def teacher_crop_adapter(
     size, where = cfg.distill.teacher_size, f"the teacher {cfg.distill.teacher}"
     patch_grid(teacher.backbone, size_pair(size or cfg.crops.global_size), device, where)
     own = teacher.backbone.preprocessing
-    return crop_adapter(cfg, own, cfg.data.channels, device, global_size=size)
+    return crop_adapter(cfg, own, device, global_size=size)
 
 
 def _command_that_makes(run: str) -> str:

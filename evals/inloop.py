@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from data.annotated import Annotated, has_masks
-from data.augment import channel_statistics, multi_crop_from
+from data.augment import channel_statistics
 from data.loader import EvalDataset, first_readable
 from data.sources.specs import ImageData, open_labelled
 from engine.config import ProbeConfig, TrainConfig
 from engine.run import TeacherOutputs
 from engine.validation import size_pair
+from engine.views import multi_crop_from
 from evals.curves import draw_curves
 from evals.figures import draw_report
 from evals.knn import knn_probe

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from data.augment import normalize, resize, to_unit
 from data.images import ImageData
 from data.pictures import UnreadableImage
+from data.pixels import normalize, resize, to_unit
 from data.sources.specs import open_data
 from engine.logger import notice
 from errors import UserError

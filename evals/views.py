@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from data.augment import channel_statistics, multi_crop_from
-from data.guided import guidance_from
+from data.augment import channel_statistics
 from data.images import ImageData
 from data.masking import draw_masks
 from engine.config import TrainConfig
+from engine.views import guidance_from, multi_crop_from
 from evals.figures import draw_report
 from evals.maps import Picture, hide_patches, to_picture
 from evals.photographs import normalized

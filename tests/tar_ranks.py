@@ -1,5 +1,7 @@
-"""Two ranks open tar shards, for tests: SHARDS is the DATA spec, OUTPUT a folder for what each rank read and found.
-Where rank 1 meets a shard called BROKEN, its disk fails.
+"""Two ranks open tar shards, for tests.
+
+SHARDS is the DATA spec, OUTPUT a folder for the files that each rank read and found. Where rank 1
+meets a shard called BROKEN, its disk fails.
 """
 
 import json

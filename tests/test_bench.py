@@ -15,9 +15,9 @@ from torch import nn
 import bench
 import train
 from data.augment import draw
-from data.loader import stage_loader
 from engine.config import load_config
 from engine.start import build_student
+from engine.views import stage_loader
 from evals.flops import FlopClock, peak_flops
 from evals.memory import memory_table
 from models.ssl_model import count_parameters

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 import distill
 import train
 from data.distillation import CropAdapter, rank_share, with_masks
-from data.loader import stage_loader
+from data.masking import MaskSpec
 from engine.cli import StoppedEarly
 from engine.config import DistillTrainConfig, load_config
 from engine.logger import read_metrics
 from engine.optim import build_schedules
 from engine.stages import plan_stages
 from engine.students import Entry, divide_ranks, student_configs
+from engine.views import stage_loader
 from errors import UserError
 from losses.distill import matching_loss, standardize
 from models.distill import Teacher, head_from, load_teacher
@@ -407,9 +408,9 @@ def test_masks_of_a_student_are_those_that_the_loader_draws(tiny):
     cfg = load_config(None, tiny)
     (stage,) = plan_stages(cfg, 4, build_schedules)
     loaded = next(iter(stage_loader(stage, 2, 8, torch.device("cpu"))))
-    drawn = with_masks(
-        replace(loaded, masks=None), (4, 4), cfg.loss.ibot, (cfg.seed, 2), rank_share(8), 8
-    )
+    spec = MaskSpec((4, 4), cfg.loss.ibot.mask_probability, cfg.loss.ibot.mask_ratio)
+    unmasked = replace(loaded, masks=None)
+    drawn = with_masks(unmasked, spec, cfg.seed, 2, rank_share(8), 8)
     assert torch.equal(drawn.masks, loaded.masks) and drawn.masks.any()
 
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from data.loader import stage_loader
 from engine.config import load_config
 from engine.logger import read_metrics
 from engine.optim import build_schedules
 from engine.stages import plan_stages
+from engine.views import stage_loader
 from models.ssl_model import make_teacher
 from models.weights.load import load_backbone
 

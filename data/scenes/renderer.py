@@ -1,4 +1,4 @@
-"""Draws the generated scenes of `data/scenes/scenes.py` with numpy: shapes, textures, background, camera.
+"""Draws the scenes of `data/scenes/scenes.py` with numpy: shapes, textures, background, camera.
 
 Every picture, instance mask, depth map and point correspondence comes from `render` and the two
 maps `to_scene` and `to_object`, so they agree by construction. The design is ours.

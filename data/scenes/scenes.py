@@ -12,8 +12,9 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from data.images import ImageData
+from data.pictures import fit_channels
 from data.scenes.renderer import (
     KINDS,
     Background,
@@ -29,9 +30,8 @@ from data.scenes.renderer import (
 from errors import UserError
 
 SIZES = {"train": 20_000, "val": 4_000}
-UPRIGHT = (
-    0.8  # radians by which an object may lean: things stand, and small models learn them in minutes
-)
+# Radians by which an object may lean: things stand, and small models learn them in minutes.
+UPRIGHT = 0.8
 KEYPOINTS = 8
 PAIR_POINTS = 16
 LABEL, SCENE, SECOND_VIEW, MOTION = range(4)  # what a random number is for
@@ -39,7 +39,7 @@ LUMA = np.array([0.299, 0.587, 0.114])  # of red, green, blue (ITU-R BT.601)
 TO_PALETTE = np.array([[1, 0, 0, 0], [-1, 1, 0, 0], [-1, 0, 1, 0], [1, -1, -1, 1]])
 
 
-class Scenes(Dataset):
+class Scenes(ImageData):
     """Generated scenes of ten classes; the label is that of the main (largest, nearest) object.
 
     Args:
@@ -48,9 +48,10 @@ class Scenes(Dataset):
         seed: another seed is another world.
         resolution: height and width in pixels, at least 32; objects keep their share of the image.
         frames: length of the clips.
+        channels: of the images; None is 3.
 
     Raises:
-        ValueError: for an unknown split or a number out of range.
+        UserError: for an unknown split or a number out of range.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Scenes(Dataset):
         seed: int = 0,
         resolution: int = 64,
         frames: int = 1,
+        channels: int | None = 3,
     ):
         if split not in SIZES:
             raise UserError(f"scenes have no split {split!r}; choose from {', '.join(SIZES)}")
@@ -71,7 +73,8 @@ class Scenes(Dataset):
                 allowed = f"a whole number of at least {least[name]}"
                 raise UserError(f"{name} of scenes is {value!r}; it must be {allowed}")
         self.split, self.size, self.seed = split, size, seed
-        self.resolution, self.frames = resolution, frames
+        self.resolution, self.frames, self.channels = resolution, frames, channels
+        self.title = f"scenes/{split}"
         self.classes = [kind.name for kind in KINDS]
         self._world = 2 * seed + list(SIZES).index(split)
         draws = uniforms(self._world, LABEL, np.arange(size), 1)[:, 0]
@@ -80,15 +83,9 @@ class Scenes(Dataset):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.image(i), int(self.labels[i])
-
-    def name(self, i: int) -> str:
-        return f"scenes/{self.split}/{i}"
-
     def image(self, i: int) -> Tensor:
-        """(3, H, W) uint8: the scene, which is also the first frame of its clip."""
-        return torch.from_numpy(self._render(*self._scene(i)).image)
+        """(C, H, W) uint8: the scene, which is also the first frame of its clip."""
+        return self._to_tensor(self._render(*self._scene(i)).image, i)
 
     def annotations(self, i: int) -> dict[str, np.ndarray]:
         """What is where in `image(i)`.
@@ -120,7 +117,7 @@ class Scenes(Dataset):
         """Two views of scene i: another camera, another light, and each object moved a little.
 
         Returns:
-            image_a, image_b: (3, H, W) uint8; the first is `image(i)`.
+            image_a, image_b: (C, H, W) uint8; the first is `image(i)`.
             points_a, points_b: (PAIR_POINTS, 2) float32 x, y: the same places on objects in both.
             visible: (PAIR_POINTS,) bool: inside view b and not hidden there; all are in view a.
         """
@@ -135,15 +132,15 @@ class Scenes(Dataset):
         points_a = np.stack([columns, rows], axis=1) + 0.5
         points_b = np.empty_like(points_a)
         owners = a.instance[rows, columns]
-        for number, (here, there) in enumerate(zip(bodies, moved), start=1):
+        for number, (here, there) in enumerate(zip(bodies, moved, strict=True), start=1):
             places = to_object(here, points_a[owners == number] / self.resolution)
             points_b[owners == number] = to_scene(seen(there, view), places) * self.resolution
         visible = _instance_at(b.instance, points_b) == owners
-        images = torch.from_numpy(a.image), torch.from_numpy(b.image)
-        return *images, points_a.astype(np.float32), points_b.astype(np.float32), visible
+        image_a, image_b = self._to_tensor(a.image, i), self._to_tensor(b.image, i)
+        return image_a, image_b, points_a.astype(np.float32), points_b.astype(np.float32), visible
 
     def clip(self, i: int) -> tuple[Tensor, np.ndarray]:
-        """(T, 3, H, W) uint8 frames and (T, H, W) uint8 instances, as in `annotations(i)`."""
+        """(T, C, H, W) uint8 frames and (T, H, W) uint8 instances, as in `annotations(i)`."""
         bodies, background = self._scene(i)
         stream = Stream(self._world, MOTION, i, 64)
         pan = stream.array(-1, 1, 2, 2).tolist()
@@ -151,9 +148,9 @@ class Scenes(Dataset):
         frames = []
         for time in range(self.frames):
             view = View(shift=tuple(0.05 * _swing(time, *one) for one in pan))
-            poses = [_moved(body, time, swing) for body, swing in zip(bodies, swings)]
+            poses = [_moved(body, time, swing) for body, swing in zip(bodies, swings, strict=True)]
             frames.append(self._render(poses, background, view))
-        images = torch.from_numpy(np.stack([frame.image for frame in frames]))
+        images = torch.stack([self._to_tensor(frame.image, i) for frame in frames])
         return images, np.stack([frame.instance for frame in frames])
 
     def _scene(self, i: int) -> tuple[list[Body], Background]:
@@ -161,8 +158,27 @@ class Scenes(Dataset):
             raise IndexError(f"scene {i} of {self.size}")
         return compose(Stream(self._world, SCENE, i, 192), int(self.labels[i]))
 
-    def _render(self, bodies, background, view: View = View()) -> Rendering:
-        return render(bodies, background, view, self.resolution)
+    def _render(
+        self, bodies: list[Body], background: Background, view: View | None = None
+    ) -> Rendering:
+        return render(bodies, background, view or View(), self.resolution)
+
+    def _to_tensor(self, image: np.ndarray, i: int) -> Tensor:
+        return fit_channels(torch.from_numpy(image), self.channels, self.name(i))
+
+
+def open_scenes(
+    path: str,
+    channels: int | None,
+    *,
+    split: str = "train",
+    size: int | None = None,
+    seed: int = 0,
+    resolution: int = 64,
+    frames: int = 1,
+) -> Scenes:
+    """For data/sources/specs.py; there is no path."""
+    return Scenes(split, size, seed, resolution, frames, channels)
 
 
 def uniforms(world: int, purpose: int, index: np.ndarray, count: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from data.images import SPLITS, ImageData
+from data.images import ImageData, choose_split
 from data.pictures import (
     UnreadableImage,
     Window,
@@ -26,7 +26,8 @@ class ArrayImages(ImageData):
 
     Args:
         pixels: (n, H, W), (n, H, W, C) or (n, C, H, W); see `array_to_tensor`.
-        labels: (n,) or (n, 1) class ids; several columns (more than one class an image) are left out.
+        labels: (n,) or (n, 1) class ids; several columns (more than one class an image) are
+            ignored.
     """
 
     def __init__(
@@ -52,9 +53,6 @@ class ArrayImages(ImageData):
             raise UnreadableImage(self.name(index), error_text(error)) from error
         return finish(image, self.name(index), self.channels, self.window)
 
-    def name(self, index: int) -> str:
-        return f"{self.title}/{index}"
-
 
 def is_npz_of_images(path: Path) -> bool:
     """Whether a file holds many images, as MedMNIST's do, and not one."""
@@ -65,41 +63,53 @@ def is_npz_of_images(path: Path) -> bool:
         return False
 
 
-def open_npz(path: Path, channels: int | None, split: str | None = None, **options) -> ArrayImages:
-    """MedMNIST's layout: train_images, train_labels, val_images, ...; or images and labels. Held in memory.
+def open_npz(
+    path: str,
+    channels: int | None,
+    *,
+    split: str | None = None,
+    size: int | None = None,
+    window: Window | None = None,
+) -> ArrayImages:
+    """MedMNIST's layout: train_images, train_labels, val_images, ...; or images and labels.
+
+    The arrays are held in memory.
 
     Raises:
         FileNotFoundError: if there is no such file.
         UserError: if it holds no such split.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {str(file)!r}")
     try:
-        with np.load(path) as arrays:
-            names = [""] if split is None else [f"{name}_" for name in SPLITS.get(split, (split,))]
-            name = next((name for name in names if f"{name}images" in arrays), None)
-            if name is None:
-                splits = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
-                given = "needs a split" if split is None else f"has no split {split!r}"
-                held = (
-                    f"split= is one of {', '.join(splits)}"
-                    if splits
-                    else f"it holds {', '.join(arrays)}"
-                )
-                raise UserError(f"{str(path)!r} {given}; {held}")
-            pixels, labels = arrays[f"{name}images"], arrays.get(f"{name}labels")
+        with np.load(file) as arrays:
+            prefix = _split_prefix(arrays, split, file)
+            pixels, labels = arrays[f"{prefix}images"], arrays.get(f"{prefix}labels")
     except UserError:
         raise
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {str(path)!r}: {error_text(error)}") from error
-    title = f"npz:{path}/{split}" if split else f"npz:{path}"
-    return ArrayImages(pixels, labels, title, channels, **options)
+        raise UserError(f"cannot read {str(file)!r}: {error_text(error)}") from error
+    title = f"npz:{file}/{split}" if split else f"npz:{file}"
+    return ArrayImages(pixels, labels, title, channels, window, size)
+
+
+def _split_prefix(arrays, split: str | None, file: Path) -> str:
+    """What the names of a split's arrays begin with."""
+    if split is None and "images" in arrays:
+        return ""
+    splits = [name.removesuffix("_images") for name in arrays if name.endswith("_images")]
+    if splits:
+        return choose_split(split, splits, repr(str(file))) + "_"
+    given = "needs a split" if split is None else f"has no split {split!r}"
+    raise UserError(f"{str(file)!r} {given}; it holds {', '.join(arrays)}")
 
 
 class PythonImages(ImageData):
-    """One's own Dataset. Items are an image or a tuple that begins with one: a PIL image, an array, a (C, H, W) tensor.
+    """One's own Dataset. Items are an image, or a tuple that begins with one.
 
-    Labels are those of an attribute `targets` or `labels`, class names those of `classes`.
+    An image is a PIL image, an array or a (C, H, W) tensor. Labels are those of an attribute
+    `targets` or `labels`, class names those of `classes`.
     """
 
     def __init__(
@@ -126,29 +136,24 @@ class PythonImages(ImageData):
             image = _to_tensor(item, self.channels)
         except UnreadableImage:
             raise
-        except (
-            OSError
-        ) as error:  # a file of the Dataset; anything else is a mistake in its code and must show
+        except OSError as error:
+            # A file of the Dataset. Anything else is a mistake in its code and must show.
             raise UnreadableImage(self.name(index), error_text(error)) from error
         return finish(image, self.name(index), self.channels, self.window)
-
-    def name(self, index: int) -> str:
-        return f"{self.title}/{index}"
 
 
 def _to_tensor(item, channels: int | None) -> Tensor:
     if isinstance(item, Tensor):
         return item if item.ndim == 3 else item[None]
-    return (
-        picture_to_tensor(item, channels)
-        if isinstance(item, Image.Image)
-        else array_to_tensor(np.asarray(item), channels)
-    )
+    if isinstance(item, Image.Image):
+        return picture_to_tensor(item, channels)
+    return array_to_tensor(np.asarray(item), channels)
 
 
 def open_python(
     path: str,
     channels: int | None,
+    *,
     size: int | None = None,
     window: Window | None = None,
     **arguments: str,
@@ -158,21 +163,18 @@ def open_python(
     Raises:
         UserError: if there is no such callable, or it gives nothing that has a length and items.
     """
+    title = f"python:{path}"
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"python:{path} names no package.module:callable: {error_text(error)}"
-        ) from error
+        raise UserError(f"{title} names no package.module:callable: {error_text(error)}") from error
     try:
         dataset = function(**arguments)
     except TypeError as error:
-        raise UserError(
-            f"python:{path} does not take {', '.join(arguments) or 'no arguments'}: {error_text(error)}"
-        ) from error
+        given = ", ".join(arguments) or "no arguments"
+        raise UserError(f"{title} does not take {given}: {error_text(error)}") from error
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise UserError(
-            f"python:{path} gave a {type(dataset).__name__}; a Dataset has a length and items by number"
-        )
-    return PythonImages(dataset, f"python:{path}", channels, window, size)
+        kind = type(dataset).__name__
+        raise UserError(f"{title} gave a {kind}; a Dataset has a length and items by number")
+    return PythonImages(dataset, title, channels, window, size)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.guided import Marks
 from data.images import SPLITS, ImageData, number_classes
-from data.pictures import EXTENSIONS, read_image
+from data.pictures import EXTENSIONS, Window, read_image
 from errors import UserError
 
 
@@ -50,35 +50,32 @@ class FileImages(ImageData):
         return str(self.root / os.fsdecode(self.files[index]))
 
     def annotations(self, index: int) -> dict:
-        return (
-            super().annotations(index)
-            if self.marks is None
-            else self.marks.of(os.fsdecode(self.files[index]))
-        )
+        if self.marks is None:
+            return super().annotations(index)
+        return self.marks.of(os.fsdecode(self.files[index]))
 
 
 def open_folder(
-    root: Path,
-    reading: dict,
+    path: str,
+    channels: int | None,
+    *,
     split: str | None = None,
     size: int | None = None,
     labels: str | None = None,
     marks: str | None = None,
+    window: Window | None = None,
+    page: int | None = None,
 ) -> FileImages:
     """All images below a folder; see the grammar in data/sources/specs.py."""
+    root = Path(path).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {str(root)!r}")
     if split is not None:
-        folders = [root / name for name in SPLITS.get(split, (split,))]
-        below = root
-        root = next((folder for folder in folders if folder.is_dir()), None)
-        if root is None:
-            raise FileNotFoundError(f"no folder {split!r} in {str(below)!r} for split={split}")
+        root = _split_folder(root, split)
     files = sorted(_walk(root))
     if not files:
-        raise FileNotFoundError(
-            f"no image in {str(root)!r}; extensions are {' '.join(sorted(EXTENSIONS))}"
-        )
+        extensions = " ".join(sorted(EXTENSIONS))
+        raise FileNotFoundError(f"no image in {str(root)!r}; extensions are {extensions}")
     if labels is None:
         names = [file.partition("/")[0] if "/" in file else None for file in files]
     else:
@@ -87,8 +84,48 @@ def open_folder(
         names = [label_of.get(file) for file in files]
         if not any(names):
             raise UserError(
-                f"{labels!r} names no image of {str(root)!r}; its column file holds paths relative to that folder"
+                f"{labels!r} names no image of {str(root)!r}; "
+                "its column file holds paths relative to that folder"
             )
+    reading = {"channels": channels, "window": window, "page": page}
+    return FileImages(root, files, names, reading, size, _read_marks(root, marks, files))
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    for name in SPLITS.get(split, (split,)):
+        if (root / name).is_dir():
+            return root / name
+    raise FileNotFoundError(f"no folder {split!r} in {str(root)!r} for split={split}")
+
+
+def open_list(
+    path: str,
+    channels: int | None,
+    *,
+    size: int | None = None,
+    marks: str | None = None,
+    window: Window | None = None,
+    page: int | None = None,
+) -> FileImages:
+    """The images that a .txt or .csv names, or the one image at that path."""
+    file = Path(path).expanduser()
+    extension = file.suffix.lower()
+    names = None
+    if extension in EXTENSIONS:
+        files = [file.name]
+    elif extension == ".csv":
+        rows = _read_csv(file, ("file",))
+        files = [row["file"] for row in rows]
+        names = [row.get("label") or None for row in rows]
+    elif extension == ".txt":
+        lines = _open_text(file).read().splitlines()
+        files = [line.strip() for line in lines if line.strip()]
+    else:
+        raise UserError(f"{str(file)!r} is no list of images: a list ends in .txt or .csv")
+    if not files:
+        raise FileNotFoundError(f"{str(file)!r} lists no image")
+    root = file.parent
+    reading = {"channels": channels, "window": window, "page": page}
     return FileImages(root, files, names, reading, size, _read_marks(root, marks, files))
 
 
@@ -119,29 +156,6 @@ def _walk(root: Path):
                 yield (relative / file).as_posix()
 
 
-def open_list(
-    path: Path, reading: dict, size: int | None = None, marks: str | None = None
-) -> FileImages:
-    """The images that a .txt or .csv names, or the one image at that path."""
-    names = None
-    if path.suffix.lower() in EXTENSIONS:
-        files = [path.name]
-    elif path.suffix.lower() == ".csv":
-        rows = _read_csv(path, ("file",))
-        files = [row["file"] for row in rows]
-        names = [row.get("label") or None for row in rows]
-    elif path.suffix.lower() == ".txt":
-        lines = _open_text(path).read().splitlines()
-        files = [line.strip() for line in lines if line.strip()]
-    else:
-        raise UserError(f"{str(path)!r} is no list of images: a list ends in .txt or .csv")
-    if not files:
-        raise FileNotFoundError(f"{str(path)!r} lists no image")
-    return FileImages(
-        path.parent, files, names, reading, size, _read_marks(path.parent, marks, files)
-    )
-
-
 def _open_text(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
@@ -155,6 +169,7 @@ def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         missing = [name for name in columns if name not in (reader.fieldnames or ())]
         if missing:
             raise UserError(
-                f"{str(path)!r} has no column {missing[0]!r}; its first line must name the columns {', '.join(columns)}"
+                f"{str(path)!r} has no column {missing[0]!r}; "
+                f"its first line must name the columns {', '.join(columns)}"
             )
         return list(reader)

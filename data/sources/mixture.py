@@ -2,11 +2,12 @@
 
     - {data: "folder:/photos", weight: 3}          # three images in four of a mixed step
     - {data: "tar:/scans-{00..31}.tar", weight: 1}
-    - {data: "imagenet:/imagenet", weight: 0, alone: 0.1}   # a tenth of the steps, and nothing else in them
+    - {data: "imagenet:/imagenet", weight: 0, alone: 0.1}   # a tenth of the steps, unmixed
 
-The last line is DINOv3's mixing (section 3.1: 10 % of the steps show ImageNet-1k alone). Proportions are exact over
-every PERIOD images (weights) and steps (`alone`), in a random order; within a source no image repeats before all of it
-was seen. Step s is found without going through the steps before it, so a run resumes by naming a step.
+The last line is DINOv3's mixing (section 3.1: 10 % of the steps show ImageNet-1k alone).
+Proportions are exact over every PERIOD images (weights) and steps (`alone`), in a random order.
+Within a source no image repeats before all of it was seen. Step s is found without going through
+the steps before it, so a run resumes by naming a step.
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,8 @@ from data.images import ImageData, class_names, number_classes
 from errors import UserError
 
 PERIOD = 10_000
-KINDS_OF_STEPS, SOURCES_OF_PLACES, SOURCE_ORDER = range(
-    16, 19
-)  # purposes of random numbers; those below are the loader's
+# Purposes of random numbers; those below are the loader's.
+KINDS_OF_STEPS, SOURCES_OF_PLACES, SOURCE_ORDER = range(16, 19)
 
 
 class Mixture(ImageData):
@@ -33,7 +33,7 @@ class Mixture(ImageData):
         alone: share of the steps that show this source only, each in [0, 1], together at most 1.
 
     Raises:
-        ValueError: for a negative or missing share.
+        UserError: for a negative or missing share.
     """
 
     def __init__(
@@ -41,16 +41,17 @@ class Mixture(ImageData):
     ):
         if min(*weights, *alone) < 0 or sum(alone) > 1 + 1e-9:
             raise UserError(
-                f"weights {weights} must not be negative, and {alone} (alone) must lie in [0, 1] together"
+                f"weights {weights} must not be negative, "
+                f"and {alone} (alone) must lie in [0, 1] together"
             )
         if sum(weights) == 0 and sum(alone) < 1 - 1e-9:
             raise UserError(
-                "all weights are 0, and `alone` does not add up to 1: what should the other steps show?"
+                "all weights are 0, and `alone` does not add up to 1: "
+                "what should the other steps show?"
             )
         self.sources, self.starts = list(sources), np.cumsum([0, *map(len, sources)])
-        self.step_quotas = _quotas(
-            [*alone, max(0.0, 1 - sum(alone))]
-        )  # the last is that of mixed steps
+        mixed = max(0.0, 1 - sum(alone))
+        self.step_quotas = _quotas([*alone, mixed])
         self.quotas = _quotas(weights) if sum(weights) else np.zeros(len(weights), dtype=np.int64)
         self.patterns: dict[int, tuple] = {}  # by purpose, the last one asked for
         self.orders: dict[int, tuple] = {}  # by source, the last epoch's
@@ -77,17 +78,17 @@ class Mixture(ImageData):
         """(batch_size,) image indices of a global batch.
 
         Args:
-            shift: images shown before this step less step · batch_size, where steps before had another batch. It is
-                shared out among the kinds of steps, so with `alone` a source may then miss or repeat a few images.
+            shift: images shown before this step less step · batch_size, where steps before had
+                another batch size. It is divided among the kinds of steps, so with `alone` a
+                source may then miss or repeat a few images.
         """
         kinds, kind = self._count(KINDS_OF_STEPS, self.step_quotas, step, 1, seed)
-        places = np.maximum(
-            0, kinds * batch_size + shift * self.step_quotas // PERIOD
-        )  # before this step
+        # Images of each kind of step before this one.
+        before = np.maximum(0, kinds * batch_size + shift * self.step_quotas // PERIOD)
         drawn, sources = self._count(
-            SOURCES_OF_PLACES, self.quotas, int(places[-1]), batch_size, seed
+            SOURCES_OF_PLACES, self.quotas, int(before[-1]), batch_size, seed
         )
-        drawn = drawn + places[:-1]  # images of each source
+        drawn = drawn + before[:-1]  # images of each source
         if kind[0] < len(self.sources):
             sources = np.full(batch_size, kind[0])
         indices = np.empty(batch_size, dtype=np.int64)
@@ -101,14 +102,13 @@ class Mixture(ImageData):
         return self.sources[source], int(index - self.starts[source])
 
     def _count(self, purpose: int, quotas: np.ndarray, first: int, count: int, seed: int):
-        """How often each value stands before `first` in an endless row, and the `count` values from there on."""
+        """How often each value stands before `first` in an endless row, and the `count` values
+        from there on."""
         if not quotas.any():
             return quotas, np.empty(0, dtype=np.int64)
         period, place = divmod(first, PERIOD)
-        row = [
-            self._pattern(purpose, quotas, period + k, seed)
-            for k in range((place + count - 1) // PERIOD + 1)
-        ]
+        last_period = (place + count - 1) // PERIOD
+        row = [self._pattern(purpose, quotas, period + k, seed) for k in range(last_period + 1)]
         before = period * quotas + np.bincount(row[0][:place], minlength=len(quotas))
         return before, np.concatenate(row)[place : place + count]
 
@@ -120,7 +120,8 @@ class Mixture(ImageData):
         return self.patterns[purpose][1]
 
     def _images(self, source: int, numbers: np.ndarray, seed: int) -> np.ndarray:
-        """Indices of the images that a source shows as its `numbers`-th, each epoch in an order of its own."""
+        """Indices of the images that a source shows as its `numbers`-th, each epoch in another
+        order."""
         length = len(self.sources[source])
         epochs, places = np.divmod(numbers, length)
         found = np.empty(len(numbers), dtype=np.int64)
@@ -153,13 +154,11 @@ def read_mixture(path: Path) -> list[tuple[str, float, float]]:
 
 
 def _source(item, path: Path) -> tuple[str, float, float]:
-    if (
-        not isinstance(item, dict)
-        or "data" not in item
-        or not item.keys() <= {"data", "weight", "alone"}
-    ):
+    known = {"data", "weight", "alone"}
+    if not isinstance(item, dict) or "data" not in item or not item.keys() <= known:
         raise UserError(
-            f"{item} in {str(path)!r} is no source; keys are data, weight (default 1) and alone (default 0)"
+            f"{item} in {str(path)!r} is no source; "
+            "keys are data, weight (default 1) and alone (default 0)"
         )
     try:
         return str(item["data"]), float(item.get("weight", 1)), float(item.get("alone", 0))
@@ -172,9 +171,9 @@ def _quotas(shares: Sequence[float]) -> np.ndarray:
     exact = np.array(shares, dtype=np.float64) / sum(shares) * PERIOD
     quotas = np.maximum(np.floor(exact + 1e-9), exact > 0).astype(np.int64)
     while (missing := PERIOD - quotas.sum()) != 0:
-        quotas[np.argmax(np.where(quotas > 0, (exact - quotas) * np.sign(missing), -np.inf))] += (
-            np.sign(missing)
-        )
+        sign = np.sign(missing)
+        remainder = np.where(quotas > 0, (exact - quotas) * sign, -np.inf)
+        quotas[np.argmax(remainder)] += sign
     return quotas
 
 

@@ -11,9 +11,10 @@ import torchvision.datasets
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.images import SPLITS, ImageData
+from data.images import SPLITS, ImageData, choose_split
 from data.pictures import (
     UnreadableImage,
+    Window,
     error_text,
     finish,
     picture_to_tensor,
@@ -30,12 +31,12 @@ class TorchvisionImages(ImageData):
     def __init__(
         self,
         dataset: Dataset,
-        name: str,
+        title: str,
         channels: int | None = 3,
         size: int | None = None,
-        window: tuple[float, float] | None = None,
+        window: Window | None = None,
     ):
-        self.title, self.channels, self.window = name, channels, window
+        self.title, self.channels, self.window = title, channels, window
         self.pixels = _pixels_of(dataset)
         self.dataset = dataset if self.pixels is None else None
         self.length = len(dataset) if size is None else min(size, len(dataset))
@@ -56,26 +57,24 @@ class TorchvisionImages(ImageData):
             picture = self.dataset[index][0]
         except Exception as error:  # whatever a decoder makes of broken bytes
             raise UnreadableImage(self.name(index), error_text(error)) from error
-        return finish(
-            picture_to_tensor(picture, self.channels), self.name(index), self.channels, self.window
-        )
-
-    def name(self, index: int) -> str:
-        return f"{self.title}/{index}"
+        image = picture_to_tensor(picture, self.channels)
+        return finish(image, self.name(index), self.channels, self.window)
 
 
 def open_torchvision(
     kind: str,
-    root: Path,
+    path: str,
     channels: int | None,
     *,
     split: str | None = None,
+    size: int | None = None,
     download: bool = False,
-    **options,
+    window: Window | None = None,
 ) -> TorchvisionImages:
-    """See the grammar in data/sources/specs.py; options are those of TorchvisionImages."""
-    dataset = _construct(kind, root, split, download)
-    return TorchvisionImages(dataset, f"{kind}/{split}" if split else kind, channels, **options)
+    """`kind` is a name of `torchvision_classes`, `path` its folder."""
+    dataset = _construct(kind, Path(path).expanduser(), split, download)
+    title = f"{kind}/{split}" if split else kind
+    return TorchvisionImages(dataset, title, channels, size, window)
 
 
 def torchvision_classes() -> dict[str, type]:
@@ -157,7 +156,8 @@ def labels_of(dataset: Dataset) -> np.ndarray | None:
 
 
 class HubImages(ImageData):
-    """A data set of the package `datasets`; images are decoded here, so that none loses bits or ends the run.
+    """A data set of the package `datasets`. Images are decoded here: none loses bits, and a broken
+    one does not end the run.
 
     Args:
         dataset: with a column of images.
@@ -181,22 +181,18 @@ class HubImages(ImageData):
 
         self.title, self.reading = title, reading
         features = dataset.features
-        self.column = image or next(
-            (name for name, kind in features.items() if isinstance(kind, datasets.Image)), None
-        )
-        label = label or next(
-            (name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None
-        )
+        self.column = image or _first_column(features, datasets.Image)
+        label = label or _first_column(features, datasets.ClassLabel)
         for name, key in ((self.column, "image"), (label, "label")):
             if (name is None and key == "image") or (name is not None and name not in features):
                 raise UserError(
-                    f"{title} has no column {name or 'of images'}; {key}=NAME is one of {', '.join(features)}"
+                    f"{title} has no column {name or 'of images'}; "
+                    f"{key}=NAME is one of {', '.join(features)}"
                 )
         self.dataset = dataset.select(range(min(size or len(dataset), len(dataset))))
         if label is not None:
-            self.labels = np.array(
-                [-1 if k is None else k for k in self.dataset[label]], dtype=np.int64
-            )
+            ids = [-1 if k is None else k for k in self.dataset[label]]
+            self.labels = np.array(ids, dtype=np.int64)
             self.classes = getattr(features[label], "names", None)
         if isinstance(features[self.column], datasets.Image):
             self.dataset = self.dataset.cast_column(self.column, datasets.Image(decode=False))
@@ -213,34 +209,43 @@ class HubImages(ImageData):
             raise UnreadableImage(self.name(index), "the row holds no image")
         return read_image(stored["path"], **self.reading)
 
-    def name(self, index: int) -> str:
-        return f"{self.title}/{index}"
+
+def _first_column(features: dict, kind: type) -> str | None:
+    return next((name for name, feature in features.items() if isinstance(feature, kind)), None)
 
 
 def open_hub(
-    path: str, reading: dict, split: str | None = None, config: str | None = None, **options
+    path: str,
+    channels: int | None,
+    *,
+    split: str | None = None,
+    size: int | None = None,
+    config: str | None = None,
+    image: str | None = None,
+    label: str | None = None,
+    window: Window | None = None,
+    page: int | None = None,
 ) -> HubImages:
-    """`org/name` on the hub, or a folder: one that `save_to_disk` wrote, or files in a layout of the hub."""
+    """`org/name` on the hub, or a folder: one that `save_to_disk` wrote, or one in a hub layout."""
     try:
         import datasets
     except ImportError as error:
         raise UserError(
             "data of the kind hf needs the package datasets: pip install datasets"
         ) from error
+    title = f"hf:{path}"
     place = Path(path).expanduser()
     saved = any((place / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
-        found = (
-            datasets.load_from_disk(str(place)) if saved else datasets.load_dataset(path, config)
-        )
+        if saved:
+            found = datasets.load_from_disk(str(place))
+        else:
+            found = datasets.load_dataset(path, config)
     except Exception as error:  # of the network, of the hub, of files
-        raise UserError(f"cannot open hf:{path}: {error_text(error)}") from error
+        raise UserError(f"cannot open {title}: {error_text(error)}") from error
     if isinstance(found, dict):
-        chosen = next((name for name in SPLITS.get(split, (split,)) if name in found), None)
-        if chosen is None:
-            given = "needs a split" if split is None else f"has no split {split!r}"
-            raise UserError(f"hf:{path} {given}; split= is one of {', '.join(found)}")
-        found = found[chosen]
+        found = found[choose_split(split, found, title)]
     elif split is not None:
-        raise UserError(f"hf:{path} has no splits; leave split={split} out")
-    return HubImages(found, f"hf:{path}/{split}" if split else f"hf:{path}", reading, **options)
+        raise UserError(f"{title} has no splits; leave split={split} out")
+    reading = {"channels": channels, "window": window, "page": page}
+    return HubImages(found, f"{title}/{split}" if split else title, reading, image, label, size)

@@ -5,28 +5,39 @@ A spec is `kind[:path][?key=value&...]`; the kind may be left out for a folder o
     folder:DIR                  all images below DIR; class = first sub-folder, or labels=FILE.csv
                                 (columns file, label); split=NAME takes the sub-folder of that name;
                                 marks=FILE.csv: boxes or masks of some of them (data/guided.py)
-    list:FILE.txt, FILE.csv     a path a line, or columns file and label; relative to the list; marks=
+    list:FILE.txt, FILE.csv     paths, or columns file and label, relative to the list; marks=
     tar:DIR/{0000..0127}.tar    WebDataset shards; class from the .cls or .json beside an image
     npz:FILE.npz                MedMNIST's layout, split=
-    hf:ORG/NAME or hf:DIR       the Hugging Face hub (package datasets), split=, config=, image=, label=
+    hf:ORG/NAME or hf:DIR       Hugging Face hub (package datasets); split= config= image= label=
     python:MODULE:CALLABLE      one's own Dataset; all further keys go to the callable, as text
     fashion_mnist:DIR, ...      any torchvision.datasets class in snake case, split=, download=1
     mix:FILE.yaml               several of these with weights: data/sources/mixture.py
     scenes                      generated: split=, seed=, resolution=, frames=
 
-`size=N` keeps the first N images of any but mix; `window=CENTRE,WIDTH` makes these values of the files (Hounsfield
-units in CT) the range 0 to 1; `page=K` takes page K of every TIFF, from 0.
+`size=N` keeps the first N images of any but mix; `window=CENTRE,WIDTH` makes these values of the
+files (Hounsfield units in CT) the range 0 to 1; `page=K` takes page K of every TIFF, from 0.
+
+To add a kind of data, write one file beside this one with a function that returns an `ImageData`,
+
+    def open_mine(path: str, channels: int | None, *, size: int | None = None) -> ImageData
+
+and add its line to KINDS. The keyword arguments are the keys of the spec; an annotation of str,
+int, bool or Window says how their text is read.
 """
 
 import difflib
+import inspect
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data.images import ImageData, Recolored, class_names
-from data.pictures import UnreadableImage
+from data.images import ImageData, class_names
+from data.pictures import UnreadableImage, Window
+from data.scenes.scenes import open_scenes
 from data.sources.arrays import is_npz_of_images, open_npz, open_python
 from data.sources.folder import open_folder, open_list
 from data.sources.mixture import Mixture, read_mixture
@@ -35,24 +46,6 @@ from data.sources.tar import open_tar
 from errors import UserError
 
 __all__ = ["ImageData", "UnreadableImage", "match_classes", "open_data", "open_labelled"]
-
-KEYS = {
-    "folder": ("split", "size", "labels", "marks", "window", "page"),
-    "list": ("size", "marks", "window", "page"),
-    "tar": ("size", "window", "page"),
-    "npz": ("split", "size", "window"),
-    "hf": ("split", "size", "config", "image", "label", "window", "page"),
-    "python": ("size", "window"),
-    "mix": (),
-    "scenes": ("split", "size", "seed", "resolution", "frames"),
-}
-TORCHVISION_KEYS = ("split", "size", "download", "window")
-TEXTS = ("split", "labels", "marks", "config", "image", "label")
-FILES = {
-    ".tar": "tar",
-    ".yaml": "mix",
-    ".yml": "mix",
-}  # a file that exists, by its extension; otherwise a list
 
 
 def open_data(spec: str, channels: int | None = 3) -> ImageData:
@@ -63,38 +56,133 @@ def open_data(spec: str, channels: int | None = 3) -> ImageData:
             transparency is dropped for both; None keeps what each file has.
 
     Raises:
-        ValueError: for an unknown kind, key or value.
+        UserError: for an unknown kind, key or value, or a package that is not installed.
         FileNotFoundError: where there is no such folder or file, or no image in it.
-        ImportError: where a kind needs a package that is not installed.
     """
     kind, path, options = _parse(str(spec))
-    if kind == "scenes":
-        from data.scenes.scenes import Scenes  # generated data; nothing else needs its renderer
-
-        scenes = Scenes(**options)
-        return scenes if channels in (None, 3) else Recolored(scenes, channels)
-    if not path:
+    if not path and kind != "scenes":
         raise UserError(f"{kind!r} needs a path: {kind}:PATH")
-    place = Path(path).expanduser()
-    reading = {
-        "channels": channels,
-        **{key: options.pop(key) for key in ("window", "page") if key in options},
-    }
-    if kind == "folder":
-        return open_folder(place, reading, **options)
-    if kind == "list":
-        return open_list(place, reading, **options)
-    if kind == "tar":
-        return open_tar(path, reading, **options)
-    if kind == "hf":
-        return open_hub(path, reading, **options)
-    if kind == "npz":
-        return open_npz(place, **reading, **options)
-    if kind == "python":
-        return open_python(path, **reading, **options)
-    if kind == "mix":
-        return _open_mixture(place, channels)
-    return open_torchvision(kind, place, **reading, **options)
+    return _opener(kind)(path, channels, **options)
+
+
+def _open_mixture(path: str, channels: int | None) -> Mixture:
+    file = Path(path).expanduser()
+    items = read_mixture(file)
+    sources = []
+    for spec, _, _ in items:
+        if _parse(spec)[0] == "mix":
+            raise UserError(f"{spec!r} in {str(file)!r} is itself a mixture; name its sources here")
+        sources.append(open_data(spec, channels))
+    try:
+        return Mixture(
+            sources, [weight for _, weight, _ in items], [alone for _, _, alone in items]
+        )
+    except UserError as error:
+        raise UserError(f"{str(file)!r}: {error}") from error
+
+
+KINDS = {
+    "folder": open_folder,
+    "list": open_list,
+    "tar": open_tar,
+    "npz": open_npz,
+    "hf": open_hub,
+    "python": open_python,
+    "mix": _open_mixture,
+    "scenes": open_scenes,
+}
+# The kind of a file that exists, by its extension; otherwise it is a list.
+KIND_OF_EXTENSION = {".tar": "tar", ".yaml": "mix", ".yml": "mix"}
+
+
+def _opener(kind: str) -> Callable[..., ImageData]:
+    return KINDS.get(kind) or partial(open_torchvision, kind)
+
+
+def _parse(spec: str) -> tuple[str, str, dict]:
+    """(kind, path, options) of a spec, checked against what the kind takes."""
+    body, _, query = (spec, "", "") if Path(spec).expanduser().exists() else spec.partition("?")
+    place = Path(body).expanduser()
+    if body not in KINDS and place.exists():
+        kind, path = _kind_of_file(place), body
+    else:
+        kind, colon, path = body.partition(":")
+        kind = _known_kind(kind, spec, bool(colon))
+    parameters = inspect.signature(_opener(kind)).parameters.values()
+    allowed = {p.name: p.annotation for p in parameters if p.kind == p.KEYWORD_ONLY}
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    options = {}
+    for item in filter(None, query.split("&")):
+        key, _, text = item.partition("=")
+        if key in allowed:
+            options[key] = _value(key, text, allowed[key], spec)
+        elif takes_any:
+            options[key] = text
+        else:
+            takes = f"takes {', '.join(allowed)}" if allowed else "takes no keys"
+            raise UserError(
+                f"unknown key {key!r} in {spec!r}{_nearest(key, allowed)}; {kind} {takes}"
+            )
+    return kind, path, options
+
+
+def _kind_of_file(place: Path) -> str:
+    if place.is_dir():
+        return "folder"
+    if place.suffix.lower() == ".npz" and is_npz_of_images(place):
+        return "npz"
+    return KIND_OF_EXTENSION.get(place.suffix.lower(), "list")
+
+
+def _known_kind(kind: str, spec: str, colon: bool) -> str:
+    known = {*KINDS, *torchvision_classes()}
+    # Underscores do not matter: imagenet is image_net.
+    for name in known:
+        if name.replace("_", "") == kind.replace("_", "").lower():
+            return name
+    nearest = _nearest(kind, known)
+    kinds = (
+        f"{', '.join(KINDS)}, or a torchvision.datasets class in snake case "
+        "such as cifar10, fashion_mnist, stl10"
+    )
+    if (colon and len(kind) > 1 and os.sep not in kind) or nearest:
+        raise UserError(f"unknown kind {kind!r} in {spec!r}{nearest}; kinds are {kinds}")
+    raise FileNotFoundError(
+        f"no folder or file {spec.partition('?')[0]!r}; other kinds of data are {kinds}"
+    )
+
+
+def _nearest(given: str, allowed) -> str:
+    close = difflib.get_close_matches(given, sorted(allowed), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _value(key: str, text: str, kind: type, spec: str) -> str | int | bool | Window:
+    """The text of a key as the annotation of its argument says."""
+    if kind in (str, str | None):
+        return text
+    if kind == Window | None:
+        return _window(text, spec)
+    if kind is bool:
+        if text not in ("0", "1"):
+            raise UserError(f"{key} is 0 or 1 in {spec!r}, not {text!r}")
+        return text == "1"
+    if not text.isdecimal() or (key == "size" and int(text) == 0):
+        raise UserError(f"{key} must be a whole number in {spec!r}, not {text!r}")
+    return int(text)
+
+
+def _window(text: str, spec: str) -> Window:
+    try:
+        centre, width = (float(part) for part in text.split(","))
+    except ValueError:
+        centre, width = math.nan, math.nan
+    if not (math.isfinite(centre) and math.isfinite(width) and width > 0):
+        raise UserError(
+            f"window is CENTRE,WIDTH with a positive width in {spec!r}, such as 40,400; "
+            f"not {text!r}"
+        )
+    return centre, width
 
 
 def match_classes(train: ImageData, val: ImageData) -> np.ndarray | None:
@@ -111,9 +199,8 @@ def match_classes(train: ImageData, val: ImageData) -> np.ndarray | None:
     ids = {name: k for k, name in enumerate(class_names(train))}
     names = class_names(val)
     if not ids.keys() & names:
-        raise UserError(
-            f"no class in common: train has {', '.join(list(ids)[:5])} ..., val has {', '.join(names[:5])} ..."
-        )
+        first, second = ", ".join(list(ids)[:5]), ", ".join(names[:5])
+        raise UserError(f"no class in common: train has {first} ..., val has {second} ...")
     table = np.array([ids.get(name, -1) for name in names] + [-1])  # the last serves label -1
     return table[val.labels]
 
@@ -125,104 +212,11 @@ def open_labelled(train: str, val: str, channels: int | None = 3) -> tuple[Image
         UserError: if one has no labels, or they have no class in common.
     """
     both = open_data(train, channels), open_data(val, channels)
-    for spec, data in zip((train, val), both):
+    for spec, data in zip((train, val), both, strict=True):
         if data.labels is None:
             raise UserError(
-                f"{spec} has no labels; a probe needs folders named by class, labels=FILE.csv, or a labelled data set"
+                f"{spec} has no labels; a probe needs folders named by class, labels=FILE.csv, "
+                "or a labelled data set"
             )
     both[1].labels = match_classes(*both)
     return both
-
-
-def _open_mixture(path: Path, channels: int | None) -> Mixture:
-    items = read_mixture(path)
-    sources = []
-    for spec, _, _ in items:
-        if _parse(spec)[0] == "mix":
-            raise UserError(f"{spec!r} in {str(path)!r} is itself a mixture; name its sources here")
-        sources.append(open_data(spec, channels))
-    try:
-        return Mixture(
-            sources, [weight for _, weight, _ in items], [alone for _, _, alone in items]
-        )
-    except ValueError as error:
-        raise UserError(f"{str(path)!r}: {error}") from error
-
-
-def _parse(spec: str) -> tuple[str, str, dict]:
-    """(kind, path, options) of a spec, checked against what the kind takes."""
-    body, _, query = (spec, "", "") if Path(spec).expanduser().exists() else spec.partition("?")
-    place = Path(body).expanduser()
-    if body not in KEYS and place.exists():
-        kind, path = _kind_of_file(place), body
-    else:
-        kind, colon, path = body.partition(":")
-        kind = _known_kind(kind, spec, bool(colon))
-    allowed = KEYS.get(kind, TORCHVISION_KEYS)
-    options = {}
-    for item in filter(None, query.split("&")):
-        key, _, value = item.partition("=")
-        if key in allowed:
-            options[key] = _value(key, value, spec)
-        elif kind == "python":
-            options[key] = value
-        else:
-            takes = f"takes {', '.join(allowed)}" if allowed else "takes no keys"
-            raise UserError(
-                f"unknown key {key!r} in {spec!r}{_nearest(key, allowed)}; {kind} {takes}"
-            )
-    return kind, path, options
-
-
-def _kind_of_file(place: Path) -> str:
-    if place.is_dir():
-        return "folder"
-    if place.suffix.lower() == ".npz" and is_npz_of_images(place):
-        return "npz"
-    return FILES.get(place.suffix.lower(), "list")
-
-
-def _known_kind(kind: str, spec: str, colon: bool) -> str:
-    known = {*KEYS, *torchvision_classes()}
-    # Underscores do not matter: imagenet is image_net.
-    for name in known:
-        if name.replace("_", "") == kind.replace("_", "").lower():
-            return name
-    nearest = _nearest(kind, known)
-    kinds = f"{', '.join(KEYS)}, or a torchvision.datasets class in snake case such as cifar10, fashion_mnist, stl10"
-    if (colon and len(kind) > 1 and os.sep not in kind) or nearest:
-        raise UserError(f"unknown kind {kind!r} in {spec!r}{nearest}; kinds are {kinds}")
-    raise FileNotFoundError(
-        f"no folder or file {spec.partition('?')[0]!r}; other kinds of data are {kinds}"
-    )
-
-
-def _nearest(given: str, allowed) -> str:
-    close = difflib.get_close_matches(given, sorted(allowed), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _value(key: str, text: str, spec: str) -> str | int | bool | tuple[float, float]:
-    if key in TEXTS:
-        return text
-    if key == "window":
-        return _window(text, spec)
-    if key == "download":
-        if text not in ("0", "1"):
-            raise UserError(f"download is 0 or 1 in {spec!r}, not {text!r}")
-        return text == "1"
-    if not text.isdecimal() or (key == "size" and int(text) == 0):
-        raise UserError(f"{key} must be a whole number in {spec!r}, not {text!r}")
-    return int(text)
-
-
-def _window(text: str, spec: str) -> tuple[float, float]:
-    try:
-        centre, width = (float(part) for part in text.split(","))
-    except ValueError:
-        centre, width = math.nan, math.nan
-    if not (math.isfinite(centre) and math.isfinite(width) and width > 0):
-        raise UserError(
-            f"window is CENTRE,WIDTH with a positive width in {spec!r}, such as 40,400; not {text!r}"
-        )
-    return centre, width

@@ -1,13 +1,13 @@
-"""Images in tar shards (WebDataset layout), read at random: an index of offsets is made once and kept in memory.
+"""Images in tar shards (WebDataset layout), read at random from an index of offsets in memory.
 
-Members that share a name up to its first dot belong together: 0001.jpg, 0001.cls, 0001.json. One pass over the
-headers finds them; the images themselves are read only when they are asked for, so the order is as free, and resuming
-as exact, as with a folder. Damage costs the members it hits: a broken header, a shard that ends early or an empty
-shard each count as one unreadable image.
+Members that share a name up to its first dot belong together: 0001.jpg, 0001.cls, 0001.json. One
+pass over the headers finds them. An image is read only when it is asked for, so the order is as
+free, and resuming as exact, as with a folder. Damage costs the members it hits: a broken header, a
+shard that ends early or an empty shard each count as one unreadable image.
 
-Several ranks divide the shards for that pass, and tell each other what they found. For training they do not divide
-them: the batch of a step is drawn from all images, whatever the number of ranks, and a rank opens, for as long as it
-takes to read them, the shards that its images of that step lie in.
+Several ranks divide the shards for that pass and exchange what they found. Training does not
+divide them: the batch of a step is drawn from all images, whatever the number of ranks. A rank
+opens a shard only while it reads an image from it.
 """
 
 import io
@@ -24,7 +24,7 @@ import numpy as np
 from torch import Tensor
 
 from data.images import ImageData, number_classes
-from data.pictures import EXTENSIONS, UnreadableImage, error_text, read_open_file
+from data.pictures import EXTENSIONS, UnreadableImage, Window, error_text, read_open_file
 from engine import distributed
 from errors import UserError
 
@@ -36,7 +36,7 @@ DAMAGED = -1
 
 
 class TarImages(ImageData):
-    """Images in uncompressed tar files; the class is that of a .cls or .json member beside the image.
+    """Images in uncompressed tar files; a .cls or .json member beside an image names its class.
 
     All ranks make one together, of the same shards.
 
@@ -53,18 +53,14 @@ class TarImages(ImageData):
     def __init__(self, shards: list[Path], reading: dict, size: int | None = None):
         self.shards, self.reading = shards, reading
         stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, shards)]
-        self.shard, self.members, self.places, labels, self.classes = _index(
-            tuple(shards), tuple(stamps)
-        )
-        if (self.places[:, 1] == DAMAGED).all():
+        shard, members, places, labels, self.classes = _index(tuple(shards), tuple(stamps))
+        if (places[:, 1] == DAMAGED).all():
+            more = f" and {len(shards) - 1} more" if len(shards) > 1 else ""
+            extensions = " ".join(sorted(EXTENSIONS))
             raise FileNotFoundError(
-                f"no image in {_title(shards)}; extensions are {' '.join(sorted(EXTENSIONS))}"
+                f"no image in {str(shards[0])!r}{more}; extensions are {extensions}"
             )
-        self.shard, self.members, self.places = (
-            self.shard[:size],
-            self.members[:size],
-            self.places[:size],
-        )
+        self.shard, self.members, self.places = shard[:size], members[:size], places[:size]
         self.labels = None if labels is None else labels[:size]
 
     def __len__(self) -> int:
@@ -87,10 +83,13 @@ class TarImages(ImageData):
 
 
 def expand_braces(path: str) -> list[Path]:
-    """shard-{000..127}.tar is 128 paths; several braces multiply; the width of the first number is kept."""
+    """shard-{000..127}.tar is 128 paths; several braces multiply.
+
+    Numbers are as wide as the first one.
+    """
     parts = re.split(r"\{(\d+)\.\.(\d+)\}", path)
     choices = [[parts[0]]]
-    for first, last, after in zip(parts[1::3], parts[2::3], parts[3::3]):
+    for first, last, after in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
         numbers = [str(k).zfill(len(first)) for k in range(int(first), int(last) + 1)]
         if not numbers:
             raise UserError(f"{{{first}..{last}}} in {path!r} counts downwards")
@@ -98,28 +97,27 @@ def expand_braces(path: str) -> list[Path]:
     return [Path("".join(chosen)).expanduser() for chosen in itertools.product(*choices)]
 
 
-def open_tar(path: str, reading: dict, size: int | None = None) -> TarImages:
+def open_tar(
+    path: str,
+    channels: int | None,
+    *,
+    size: int | None = None,
+    window: Window | None = None,
+    page: int | None = None,
+) -> TarImages:
     shards = expand_braces(path)
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
-        more = (
-            f", and {len(missing) - 1} more of {len(shards)} are missing"
-            if len(missing) > 1
-            else ""
-        )
-        raise FileNotFoundError(f"no file {str(missing[0])!r}{more}")
+        more = f", and {len(missing) - 1} more of {len(shards)} are missing"
+        raise FileNotFoundError(f"no file {str(missing[0])!r}{more if len(missing) > 1 else ''}")
     for shard in shards:
-        with open(shard, "rb") as file:
-            tool = PACKED.get(file.read(2))
+        tool = PACKED.get(_read(shard, 0, 2))
         if tool:
             raise UserError(
-                f"{str(shard)!r} is compressed, which rules out reading at random; unpack it with {tool}"
+                f"{str(shard)!r} is compressed, which rules out reading at random; "
+                f"unpack it with {tool}"
             )
-    return TarImages(shards, reading, size)
-
-
-def _title(shards: list[Path]) -> str:
-    return repr(str(shards[0])) + (f" and {len(shards) - 1} more" if len(shards) > 1 else "")
+    return TarImages(shards, {"channels": channels, "window": window, "page": page}, size)
 
 
 def _read(shard: Path, offset: int, size: int) -> bytes:
@@ -130,25 +128,27 @@ def _read(shard: Path, offset: int, size: int) -> bytes:
 
 @lru_cache(maxsize=8)
 def _index(shards: tuple[Path, ...], stamps: tuple) -> tuple:
-    """(shard, member, (offset, size), label) of all images, an array each, and the classes. Kept, because a run opens
-    its data more than once; `stamps` change with the files. Arrays, not lists: workers share their pages."""
+    """(shard, member, (offset, size), label) of all images, an array each, and the classes.
+
+    Kept, because a run opens its data more than once; `stamps` change with the files. Arrays, not
+    lists: workers share their pages.
+    """
     parts = distributed.gather_objects(_part(shards, distributed.rank(), distributed.world_size()))
-    for (
-        part
-    ) in parts:  # before anything else, or ranks without an error would wait for those with one
+    # First the errors: ranks without one would wait for those with one.
+    for part in parts:
         if isinstance(part, OSError):
             raise part
-    *columns, names = zip(*parts)
-    columns, names = [np.concatenate(arrays) for arrays in columns], list(itertools.chain(*names))
+    *columns, names = zip(*parts, strict=True)
+    columns = [np.concatenate(arrays) for arrays in columns]
+    names = list(itertools.chain(*names))
     order = np.argsort(columns[0], kind="stable")  # of the shards, whoever read them
-    return *(column[order] for column in columns), *number_classes(
-        [names[place] for place in order]
-    )
+    labels, classes = number_classes([names[place] for place in order])
+    return *(column[order] for column in columns), labels, classes
 
 
 def _part(shards: tuple[Path, ...], first: int, every: int) -> tuple | OSError:
-    """Of the images in shards first, first + every, ...: shard, member, (offset, size), an array each, and a list of class
-    names; or why there is none."""
+    """The images in shards first, first + every, ...: shard, member, (offset, size), an array each,
+    and a list of class names. Or the error that prevents it, for the other ranks to see."""
     try:
         chosen = range(first, len(shards), every)
         entries = [(number, *entry) for number in chosen for entry in _entries(shards[number])]
@@ -191,44 +191,41 @@ def _class_name(shard: Path, fields: dict[str, tuple[int, int]]) -> str | None:
             values = json.loads(_read(shard, *fields[".json"]))
         except ValueError:
             return None
-        found = [
-            values[key]
-            for key in LABEL_KEYS
-            if isinstance(values, dict) and values.get(key) is not None
-        ]
-        return str(found[0]) if found else None
+        if not isinstance(values, dict):
+            return None
+        for key in LABEL_KEYS:
+            if values.get(key) is not None:
+                return str(values[key])
     return None
 
 
 def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of the regular files of a shard; where a header is broken, one of size DAMAGED."""
-    length, end = shard.stat().st_size, 0  # end: of the last member that was understood
+    """(name, offset, size) of the regular files of a shard; size DAMAGED for a broken header."""
+    end = 0  # of the last member that was understood
     with open(shard, "rb") as file:
-
-        def damage_at(place: int) -> bool:
-            """Whether neither a sound header nor padding stands there, where a member should begin."""
-            try:
-                tarfile.TarInfo.frombuf(
-                    _read(shard, place, BLOCK), tarfile.ENCODING, "surrogateescape"
-                )
-            except (tarfile.EmptyHeaderError, tarfile.EOFHeaderError):
-                return length == 0
-            except tarfile.HeaderError:
-                return True
-            return False
-
         try:
             # ignore_zeros: also goes on at the next sound header after a broken one.
             with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
                 for member in tar:
-                    if member.offset > end and damage_at(end):
+                    if member.offset > end and _is_damaged(shard, end):
                         yield f"@{end}", end, DAMAGED
-                    end = member.offset_data + (
-                        -(-member.size // BLOCK) * BLOCK if member.isreg() else 0
-                    )
+                    blocks = -(-member.size // BLOCK) if member.isreg() else 0
+                    end = member.offset_data + blocks * BLOCK
                     if member.isreg() and not os.path.basename(member.name).startswith("."):
                         yield member.name, member.offset_data, member.size
         except tarfile.TarError:
-            pass  # ends early: the last member is shorter than its header says, or there is no header at all
-        if damage_at(end):
+            pass  # the last member is shorter than its header says, or there is no header at all
+        if _is_damaged(shard, end):
             yield f"@{end}", end, DAMAGED
+
+
+def _is_damaged(shard: Path, place: int) -> bool:
+    """Whether neither a sound header nor padding stands where a member should begin."""
+    header = _read(shard, place, BLOCK)
+    try:
+        tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
+    except (tarfile.EmptyHeaderError, tarfile.EOFHeaderError):
+        return shard.stat().st_size == 0
+    except tarfile.HeaderError:
+        return True
+    return False

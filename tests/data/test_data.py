@@ -320,7 +320,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(folder):
     data = open_data(str(folder))
     here, there = list(loader_of(data)), list(loader_of(data, workers=2))
     assert len(here) == len(there) == 3
-    for a, b in zip(here, there):
+    for a, b in zip(here, there, strict=True):
         assert_same(a, b)
     assert here[0].global_crops.shape == (8, 3, 16, 24) and here[0].masks.shape == (8, 24)
     assert not torch.equal(here[0].global_crops, here[1].global_crops)
@@ -331,7 +331,7 @@ def test_ranks_share_the_batch_of_one_process(folder):
     data = open_data(str(folder))
     whole = loader_of(data, batch_size=6)
     ranks = [loader_of(data, batch_size=6, rank=rank, world_size=2) for rank in range(2)]
-    for one, *shares in zip(whole, *ranks):
+    for one, *shares in zip(whole, *ranks, strict=True):
         assert one.images == shares[0].images + shares[1].images
         assert sorted(one.bad) == sorted(shares[0].bad + shares[1].bad)
         for name in ("global_crops", "local_crops", "masks"):

@@ -1,4 +1,5 @@
-"""Crops made on the device are those that loader workers make: pixel by pixel where nothing was shrunk, else in distribution."""
+"""Crops made on the device equal those of loader workers: pixel by pixel where nothing was shrunk,
+else in distribution."""
 
 import json
 from dataclasses import replace
@@ -13,12 +14,13 @@ import bench
 import train
 from data import device
 from data.augment import POLICIES, CropSpec, MultiCrop, draw
-from data.device import cut_out, pack, resampling, shrunk
-from data.loader import Batch, RawBatch, StepDataset, Views, make_loader, stage_loader, views_from
+from data.device import cut_out, pack, resampling, shrink
+from data.loader import Batch, RawBatch, StepDataset, Views, make_loader
 from data.sources.mixture import Mixture
 from data.sources.specs import open_data
 from engine.config import CropsConfig, GramConfig, SizeConfig, load_config
 from engine.logger import read_metrics
+from engine.views import stage_loader, views_from
 from tests.data.test_guided import SPOT, Spotted
 
 CPU = torch.device("cpu")
@@ -115,11 +117,12 @@ def test_crops_of_8_bits_are_those_of_the_workers_within_rounding(channels):
 def test_16_bits_are_kept_and_depths_may_mix():
     deep = [(image.int() * 257 + 31).clamp(max=65535).to(torch.uint16) for image in odd_images(1)]
     crops, tables = plain_crops(1), tables_of(len(deep), 5)
-    for ours, theirs in zip(on_device(crops, deep, tables), crops(deep, tables)):
+    for ours, theirs in zip(on_device(crops, deep, tables), crops(deep, tables), strict=True):
         assert (ours - theirs).abs().max() < 2e-5
-    # Not up to black and white: of bytes the overshoot is cut off between the two passes, of floats after them.
+    # Not up to black and white: of bytes the overshoot is cut off between the two passes, of
+    # floats after them.
     mixed = [*deep[:3], *(image // 2 + 64 for image in odd_images(1)[3:])]
-    for ours, theirs in zip(on_device(crops, mixed, tables), crops(mixed, tables)):
+    for ours, theirs in zip(on_device(crops, mixed, tables), crops(mixed, tables), strict=True):
         assert (ours - theirs).abs().max() < 2.5 * LEVEL
 
 
@@ -151,7 +154,7 @@ def test_crops_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
     pixels, cuts = pack(crops, images, tables)
     monkeypatch.setattr(device, "BUDGET", 4 * 4000)
     _, smaller = pack(crops, images, tables)
-    for whole, parts in zip(cuts, smaller):
+    for whole, parts in zip(cuts, smaller, strict=True):
         assert len(whole.chunks) == 2 < len(parts.chunks)  # upright and turned
         for start, stop, height, width, _ in parts.chunks:
             assert stop - start == 1 or (stop - start) * height * width <= 4000
@@ -159,18 +162,19 @@ def test_crops_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
         assert (a - b).abs().max() <= 1 and (a != b).float().mean() < 1e-3
 
 
-# ----------------------------------------------------------------- in distribution, of images that were shrunk
+# ------------------------------------------------- in distribution, of images that were shrunk
 
 
 def test_only_what_is_far_larger_than_any_crop_is_shrunk():
-    # The smallest global crop needs images of 40 / 0.3^0.5 = 73 pixels a side, the smallest local one 24 / 0.05^0.5 = 107.
+    # The smallest global crop needs images of 40 / 0.3^0.5 = 73 pixels a side, the smallest local
+    # one 24 / 0.05^0.5 = 107.
     crops = plain_crops(3, gram=False)
     for size in ((107, 107), (130, 130), (90, 90), (5, 400)):
         image = noise(3, *size)
-        assert shrunk(image, crops) is image
-    assert shrunk(noise(3, 400, 600), crops).shape == (3, 88, 131)
-    assert shrunk(noise(3, 200, 4000), crops).shape[1] >= 40  # long ones keep the height of a crop
-    assert shrunk(noise(3, 2000, 3000), plain_crops(3)).shape == (3, 89, 134), (
+        assert shrink(image, crops) is image
+    assert shrink(noise(3, 400, 600), crops).shape == (3, 88, 131)
+    assert shrink(noise(3, 200, 4000), crops).shape[1] >= 40  # long ones keep the height of a crop
+    assert shrink(noise(3, 2000, 3000), plain_crops(3)).shape == (3, 89, 134), (
         "those of a Gram teacher are larger"
     )
 
@@ -186,8 +190,10 @@ def test_boxes_and_mirroring_of_shrunk_images_are_those_of_the_workers():
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     images, crops = [torch.stack([x, y])] * 40, plain_crops(2, gram=False)
     tables = tables_of(40, 5)
-    assert shrunk(images[0], crops).shape[1] < 110
-    for ours, theirs in zip(on_device(crops, images, tables)[:2], crops(images, tables)[:2]):
+    assert shrink(images[0], crops).shape[1] < 110
+    for ours, theirs in zip(
+        on_device(crops, images, tables)[:2], crops(images, tables)[:2], strict=True
+    ):
         ours, theirs = corners(ours), corners(theirs)
         assert (ours - theirs).abs().max() < 0.01  # of the image's sides
         assert 0.3 < (theirs[:, 2] < 0).float().mean() < 0.7 and theirs.std(0).min() > 0.05
@@ -216,14 +222,14 @@ def test_colours_and_blur_of_shrunk_images_are_distributed_as_those_of_the_worke
             (0.5,) * 3,
             (0.25,) * 3,
         )
-        assert shrunk(images[0], crops).shape[1] < 80
+        assert shrink(images[0], crops).shape[1] < 80
         tables = tables_of(len(images), 6, seed)
         return (make(crops, images, tables) if make else crops(images, tables))[:2]
 
     images, natural = textured(24), POLICIES["natural"]
     sharp = views(replace(natural, blur=(0.0, 0.0, 0.0)), 0)
     for ours, theirs, others, unblurred in zip(
-        views(natural, 0, on_device), views(natural, 0), views(natural, 1), sharp
+        views(natural, 0, on_device), views(natural, 0), views(natural, 1), sharp, strict=True
     ):
         change, missing = (
             (spectrum(made) / spectrum(theirs)).log().abs() for made in (ours, unblurred)
@@ -449,6 +455,8 @@ def test_every_policy_on_a_gpu_is_that_of_the_workers(policy):
     images = [image / 255 for image in textured(6, 60, 70)]
     tables = tables_of(6, 6)
     for ours, theirs in zip(
-        on_device(crops, images, tables, torch.device("cuda"))[:2], crops(images, tables)[:2]
+        on_device(crops, images, tables, torch.device("cuda"))[:2],
+        crops(images, tables)[:2],
+        strict=True,
     ):
         assert ((ours.cpu() - theirs).abs() < 5e-3).float().mean() > 0.999

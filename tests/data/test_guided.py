@@ -8,11 +8,12 @@ from torch import Tensor
 
 import train
 import visualize
-from data.guided import Guidance, marked_points, steered
+from data.guided import Guidance, marked_points, move_to_points
 from data.images import ImageData
-from data.loader import StepDataset, views_from
+from data.loader import StepDataset
 from data.sources.specs import open_data
 from engine.config import CropsConfig
+from engine.views import views_from
 from tests.test_train import folder_of, losses
 
 SPOT = (31, 74)  # row and column of the middle of the one thing to see, three pixels wide
@@ -100,7 +101,9 @@ def test_pictures_of_crops_show_where_guided_ones_look(tmp_path, monkeypatch):
     )
     assert steered.all() and plain.float().mean() < 0.4
     assert all(
-        torch.equal(*pair) for crops in zip(*drawn) for pair in zip(crops[0][:2], crops[1][:2])
+        torch.equal(*pair)
+        for crops in zip(*drawn, strict=True)
+        for pair in zip(crops[0][:2], crops[1][:2], strict=False)
     )  # the global ones
 
 
@@ -153,7 +156,7 @@ def test_a_share_of_the_images_is_looked_at_always_the_same_ones():
             (plain.local_crops != guided.local_crops).flatten(1).any(1).unflatten(0, (4, 64)).any(0)
         )
         looked_at.append(
-            {index for index, follows in zip(guided.images, moved.tolist()) if follows}
+            {index for index, follows in zip(guided.images, moved.tolist(), strict=True) if follows}
         )
     assert (
         looked_at[0] == looked_at[1] == looked_at[2] and 14 <= len(looked_at[0]) <= 38
@@ -199,7 +202,7 @@ def test_steered_crops_contain_their_points_inside_the_image_and_keep_their_size
     boxes = np.concatenate([rng.integers(0, sizes - extent + 1), extent], 1)
     points = rng.random((3000, 2)) * sizes
     points[::3] = np.nan
-    moved = steered(boxes, points, rng.random((3000, 2)), sizes)
+    moved = move_to_points(boxes, points, rng.random((3000, 2)), sizes)
     low, high = moved[:, :2], moved[:, :2] + moved[:, 2:]
     aimed = ~np.isnan(points[:, 0])
     assert (low >= 0).all() and (high <= sizes).all() and np.array_equal(moved[:, 2:], extent)
@@ -210,7 +213,7 @@ def test_steered_crops_contain_their_points_inside_the_image_and_keep_their_size
 def test_a_point_lies_in_the_middle_half_of_its_crop_and_not_always_in_the_centre():
     boxes, sizes = np.tile([0, 0, 40, 20], (500, 1)), np.tile([400, 400], (500, 1))
     u = np.random.default_rng(1).random((500, 2))
-    moved = steered(boxes, np.full((500, 2), 200.0), u, sizes)
+    moved = move_to_points(boxes, np.full((500, 2), 200.0), u, sizes)
     places = (200 - moved[:, :2]) / moved[:, 2:]
     assert (
         places.min() > 0.22 and places.max() < 0.78 and (places.std(0) > 0.1).all()
@@ -229,9 +232,9 @@ def test_points_are_uniform_in_boxes_of_equal_chance_or_over_the_mask():
     mask = np.zeros((6, 9), np.uint8)
     mask[2, 3:5], mask[5, 8], mask[0, 0] = 1, 7, 255  # 255: unknown
     rows, columns = np.floor(marked_points({"mask": mask}, u)).astype(int).T
-    assert {(2, 3), (2, 4), (5, 8)} == set(zip(rows.tolist(), columns.tolist())) and abs(
-        (rows == 2).mean() - 2 / 3
-    ) < 0.04
+    assert {(2, 3), (2, 4), (5, 8)} == set(
+        zip(rows.tolist(), columns.tolist(), strict=True)
+    ) and abs((rows == 2).mean() - 2 / 3) < 0.04
     for nothing in ({}, {"boxes": np.zeros((0, 4))}, {"mask": np.zeros((4, 4), np.uint8)}):
         assert np.isnan(marked_points(nothing, u)).all()
 

@@ -1,4 +1,5 @@
-"""Images that break readers: what can be read has the right pixels, what cannot is named with its reason."""
+"""Images that break readers: a readable one gives the right pixels, an unreadable one its name and
+the reason."""
 
 import json
 import struct
@@ -30,10 +31,13 @@ def write_readable(folder) -> dict[str, torch.Tensor]:
     ink = 255 - cmyk.astype(np.int64)
     index, palette = noise(20, 30, seed=2), noise(256, 3, seed=3)
     alpha, frames = noise(20, 30, 4, seed=4), noise(3, 20, 30, 3, seed=5)
-    pictures = {name: Image.frombytes(mode, array.shape[1::-1], array.tobytes()) for name, array, mode in (
+    arrays = (
         ("cmyk.tif", cmyk, "CMYK"), ("alpha.png", alpha, "RGBA"), ("palette.png", index, "P"),
         ("one_pixel.png", COLOUR[:1, :1], "RGB"), ("strip.png", noise(1, 30_000, seed=6), "L"),
-    )}  # fmt: skip
+    )  # fmt: skip
+    pictures = {}
+    for name, array, mode in arrays:
+        pictures[name] = Image.frombytes(mode, array.shape[1::-1], array.tobytes())
     pictures["palette.png"].putpalette(palette.tobytes())
     for name, picture in pictures.items():
         picture.save(folder / name)

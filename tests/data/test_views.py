@@ -54,7 +54,7 @@ def test_crops_are_crop_major_and_a_function_of_image_and_table():
     together = multi_crop()(images, tables)
     for k in range(3):
         alone = multi_crop()(images[k : k + 1], tables[k : k + 1])
-        for joint, single in zip(together[:2], alone[:2]):
+        for joint, single in zip(together[:2], alone[:2], strict=True):
             assert torch.equal(joint[k::3], single)
 
 
@@ -109,10 +109,14 @@ def test_flip_mirrors_a_crop():
 
 def one_by_one(image: Tensor, u: Tensor, policy: AugmentPolicy, blur_p: float, solarize_p: float):
     """The same views, an image at a time, by torchvision's functions."""
-    between = lambda low, high, t: low + (high - low) * t.item()
+
+    def between(low, high, t):
+        return low + (high - low) * t.item()
+
     strengths = (policy.brightness, policy.contrast, policy.saturation)
-    factors = [between(1 - s, 1 + s, t) for s, t in zip(strengths, u[augment.FACTORS])]
-    factors.append(between(-policy.hue, policy.hue, u[augment.FACTORS][3]))
+    *numbers, last = u[augment.FACTORS]
+    factors = [between(1 - s, 1 + s, t) for s, t in zip(strengths, numbers, strict=True)]
+    factors.append(between(-policy.hue, policy.hue, last))
     functions = (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue)
     if u[augment.JITTER] < policy.jitter:
         for k in u[augment.ORDER].argsort().tolist():
@@ -175,7 +179,7 @@ def test_photometry_equals_torchvision_image_by_image(operation, channels):
     expected = torch.stack(
         [
             one_by_one(crop / 255, row, policy, policy.blur[0], policy.solarize)
-            for crop, row in zip(crops, u)
+            for crop, row in zip(crops, u, strict=True)
         ]
     )
     # Solarisation jumps at 0.5: a pixel there may fall on either side.
@@ -204,7 +208,11 @@ def test_blur_and_solarisation_differ_between_views():
             multi_crop(policy=policy)(images, tables)[:2]
             for policy in (PLAIN, replace(PLAIN, **options))
         )
-        return [not torch.equal(a, b) for pair in zip(plain, other) for a, b in zip(*pair)]
+        return [
+            not torch.equal(a, b)
+            for pair in zip(plain, other, strict=True)
+            for a, b in zip(*pair, strict=False)
+        ]
 
     assert changed(solarize=1.0) == [False, True, False, False, False]
     assert changed(blur=(1.0, 0.0, 0.0)) == [True, False, False, False, False]

@@ -10,13 +10,14 @@ import torch
 import yaml
 
 import train
-from data.loader import StepDataset, views_from
+from data.loader import StepDataset
 from data.sources.specs import open_data
 from engine.cli import run_script
 from engine.config import CropsConfig, SizeConfig, load_config
 from engine.gram import GramTeacher
 from engine.optim import build_schedules
 from engine.stages import plan_stages
+from engine.views import views_from
 from models.weights.load import load_backbone
 from tests.test_train import folder_of, metrics
 

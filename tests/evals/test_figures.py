@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data.augment import POLICIES, channel_statistics, multi_crop_from
+from data.augment import POLICIES, channel_statistics
 from data.masking import draw_masks
 from engine.config import CropsConfig
+from engine.views import multi_crop_from
 from evals.curves import curve_names, draw_curves, running_mean
 from evals.embedding import draw_embedding
 from evals.figures import COLOURS, draw_report

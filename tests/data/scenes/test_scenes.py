@@ -74,7 +74,7 @@ def test_boxes_are_tight_around_the_visible_part(annotations):
 
 
 def test_the_label_is_the_class_of_the_largest_nearest_object(scenes, annotations):
-    for i, found in zip(SCENES, annotations):
+    for i, found in zip(SCENES, annotations, strict=True):
         instance, depth, label = found["instance"], found["depth"], scenes.labels[i]
         areas = np.bincount(instance.ravel())[1:]
         assert areas.argmax() == 0 and found["box_labels"][0] == label

@@ -62,7 +62,8 @@ def batches_of(data, channels: int, size: int = 16, **options) -> list:
 
 @pytest.fixture
 def shards(tmp_path) -> tuple[str, list[np.ndarray]]:
-    """Two shards of three images; the first with .cls, the second with .json and one image without a class."""
+    """Two shards of three images; the first with .cls, the second with .json and one image without
+    a class."""
     images = [noise(9, 7 + k, 3, seed=k) for k in range(6)]
     content = [encoded(image) for image in images]
     write_tar(tmp_path / "s-00.tar", {
@@ -322,9 +323,12 @@ def test_mistakes_get_one_sentence(tmp_path, spec, error, text):
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04")
     np.savez(tmp_path / "x.npz", train_images=noise(1, 2, 2))
     for name, content in {
-        "text": "a", "typo": "[{data: scenes, wieght: 1}]", "word": "[{data: scenes, weight: much}]",
-        "zero": "[{data: 'scenes?size=1', weight: 0}]", "nested": f"[{{data: {tmp_path}/text.yaml}}]",
-    }.items():  # fmt: skip
+        "text": "a",
+        "typo": "[{data: scenes, wieght: 1}]",
+        "word": "[{data: scenes, weight: much}]",
+        "zero": "[{data: 'scenes?size=1', weight: 0}]",
+        "nested": f"[{{data: {tmp_path}/text.yaml}}]",
+    }.items():
         (tmp_path / f"{name}.yaml").write_text(content)
     with pytest.raises(error, match=text) as caught:
         open_data(spec.format(tmp_path))
@@ -341,7 +345,7 @@ def test_images_of_any_channels_and_depth_pass_the_loader_unrounded(tmp_path, ch
     for k, array in enumerate(arrays):
         np.save(tmp_path / f"{k}.npy", array)
     (batch,) = batches_of(open_data(str(tmp_path), channels), channels, size=32)
-    for image, index in zip(batch.global_crops, batch.images):
+    for image, index in zip(batch.global_crops, batch.images, strict=True):
         expected = arrays[index].transpose(2, 0, 1) / np.iinfo(dtype).max
         assert np.abs(image.numpy() - expected).max() < 1e-6
 
@@ -451,7 +455,8 @@ def test_a_window_of_hounsfield_units_becomes_zero_to_one(tmp_path):
 
 
 @pytest.mark.parametrize("shape, channels, expected", [
-    ((5, 7), None, (1, 5, 7)), ((5, 7, 3), None, (3, 5, 7)), ((3, 5, 7), None, (3, 5, 7)), ((13, 9, 9), 13, (13, 9, 9)),
+    ((5, 7), None, (1, 5, 7)), ((5, 7, 3), None, (3, 5, 7)), ((3, 5, 7), None, (3, 5, 7)),
+    ((13, 9, 9), 13, (13, 9, 9)),
     ((1, 1, 3), 3, (3, 1, 1)), ((4, 6, 3), 4, (4, 6, 3)), ((3, 9, 3), 3, (3, 3, 9)),
 ])  # fmt: skip
 def test_the_channels_of_an_array_are_found(shape, channels, expected):

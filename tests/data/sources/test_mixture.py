@@ -34,8 +34,10 @@ def test_a_mixture_is_its_sources_in_a_row(mixture):
 def test_weights_and_steps_alone_are_met(mixture):
     sources = [source_of(mixture.step_indices(step, 8, seed=0)) for step in range(10_000)]
     alone = [set(row) == {2} for row in sources]
-    assert sum(alone) == 1000 and not any(2 in row for row, only in zip(sources, alone) if not only)
-    mixed = np.concatenate([row for row, only in zip(sources, alone) if not only])
+    assert sum(alone) == 1000 and not any(
+        2 in row for row, only in zip(sources, alone, strict=True) if not only
+    )
+    mixed = np.concatenate([row for row, only in zip(sources, alone, strict=True) if not only])
     assert abs((mixed == 0).mean() - 0.75) < 0.001
 
 

@@ -1,36 +1,55 @@
-"""What photometry does to pixels: operations on (n, C, h, w) float batches in [0, 1], each row with a strength of its own."""
+"""Operations on pixels: range, size, colours and blur.
+
+The colour operations and the blur work in place on float batches (n, C, h, w) in [0, 1]; each row
+has a strength of its own.
+"""
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 BLUR_RADIUS = 4  # pixels; kernel 9 as in DINOv2 and DINOv3
 
 
-def sent(host: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host on a device. To a GPU from pinned memory: copied otherwise, it would be waited for, and
-    with it everything that the GPU has still to do."""
-    return (
-        host.contiguous().pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else host.to(device)
-    )
+def send(host: Tensor, device: torch.device) -> Tensor:
+    """A small CPU tensor on a device.
+
+    To a GPU it goes from pinned memory: a plain copy would wait for the GPU's queued work.
+    """
+    if device.type != "cuda":
+        return host.to(device)
+    return host.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+def resize(image: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """Antialiased resize of (C, H, W) to `size` (h, w).
+
+    Returns uint8 from uint8, else float32 in [0, 1] (see `to_unit`): bicubic overshoot is clamped.
+    """
+    coarse = image.dtype == torch.uint8
+    image = image if coarse else to_unit(image)
+    if image.shape[-2:] == size:
+        return image
+    options = {"antialias": True} if mode in ("bilinear", "bicubic") else {}
+    resized = F.interpolate(image[None], size, mode=mode, **options)[0]
+    return resized if coarse else resized.clamp_(0, 1)
+
+
+def to_unit(image: Tensor) -> Tensor:
+    """float32 in [0, 1] from uint8 or uint16; a float image is taken to be in that range."""
+    if image.is_floating_point():
+        return image.float()
+    return image.float().div_(torch.iinfo(image.dtype).max)
 
 
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x - mean) / std per channel of (..., C, H, W), in place."""
-    mean, std = (
-        sent(torch.tensor(values, dtype=x.dtype).view(-1, 1, 1), x.device) for values in (mean, std)
-    )
+    mean = send(torch.tensor(mean, dtype=x.dtype).view(-1, 1, 1), x.device)
+    std = send(torch.tensor(std, dtype=x.dtype).view(-1, 1, 1), x.device)
     return x.sub_(mean).div_(std)
-
-
-def luminance(x: Tensor) -> Tensor:
-    """(n, 1, h, w) from (n, 3, h, w), ITU-R 601 weights as torchvision."""
-    r, g, b = x.split(1, 1)
-    return (r * 0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
 def _brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -40,18 +59,18 @@ def _brightness(x: Tensor, factor: Tensor) -> Tensor:
 def _contrast(x: Tensor, factor: Tensor) -> Tensor:
     # Without colours, each channel keeps its own mean: bands of a satellite differ in range. Two
     # means in a row, because one reduction to a single number depends on the count of threads.
-    gray = luminance(x) if x.shape[1] == 3 else x
+    gray = rgb_to_grayscale(x) if x.shape[1] == 3 else x
     mean = gray.mean(-1, keepdim=True).mean(-2, keepdim=True)
     return x.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 1)
 
 
 def _saturation(x: Tensor, factor: Tensor) -> Tensor:
-    gray = luminance(x)
+    gray = rgb_to_grayscale(x)
     return x.mul_(factor).add_(gray.mul_(1 - factor)).clamp_(0, 1)
 
 
 def _hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Shift the hue in HSV. Value and chroma stay, so only the hue, in sixths of a turn, is made."""
+    """Shift the hue in HSV, in sixths of a turn; value and chroma stay."""
     r, g, b = x.unbind(1)
     low, high = x.amin(1), x.amax(1)
     chroma = high - low
