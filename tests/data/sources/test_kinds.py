@@ -172,7 +172,7 @@ def test_a_shard_that_one_rank_cannot_read_is_the_error_of_all(shards, tmp_path)
     said = re.findall(
         r"error: [^\n]*?Input/output error: '[^'\n]*s-01\.tar'", output
     )  # two ranks may write into one line
-    assert status == 1 and len(said) == 2, output
+    assert status == 2 and len(said) == 2, output
 
 
 def test_long_names_and_joined_tars_are_no_damage(tmp_path):
