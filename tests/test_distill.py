@@ -1,8 +1,5 @@
 """distill.py: students do not know of each other, the teacher looks once, and who cannot learn from whom is told so."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,8 +28,8 @@ from models.vit import build_backbone
 from models.weights.load import load_backbone
 from models.weights.save import write_backbone
 from tests.conftest import TINY
+from tests.processes import run_process
 
-ROOT = Path(__file__).parent.parent
 TIMING = {"images_per_second", "data_wait_fraction", "memory_gib"}
 # Another width, another patch size with other inputs and statistics, a convolutional net.
 NARROW = ["distill.students.narrow={model: {embed_dim: 16}, schedule: {lr: 2e-3}}"]
@@ -86,22 +83,6 @@ def weights(student: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in file.items()}
 
 
-def torchrun(ranks: int, *overrides: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(ranks),
-        "distill.py",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *overrides], cwd=ROOT, capture_output=True, text=True, env=environment
-    )
-
-
 # ----------------------------------------------------------------- students do not know of each other
 
 
@@ -136,7 +117,7 @@ def test_two_ranks_with_a_student_each_give_the_losses_of_one_process(shared, tm
     ]
     common += ["schedule.lr.start=1e-3"]
     distill.main([*common, f"output_dir={tmp_path / 'one'}"])
-    done = torchrun(2, *common, f"output_dir={tmp_path / 'two'}")
+    done = run_process("distill.py", *common, f"output_dir={tmp_path / 'two'}", ranks=2)
     assert done.returncode == 0, done.stderr
     assert "ranks 0 to 0" in done.stderr
     for name in ("narrow", "coarse"):
@@ -170,7 +151,8 @@ def test_shares_of_three_ranks_give_the_losses_of_one_process(shared, tmp_path, 
     ]  # drawn on each rank
     distill.main([*common, f"output_dir={tmp_path / 'one'}"])
     for steps in ("total_steps=2", "total_steps=4"):  # and goes on
-        done = torchrun(3, *common, steps, f"output_dir={tmp_path / 'three'}")
+        folder = f"output_dir={tmp_path / 'three'}"
+        done = run_process("distill.py", *common, steps, folder, ranks=3)
         assert done.returncode == 0, done.stderr
     for name in ("narrow", "coarse"):
         one, three = (
@@ -199,7 +181,7 @@ def test_the_teacher_looks_once_a_step_however_many_learn(shared):
 # ----------------------------------------------------------------- a run like any other
 
 
-def test_a_student_leaves_what_a_run_leaves(shared):
+def test_a_student_leaves_what_a_run_leaves(shared, pictures):
     probes = [
         "probe.every=2",
         "probe.train=scenes?size=30",

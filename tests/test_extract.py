@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +15,8 @@ from engine.cli import preparation
 from extract import main
 from models import load_backbone
 from models.weights.save import save_backbone
+from tests.processes import run_process
 
-ROOT = Path(__file__).parent.parent
 MODEL = "random:vit_nano?embed_dim=32&depth=2&num_heads=2&patch_size=8&image_size=32"
 
 
@@ -188,18 +186,10 @@ def test_mistakes_are_said_in_one_sentence(tmp_path, arguments, words, capsys):
 
 
 def test_a_mistake_ends_with_status_two(tmp_path):
-    command = [
-        sys.executable,
-        "extract.py",
-        "--model",
-        MODEL,
-        "--data",
-        "scenes",
-        "--batch-size",
-        "0",
-        "--output",
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: --batch-size is 0")
-    assert not done.stdout
+    arguments = ["--model", MODEL, "--data", "scenes", "--batch-size", "0"]
+    done = run_process("extract.py", *arguments, "--output", str(tmp_path))
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: --batch-size is 0")
+        and not done.stdout
+    )

@@ -3,14 +3,13 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import eval_knn
 import train
+from tests.processes import run_process
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name != "errors.py")
@@ -18,9 +17,7 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name != "errors
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_says_what_it_does_and_shows_a_command(script):
-    done = subprocess.run(
-        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_process(script, "--help")
     assert done.returncode == 0 and f"{script} " in done.stdout and not done.stderr
     assert re.search(rf"(python|torchrun)\s.*{script}", done.stdout)
 
@@ -96,8 +93,7 @@ def test_baselines_are_models_too(model, capsys):
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_two(arguments, words):
-    command = [sys.executable, "eval_knn.py", *DATA, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_process("eval_knn.py", *DATA, *arguments)
     assert (
         done.returncode == 2
         and words in done.stderr

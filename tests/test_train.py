@@ -1,7 +1,6 @@
 """train.py as a user runs it: what a run leaves, how it goes on, what it refuses, and that the method is the method."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from engine.stages import plan_stages
 from engine.views import stage_loader
 from models.ssl_model import make_teacher
 from models.weights.load import load_backbone
+from tests.processes import run_process
 
 ROOT = Path(__file__).parent.parent
 TIMING = {"images_per_second", "data_wait_fraction", "memory_gib"}
@@ -40,18 +40,7 @@ def folder_of(overrides) -> Path:
     return Path(overrides[-1].removeprefix("output_dir="))
 
 
-def command(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **options,
-    )
-
-
-def test_a_run_leaves_what_the_readme_promises(tiny):
+def test_a_run_leaves_what_the_readme_promises(tiny, pictures):
     run = folder_of(tiny)
     probes = [
         "probe.every=2",
@@ -169,10 +158,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(tiny, tmp_path):
     train.main([*tiny, f"output_dir={tmp_path / 'whole'}", "total_steps=12"])
     arguments = [*tiny, f"output_dir={tmp_path / 'killed'}", "total_steps=12"]
     process = subprocess.Popen(
-        [sys.executable, "train.py", *arguments],
-        cwd=ROOT,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "train.py", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL
     )
     latest = tmp_path / "killed" / "checkpoints" / "latest"
     while not latest.exists() and process.poll() is None:
@@ -215,17 +201,13 @@ def test_accumulation_is_exact(tiny, tmp_path, micro):
 def test_two_ranks_give_the_losses_of_one_process(tiny, tmp_path):
     shared = ["loss.dino.centering=sinkhorn", "loss.ibot.centering=ema", "schedule.lr.start=1e-3"]
     train.main([*tiny, *shared, f"output_dir={tmp_path / 'one'}"])
-    arguments = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "train.py",
-        *tiny,
-        *shared,
-    ]
-    done = command(*arguments, f"output_dir={tmp_path / 'two'}")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "train.py", *tiny, *shared, f"output_dir={tmp_path / 'two'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
     assert len(metrics(tmp_path / "two")) == 4  # one rank writes
@@ -240,17 +222,7 @@ def test_a_checkpoint_of_one_process_is_gone_on_with_by_two_ranks(tiny, tmp_path
     ]
     train.main([*tiny, *constant, f"output_dir={tmp_path / 'one'}"])
     train.main([*tiny, *constant, f"output_dir={tmp_path / 'both'}", "total_steps=2"])
-    arguments = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "train.py",
-        *tiny,
-        *constant,
-    ]
-    done = command(*arguments, f"output_dir={tmp_path / 'both'}")
+    done = run_process("train.py", *tiny, *constant, f"output_dir={tmp_path / 'both'}", ranks=2)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "one"), abs=2e-5)
 
@@ -286,7 +258,7 @@ def test_an_unreadable_image_is_skipped_and_listed(tiny, images):
 def test_a_mistake_is_one_sentence_on_standard_error_and_exit_two(tiny, override, words):
     if override == "device=cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
-    done = command("train.py", *tiny, override)
+    done = run_process("train.py", *tiny, override)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout
 
@@ -305,9 +277,6 @@ def test_every_key_of_the_configuration_is_read(tiny, monkeypatch):
     classes = [
         cls for cls in classes if not cls.__name__.startswith("Distill")
     ]  # tests/test_distill.py reads them
-    classes = [
-        cls for cls in classes if not cls.__name__.startswith("Distill")
-    ]  # which distill.py reads
     read = set()
 
     def spy(self, name):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from engine.cli import StoppedEarly
 from engine.logger import read_metrics
 from losses.koleo import koleo_loss
 from models.weights.load import load_backbone
+from tests.processes import Started, run_process
 from tests.test_train import folder_of, losses, metrics
 
 ROOT = Path(__file__).parents[2]
@@ -26,30 +28,19 @@ ROOT = Path(__file__).parents[2]
 # Schedules are constant, because a length that grows would stretch them.
 SAME = [
     "model.positions=rope", "model.registers=2", "loss.ibot.prototypes=16", "loss.ibot.hidden=32", "loss.ibot.bottleneck=16", "loss.ibot.centering=ema", "loss.koleo.group=4",
-    "optim.clip_grad=0.5", "schedule.lr=1e-3", "schedule.weight_decay=0.04", "schedule.ema_momentum=0.99", "schedule.teacher_temp=0.05", "loss.gram.weight=1", "loss.gram.teacher=ema", "loss.gram.teacher_scale=2",
+    "checkpoint.every=100", "optim.clip_grad=0.5", "schedule.lr=1e-3", "schedule.weight_decay=0.04", "schedule.ema_momentum=0.99", "schedule.teacher_temp=0.05", "loss.gram.weight=1", "loss.gram.teacher=ema", "loss.gram.teacher_scale=2",
 ]  # fmt: skip
 
 
-def start(arguments, ranks=1, script="train.py", **environment):
+def start(arguments, ranks=1, script="train.py", **options):
     """A run as a user starts it, without waiting."""
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        if ranks > 1
-        else []
-    )
-    return subprocess.Popen(
-        [sys.executable, *torchrun, script, *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+    return Started(script, arguments, ranks, **options)
 
 
 def finish(process, seconds=240) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=seconds)
-    return process.returncode, output
+    """Exit status and all that was printed."""
+    done = process.finish(seconds)
+    return done.returncode, done.stdout + done.stderr
 
 
 def run(arguments, ranks=1, **options) -> None:
@@ -222,15 +213,19 @@ def test_too_many_in_a_row_end_all_ranks_with_the_last_checkpoint_whole(tiny):
 
 @pytest.mark.parametrize("fault, words", [("kill@2", "Signal 9"), ("hang@2", "exitcode  : 1")])
 def test_a_rank_that_dies_or_hangs_ends_the_run_and_is_named(fault, words, tiny):
-    process = start(
-        [*tiny, "total_steps=1000", "hang_timeout=5"],
-        2,
-        script="tests/broken_rank.py",
-        FAULT=fault,
-        FAULT_RANK="1",
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "tests/broken_rank.py", *tiny]
+        + ["total_steps=1000", "hang_timeout=5"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        env={**os.environ, "FAULT": fault, "FAULT_RANK": "1"},
     )
-    status, output = finish(process, seconds=120)
-    assert status == 1 and words in output, output
+    output = done.stdout
+    assert done.returncode == 1 and words in output, output
     assert "error: rank 1 of 2 ended, or did not answer for 5 seconds (hang_timeout)" in output, (
         output
     )
@@ -242,13 +237,8 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_and_is_named(fault, words, tiny)
 def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(tiny):
     train.main([*tiny, "total_steps=2"])
     before = load_backbone(folder_of(tiny)).state_dict()
-    limited = subprocess.run(
-        [sys.executable, "train.py", *tiny, "total_steps=4"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
-    )
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (60_000, 60_000))
+    limited = run_process("train.py", *tiny, "total_steps=4", before=limit)
     assert (
         limited.returncode == 1
         and "is the disk full?" in limited.stderr
@@ -296,9 +286,9 @@ def test_thirty_kills_leave_no_trace(tiny, tmp_path):
             time.sleep(draw.random() * 0.03)
         if kind == "saving":
             assert wait_for(lambda: list(folder.glob("checkpoints/*.unfinished")), 600, pause=0.001)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it was done before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        status, _ = finish(process)
+        assert status == -signal.SIGKILL, "it was done before it could be killed"
         kills[kind] += 1
     status, output = finish(start(long), seconds=1800)
     assert status == 0, output

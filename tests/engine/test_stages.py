@@ -334,7 +334,7 @@ def test_a_gram_teacher_equal_to_the_student_costs_nothing(tiny, earlier):
     assert all(record["loss/gram"] > 1e-6 for record in metrics(folder_of(tiny)))
 
 
-def test_auto_takes_the_snapshot_with_the_best_locality_and_says_so(tiny, capsys):
+def test_auto_takes_the_snapshot_with_the_best_locality_and_says_so(tiny, capsys, pictures):
     import json
 
     train.main(

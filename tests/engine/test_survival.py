@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -19,9 +18,8 @@ from engine.checkpoint import CheckpointWriter, latest_step, load_checkpoint, tr
 from engine.cli import RunFailed, run_script
 from engine.logger import read_metrics
 from engine.optim import make_optimizer
+from tests.processes import run_process
 from tests.test_train import folder_of, metrics
-
-ROOT = Path(__file__).parents[2]
 
 
 def ending(call: list[str], capsys) -> tuple[int, list[str]]:
@@ -214,23 +212,8 @@ def test_a_resumed_run_in_fp16_goes_on_with_the_same_scale(tiny, tmp_path, capsy
 
 
 def test_fp16_on_two_ranks_is_fp16_on_one(tiny, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "train.py",
-    ]
-    half = [*tiny, "precision=fp16", "schedule.lr=1e-3", "total_steps=12"]
-    done = subprocess.run(
-        [*command, *half],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    half = [*tiny, "precision=fp16", "schedule.lr=1e-3", "total_steps=12", "checkpoint.every=100"]
+    done = run_process("train.py", *half, ranks=2)
     assert done.returncode == 0, done.stderr
     train.main([*half, f"output_dir={tmp_path / 'one'}"])
     for ours, theirs in zip(metrics(folder_of(tiny)), metrics(tmp_path / "one"), strict=True):

@@ -2,13 +2,10 @@
 
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 import tarfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +20,7 @@ from data.pictures import array_to_tensor, fit_channels, read_image
 from data.sources.specs import UnreadableImage, match_classes, open_data
 from data.sources.tar import expand_braces
 from tests.deep import noise, png16
+from tests.processes import run_process
 
 
 def encoded(array: np.ndarray) -> bytes:
@@ -143,27 +141,8 @@ def test_an_empty_shard_is_one_unreadable_image(shards, tmp_path):
 
 
 def open_on_two_ranks(spec, output, **environment) -> tuple[int, str]:
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    done = subprocess.run(
-        [*torchrun, "tests/tar_ranks.py"],
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "SHARDS": spec,
-            "OUTPUT": str(output),
-            **environment,
-        },
-    )
+    names = {"SHARDS": spec, "OUTPUT": str(output), **environment}
+    done = run_process("tests/tar_ranks.py", ranks=2, **names)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -194,7 +173,7 @@ def test_a_shard_that_one_rank_cannot_read_is_the_error_of_all(shards, tmp_path)
     said = re.findall(
         r"error: [^\n]*?Input/output error: '[^'\n]*s-01\.tar'", output
     )  # two ranks may write into one line
-    assert status == 1 and len(said) == 2, output
+    assert status == 2 and len(said) == 2, output
 
 
 def test_long_names_and_joined_tars_are_no_damage(tmp_path):

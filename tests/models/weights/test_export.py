@@ -1,9 +1,6 @@
 """Export: transformers, timm and onnxruntime compute what our model computes; no tensor is lost."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,9 +19,9 @@ from models.timm_backbone import TimmBackbone
 from models.vit import VisionTransformer, build_backbone
 from models.weights.save import save_backbone, save_teacher, write_backbone
 from tests.dialects import HF_CLASSES, deviation, draw, hf_tokens, hugging_face, meta_file, tokens
+from tests.processes import run_process
 
 BOUND = 1e-5  # of the largest number in the reference
-ROOT = Path(__file__).parents[3]
 PREPROCESSING = Preprocessing((64, 48), 72, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear")
 TINY = dict(embed_dim=128, depth=2, num_heads=2, patch_size=8, image_size=32)
 ROPE = dict(positions="rope", norm_eps=1e-5, mask_k_bias=True, layerscale=0.1, registers=4)
@@ -457,8 +454,7 @@ def test_onnxruntime_computes_our_tokens(name, dynamic, tmp_path, capsys):
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_two(arguments, words, tmp_path):
-    command = [sys.executable, "export.py", *arguments, "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_process("export.py", *arguments, "--output", str(tmp_path))
     assert (
         done.returncode == 2
         and words in done.stderr

@@ -1,12 +1,8 @@
 """Training from existing weights (`init:`) in any dialect, and from the files of a killed run."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +12,8 @@ import train
 from models.weights.load import load_backbone
 from models.weights.save import write_backbone
 from tests.dialects import hugging_face
+from tests.processes import Started
 from tests.test_train import folder_of, losses
-
-ROOT = Path(__file__).parents[3]
 
 ARCHITECTURES = {
     "ViTModel": ["model.patch_size=16"],
@@ -99,22 +94,14 @@ def test_training_starts_from_a_convnext(tiny, tmp_path):
         "crops.local_size=32",
         "loss.ibot.weight=0",
     ]
-    train.main([*tiny, *convnext, "batch_size=4", "total_steps=5", f"init={tmp_path / 'hf'}"])
-    assert len(losses(folder_of(tiny))) == 5
+    few = ["batch_size=4", "total_steps=2", "checkpoint.every=100"]
+    train.main([*tiny, *convnext, *few, f"init={tmp_path / 'hf'}"])
+    assert len(losses(folder_of(tiny))) == 2
 
 
 def test_an_interrupted_run_is_a_model(tiny, tmp_path, capsys):
     """Killed between checkpoints, its folder gives the teacher of the last one."""
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        *tiny,
-        "total_steps=100000",
-        "checkpoint.every=2",
-    ]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    process = Started("train.py", [*tiny, "total_steps=100000", "checkpoint.every=2"])
     try:
         deadline = time.monotonic() + 120
         while (
@@ -124,7 +111,7 @@ def test_an_interrupted_run_is_a_model(tiny, tmp_path, capsys):
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.finish()
     assert load_backbone(folder_of(tiny)).preprocessing.size == (32, 32)
     data = [
         "--train",

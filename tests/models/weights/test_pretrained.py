@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -37,9 +36,9 @@ from tests.dialects import (
     meta_file,
     tokens,
 )
+from tests.processes import run_process
 
 BOUND = 1e-5  # of the largest number in the reference
-ROOT = Path(__file__).parents[3]
 SMALL_GATED = {"use_swiglu_ffn": True}
 transformers_only = pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("transformers"),
@@ -580,17 +579,8 @@ def test_unknown_options_are_named(folder):
 
 def test_a_damaged_file_is_one_sentence_and_exit_two(folder):
     (folder / "model.safetensors").write_bytes(b"no tensors")
-    command = [
-        sys.executable,
-        "eval_knn.py",
-        "--model",
-        str(folder),
-        "--train",
-        "scenes?size=4",
-        "--val",
-        "scenes?size=4",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    data = ["--train", "scenes?size=4", "--val", "scenes?size=4"]
+    done = run_process("eval_knn.py", "--model", str(folder), *data)
     assert (
         done.returncode == 2
         and "not a whole safetensors file" in done.stderr
