@@ -53,7 +53,7 @@ from train import Targets, balance, build_centering, compute_losses
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = config_parser(__doc__).parse_args(argv)
+    arguments = config_parser(__doc__, DistillTrainConfig).parse_args(argv)
     cfg = load_config(arguments.config, arguments.overrides, DistillTrainConfig)
     device = distributed.choose_device(cfg.device)
     with distributed.process_group(device, cfg.hang_timeout):

@@ -1,4 +1,4 @@
-"""What the command lines share: exit statuses, one-sentence errors, evaluation flags, the JSON line."""
+"""What the command lines share: exit statuses, errors of one sentence, flags, the JSON line."""
 
 import argparse
 import ctypes
@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
+from engine.config import TrainConfig
 from engine.distributed import RankLost
+from engine.keys import as_markdown, as_text, select
 from errors import UserError
+from models.features import Preprocessing
 
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 3
-NO_MEMORY = (
-    "out of memory",
-    "ALLOC_FAILED",
-    "t allocate memory",
-)  # RuntimeErrors: of CUDA and MPS, cuBLAS, the CPU
+# RuntimeErrors of CUDA and MPS, of cuBLAS, of the CPU.
+NO_MEMORY = ("out of memory", "ALLOC_FAILED", "t allocate memory")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
@@ -33,7 +33,7 @@ class RunFailed(RuntimeError):
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Runs `main(argv)`. A user's mistake is one sentence on standard error and exit 2, without a traceback.
+    """Runs `main(argv)`. A user's mistake is one sentence on standard error and exit status 2.
 
     NANODINO_TRACEBACK=1 shows the traceback all the same.
     """
@@ -57,8 +57,10 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Large tensors on a CPU take memory that this process used before. glibc gives it back at every free, and the page faults
-    of getting it again were a quarter of a training step (docs/performance.md). Settings of MALLOC_* in the environment stand.
+    """Lets a process on a CPU reuse the memory of large tensors that it has freed.
+
+    glibc returns it at every free, and the page faults of getting it again were a quarter of a
+    training step (docs/performance.md). Settings of MALLOC_* in the environment stand.
     """
     if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
@@ -68,10 +70,9 @@ def keep_freed_memory() -> None:
 
 
 def memory_is_short(error: BaseException) -> bool:
-    if (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or getattr(error, "errno", None) == errno.ENOMEM
-    ):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if getattr(error, "errno", None) == errno.ENOMEM:
         return True
     unnamed = isinstance(error, RuntimeError) and not isinstance(error, (RunFailed, StoppedEarly))
     return unnamed and any(words in str(error) for words in NO_MEMORY)
@@ -80,76 +81,75 @@ def memory_is_short(error: BaseException) -> bool:
 def sentence(error: BaseException) -> str:
     """The message on one line; out of memory says what to lower."""
     said = str(error)
+    of_worker = "DataLoader worker" in said
+    if memory_is_short(error) and of_worker:
+        remedy = "lower data.workers (--workers), batch_size or the crop sizes"
+        return f"out of memory in a loader process; {remedy}"
     if memory_is_short(error):
-        if "DataLoader worker" in said:
-            return "out of memory in a loader process; lower data.workers (--workers), batch_size or the crop sizes"
-        return (
-            "out of memory; lower batch_size or micro_batch_size (--batch-size for evaluations) or the crop sizes, or train "
-            "with checkpointing=blocks"
-        )
-    if (
-        "DataLoader worker" in said and "Traceback" in said
-    ):  # raised in a worker, which sends its whole traceback
+        remedy = "lower batch_size or micro_batch_size (--batch-size for evaluations)"
+        return f"out of memory; {remedy} or the crop sizes, or train with checkpointing=blocks"
+    if of_worker and "Traceback" in said:  # the worker sends its whole traceback
         said = said.strip().splitlines()[-1].partition(": ")[2]
-    elif "DataLoader worker" in said:
-        said = f"a loader process died ({said.partition(chr(10))[0]}); if memory ran out, lower data.workers or batch_size and start again"
+    elif of_worker:
+        first = said.partition("\n")[0]
+        remedy = "if memory ran out, lower data.workers or batch_size and start again"
+        said = f"a loader process died ({first}); {remedy}"
     return " ".join(said.split()) or type(error).__name__
 
 
 class ConfigParser(argparse.ArgumentParser):
     """Its mistakes end as all others do: -evice=cpu, say, is one sentence and no usage."""
 
+    schema: type = TrainConfig
+
     def error(self, message: str) -> None:
         raise UserError(f"{message}; --help says what there is")
 
+    def parse_args(self, *arguments: Any, **options: Any) -> argparse.Namespace:
+        """Where --keys is given, prints the keys and exits."""
+        parsed = super().parse_args(*arguments, **options)
+        if parsed.keys is not None:
+            chosen = select(self.schema, parsed.keys)
+            print(as_markdown(chosen) if parsed.markdown else as_text(chosen))
+            self.exit()
+        return parsed
 
-def config_parser(description: str) -> argparse.ArgumentParser:
-    """`--config NAME key=value ...`"""
-    parser = ConfigParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+
+def config_parser(description: str, schema: type = TrainConfig) -> argparse.ArgumentParser:
+    """`--config NAME key=value ...`, and `--keys` of the configuration `schema`."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = ConfigParser(description=description, formatter_class=layout)
+    parser.schema = schema
     parser.add_argument("--config", help="a YAML file, by path or by its name in configs/")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="for example data.train=/my/images batch_size=32",
-    )
+    example = "for example data.train=/my/images batch_size=32"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=example)
+    lookup = "print every key, or those of a section such as loss.dino, and exit"
+    parser.add_argument("--keys", nargs="?", const="", metavar="SECTION", help=lookup)
+    page = "with --keys: print docs/configuration.md"
+    parser.add_argument("--markdown", action="store_true", help=page)
     return parser
 
 
 def evaluation_parser(description: str) -> argparse.ArgumentParser:
     """The flags that every evaluation takes."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="a run folder, RUN@step, RUN@best, weights, random:vit_small, pixels ...",
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
+    model = "a run folder, RUN@step, RUN@best, weights, random:vit_small, pixels ..."
+    parser.add_argument("--model", required=True, help=model)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--batch-size", type=int, default=64, help="images a forward pass")
-    parser.add_argument(
-        "--workers", type=int, help="loader processes; by default by the number of cores"
-    )
-    parser.add_argument(
-        "--resize",
-        type=int,
-        help="short side in pixels before the centre crop; by default the model's own",
-    )
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs="+",
-        help="centre crop in pixels, one number or height width; by default the model's own",
-    )
+    workers = "loader processes; by default by the number of cores"
+    parser.add_argument("--workers", type=int, help=workers)
+    resize = "short side in pixels before the centre crop; by default the model's own"
+    parser.add_argument("--resize", type=int, help=resize)
+    size = "centre crop in pixels, one number or height width; by default the model's own"
+    parser.add_argument("--size", type=int, nargs="+", help=size)
     parser.add_argument("--output", type=Path, help="folder for the result as JSON")
     return parser
 
 
-def preparation(preprocessing: Any, resize: int | None, size: list[int] | None) -> dict:
-    """How to prepare images: the model's own preprocessing, unless --resize or --size say otherwise.
+def preparation(preprocessing: Preprocessing, resize: int | None, size: list[int] | None) -> dict:
+    """How images are prepared: as by the model, unless --resize or --size say otherwise.
 
     Raises:
         UserError: if a size is not positive, or --size has more than two numbers.
@@ -157,9 +157,8 @@ def preparation(preprocessing: Any, resize: int | None, size: list[int] | None) 
     values = vars(preprocessing).copy()
     if size is not None:
         if len(size) > 2 or min(size) < 1:
-            raise UserError(
-                f"--size is {' '.join(map(str, size))}; give one number, or height and width, in pixels"
-            )
+            given = " ".join(map(str, size))
+            raise UserError(f"--size is {given}; give one number, or height and width, in pixels")
         values["size"] = (size[0], size[-1])
         values["resize"] = max(size)  # the whole image, unless --resize says otherwise
     if resize is not None:

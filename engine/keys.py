@@ -6,6 +6,7 @@ Prints the tables of `python train.py --keys` and of docs/configuration.md.
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import textwrap
 import types
@@ -19,16 +20,17 @@ WIDTH = 100  # columns of a terminal
 HEADINGS = ("key", "type", "default", "unit")
 PAGE = """# Configuration
 
-Every key of a configuration file and of the command line (`key=value`), with its type, default and
-unit. This page is written by
+This page is written by
 
 ```
 python distill.py --keys --markdown > docs/configuration.md
 ```
 
+It has every key of a configuration file and of the command line (`key=value`).
+
 Without `--markdown` the same stands in your terminal; `python train.py --keys loss.dino` shows one
-section. Keys of `distill` are read by `distill.py` only, all others by `train.py` as well. A key of a
-stage or a student is written below its name: `stages.gram.schedule.lr.peak=1e-4`.
+section. Only `distill.py` reads the keys of `distill`; all others are read by `train.py` as well.
+A key of a stage or a student is written below its name: `stages.gram.schedule.lr.peak=1e-4`.
 """
 FIELD = re.compile(r"    (\w+): [^#]*(?:  # (.*))?")
 WORDS = {int: "int", float: "float", bool: "bool", str: "text", dict: "mapping", type(None): "null"}
@@ -39,6 +41,41 @@ class Rule(NamedTuple):
 
     words: str  # after "it must be"
     holds: Callable[[Any], object]
+
+
+def within(interval: str, count: int = 0, words: str = "") -> Rule:
+    """Numbers in an interval such as "(0, 1]": one, a list of any length, or a list of `count`."""
+    low, high = map(float, interval[1:-1].split(","))
+    above = "more than" if interval[0] == "(" else "at least"
+    bounds = f"in {interval}" if math.isfinite(high) else f"{above} {low:g}"
+
+    def holds(value: float | list[float]) -> bool:
+        numbers = value if isinstance(value, list) else [value]
+        fits = not count or len(numbers) == count
+        lower = all(number > low or number == low and above == "at least" for number in numbers)
+        upper = all(number < high or number == high and interval[-1] == "]" for number in numbers)
+        return fits and lower and upper
+
+    return Rule(words or (f"{count} numbers {bounds}" if count else bounds), holds)
+
+
+def rising(interval: str) -> Rule:
+    """[low, high] within an interval."""
+    numbers = within(interval, 2)
+    words = f"[low, high] within {interval}"
+    return Rule(words, lambda pair: numbers.holds(pair) and pair[0] <= pair[1])
+
+
+def is_size(size: int | list[int]) -> bool:
+    """Whether it is a number of pixels, or [height, width]."""
+    return isinstance(size, int) or len(size) == 2
+
+
+def is_span(span: int | str) -> bool:
+    """Whether it is a number of steps, or a share of the run such as "10%"."""
+    if isinstance(span, int):
+        return span >= 0
+    return bool(re.fullmatch(r"\d+(\.\d+)?%", span))
 
 
 class Key(NamedTuple):

@@ -39,6 +39,10 @@ def free(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"free": True})
 
 
+def listed(*values: float) -> Any:
+    return section(lambda: list(values))
+
+
 def section(factory: Callable[[], Any], free: bool = False) -> Any:
     return dataclasses.field(default_factory=factory, metadata={"free": free})
 
@@ -205,7 +209,8 @@ def check_rules(section: Any, path: str = "") -> None:
         full, value = dotted(path, name), values[name]
         for rule in notes(hint)[0]:
             if value is not None and not rule.holds(value):
-                raise UserError(f"{full} is {value}; it must be {rule.words}")
+                or_null = ", or null" if types.NoneType in typing.get_args(hint) else ""
+                raise UserError(f"{full} is {value}; it must be {rule.words}{or_null}")
         for inner in value if isinstance(value, list) else [value]:
             if dataclasses.is_dataclass(inner):
                 check_rules(inner, full)

@@ -1,4 +1,4 @@
-"""The objectives of three papers on generated scenes: 300 steps each learn and stay alive (minutes; -m slow)."""
+"""The objectives of three papers on scenes learn in 300 steps and stay alive (minutes; -m slow)."""
 
 import pytest
 
@@ -7,9 +7,11 @@ from engine.config import load_config
 from engine.logger import read_metrics
 from engine.optim import build_schedules
 
-# Views that share no colour say little about each other at first, so the teacher must be sharp for its targets to tell images apart.
-# DINO alone also needs DINO's slow EMA: at the quickstart's 0.98 the teacher outruns its centre, and all images swing to one target.
-OBJECTIVES = {  # iBOT as in the paper, with its term on CLS: from patches alone nothing is asked of the vector that k-NN looks at
+# Views that share no colour say little about each other at first, so the teacher must be sharp: its
+# targets must tell images apart. DINO alone also needs DINO's slow EMA: at the quickstart's 0.98 the
+# teacher outruns its centre, and all images swing to one target.
+# iBOT has its term on CLS, as in the paper: patches alone do not train the vector that k-NN uses.
+OBJECTIVES = {
     "dino": [
         "loss.ibot.weight=0",
         "loss.koleo.weight=0",
@@ -47,7 +49,8 @@ def test_three_hundred_steps_learn_and_do_not_collapse(name, seed, tmp_path, cap
     ]
     rank = records[-1]["health/effective_rank"]
     print(
-        f"{name}: k-NN {knn[0]:.3f} -> {knn[-1]:.3f}, entropy {min(entropy):.2f}..{max(entropy):.2f} of ln K, rank {rank:.1f}"
+        f"{name}: k-NN {knn[0]:.3f} -> {knn[-1]:.3f}, "
+        f"entropy {min(entropy):.2f}..{max(entropy):.2f} of ln K, rank {rank:.1f}"
     )
     assert "collapsing" not in said
     assert knn[-1] > knn[0]
@@ -104,7 +107,8 @@ def test_every_recipe_runs_three_steps_at_reduced_width(recipe, tmp_path):
     assert len(losses) == 3 and all(0 < loss < 20 for loss in losses)
 
 
-COUNTS = {  # of the backbone's parameters, as published where one was released (FACTS 3), registers and mask token included
+# Parameters of the backbone, as published where one was released; registers and mask token count.
+COUNTS = {
     "dino_vits16": 21_665_664,
     "dino_vitb16": 85_798_656,
     "ibot_vits16": 21_665_664 + 384,

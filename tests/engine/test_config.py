@@ -1,14 +1,20 @@
 """engine.config and engine.settings: what users type, and what they are told."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import distill
+import train
 from engine.config import DistillTrainConfig, Schedule, TrainConfig, load_config
+from engine.keys import sections
 from engine.settings import all_keys, changed_keys, read_yaml, to_dict, to_yaml
 from errors import UserError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -145,3 +151,69 @@ def test_a_key_within_a_stage_leaves_the_length_alone_and_steps_of_stages_replac
         load_config(None, [stages, "total_steps=80", "stages.a.schedule.lr=1e-4"]).total_steps == 80
     )
     assert load_config(None, ["total_steps=80", stages]).total_steps is None
+
+
+ROWS = [key for section in sections(DistillTrainConfig) for key in section.keys]
+
+
+@pytest.mark.parametrize("key", ROWS, ids=lambda key: key.name)
+def test_every_key_has_a_sentence_and_every_quantity_a_unit(key):
+    assert key.sentence.endswith(".") and not key.sentence.startswith("It must")
+    assert key.unit or not {"int", "float"} & set(key.type.split())
+
+
+def test_every_key_is_in_the_table():
+    names = {key.name for key in ROWS} | {section.name for section in sections(DistillTrainConfig)}
+    assert set(all_keys(DistillTrainConfig)) <= names | {"loss"}
+
+
+def printed(main, arguments: list[str], capsys) -> str:
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert not exit.value.code
+    return capsys.readouterr().out
+
+
+def test_the_page_of_the_configuration_is_what_the_program_prints(capsys):
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert printed(distill.main, ["--keys", "--markdown"], capsys) == page
+
+
+def test_keys_are_printed_for_a_terminal_of_100_columns(capsys):
+    everything = printed(train.main, ["--keys"], capsys)
+    assert max(map(len, everything.splitlines())) <= 100
+    assert "crops.mix[].share" in everything and "distill.teacher" not in everything
+    section = printed(train.main, ["--keys", "loss.dino"], capsys)
+    assert "loss.dino.prototypes" in section and "65536" in section and "loss.ibot" not in section
+    assert "loss.gram.start" in printed(train.main, ["--keys", "loss"], capsys)
+    assert "schedule.gram.warmup" in printed(train.main, ["--keys", "schedule.gram"], capsys)
+    assert "steps" in printed(train.main, ["--keys", "log_every"], capsys)
+    assert "distill.match" in printed(distill.main, ["--keys", "distill"], capsys)
+
+
+def test_a_section_that_does_not_exist_is_one_sentence_with_the_nearest():
+    with pytest.raises(UserError, match="unknown key loss.dinno; did you mean loss.dino"):
+        train.main(["--keys", "loss.dinno"])
+    command = [sys.executable, "train.py", "--keys", "optim.beta"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "optim.betas" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("hang_timeout=0", "hang_timeout is 0.0; it must be more than 0"),
+        ("crops.flip=2", "crops.flip is 2.0; it must be in [0, 1], or null"),
+        ("crops.blur=[0.5, 2, 0]", "it must be 3 numbers in [0, 1]"),
+        ("crops.mix=[{share: 0}]", "crops.mix.share is 0.0"),
+        ("loss.ibot.mask_ratio=[0.5, 1]", "[low, high] within [0, 1)"),
+        ("loss.koleo.group=1", "at least 2"),
+        ("seed=-1", "in [0, 2^63)"),
+        ("data.std=[0, 1, 1]", "data.std is [0.0, 1.0, 1.0]; it must be more than 0"),
+        ("stages={a: {steps: 1, batch_size: 0}}", "stages.a: batch_size is 0"),
+    ],
+)
+def test_the_rule_of_a_key_is_said_with_the_value(override, words):
+    with pytest.raises(UserError) as error:
+        load_config(None, [override])
+    assert words in str(error.value)
