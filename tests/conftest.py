@@ -11,7 +11,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import train  # noqa: E402
+from evals import inloop  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -43,15 +43,15 @@ TINY = [
 ]
 
 
-DRAWING = {name: getattr(train, name) for name in ("draw_curves", "report_teacher")}
+DRAWING = {name: getattr(inloop, name) for name in ("draw_curves", "report_teacher")}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_pictures():
     """Runs within pytest draw nothing: pictures take two thirds of the time of a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_curves", lambda path, runs: None)
-        patch.setattr(train, "report_teacher", lambda *_, **__: lambda path: None)
+        patch.setattr(inloop, "draw_curves", lambda path, runs: None)
+        patch.setattr(inloop, "report_teacher", lambda *_, **__: lambda path: None)
         yield
 
 
@@ -59,7 +59,7 @@ def no_pictures():
 def pictures(no_pictures, monkeypatch):
     """Runs of this test draw their pictures."""
     for name, function in DRAWING.items():
-        monkeypatch.setattr(train, name, function)
+        monkeypatch.setattr(inloop, name, function)
 
 
 @pytest.fixture
