@@ -365,7 +365,9 @@ def test_no_gradient_reaches_the_teacher(tiny):
     schedules = stage.schedules
     batch = next(iter(stage_loader(stage, 0, 8, torch.device("cpu"))))
     now = {name: schedule(1) for name, schedule in schedules.items()}
-    targets = train.teacher_targets(teacher, [batch], train.build_centering(cfg.loss, schedules), 0.05)
+    targets = train.teacher_targets(
+        teacher, [batch], train.build_centering(cfg.loss, schedules), 0.05
+    )
     out = student(batch.global_crops, batch.local_crops, batch.masks)
     terms = train.compute_losses(out, targets[0], batch, cfg.loss, now)
     sum(terms.values()).backward()
