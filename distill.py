@@ -150,7 +150,7 @@ def student_step(
     loss = student.stage.cfg.loss
     distributed.seed_step(student.cfg.seed, step)
     batch, grid = student.own_view(step, batch, places)
-    micro_batches = update.split(batch)
+    micro_batches = batch.split(update.micro_batch)
     with update.forward("teacher"):
         if student.heads:
             targets = head_targets(

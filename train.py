@@ -110,7 +110,7 @@ def train_step(
         update: holds student, teacher and optimizer; scales, adds up and clips the gradients.
         now: the scheduled values of this step, and the weights of the terms in use.
     """
-    micro_batches = update.split(batch)
+    micro_batches = batch.split(update.micro_batch)
 
     # 1. The teacher sees the global crops only and gives the targets, of the whole batch at once.
     with update.forward("teacher"):

@@ -1,11 +1,11 @@
 """Detects collapse from cheap measures of targets and features, taken in logged steps."""
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from data.sources.specs import ImageData
 from engine import distributed
 from engine.cli import RunFailed
 from engine.logger import notice
@@ -133,7 +133,7 @@ class CollapseWatch:
                 return self._say(kind, f"{signs[kind]} since step {first}")
         return None
 
-    def look_at(self, images: "Images") -> str | None:
+    def look_at(self, images: ImageData) -> str | None:
         """Before the first step: whether the images are one picture many times."""
         count, share = same_pictures(images)
         if share < SAME_PICTURE:
@@ -168,20 +168,13 @@ def _signs(values: dict[str, float]) -> dict[str, str]:
     return signs
 
 
-class Images(Protocol):
-    def __len__(self) -> int: ...
-
-    def image(self, index: int) -> Tensor:
-        """(C, H, W); raises OSError for what cannot be read."""
-
-
-def warn_of_same_pictures(images: Images, on_collapse: str) -> None:
+def warn_of_same_pictures(images: ImageData, on_collapse: str) -> None:
     """Warns, or ends the run, if the images are one picture many times."""
     if warning := CollapseWatch(on_collapse).look_at(images):
         notice(warning)
 
 
-def same_pictures(images: Images) -> tuple[int, float]:
+def same_pictures(images: ImageData) -> tuple[int, float]:
     """(images looked at, the share of them that are the most frequent picture).
 
     Pictures are the same where 8 x 8 averages differ by less than 2 % of their spread: a re-encoded

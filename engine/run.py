@@ -29,19 +29,9 @@ from engine.stages import Stage
 from errors import UserError
 
 RUN_FILES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "checkpoints",
-    "snapshots",
-    "teacher",
-    "best",
-    "curves.png",
-    "report.png",
-    "bad_images.txt",
-    "tensorboard",
-    "wandb",
-    "gram_choice.json",
-    "gram_choice.png",
+    *("config.yaml", "metrics.jsonl", "checkpoints", "snapshots", "teacher", "best"),
+    *("curves.png", "report.png", "bad_images.txt", "tensorboard", "wandb"),
+    *("gram_choice.json", "gram_choice.png"),
 )
 
 
@@ -192,9 +182,8 @@ class Run:
         elif self._due(step, self.cfg.checkpoint.snapshot):
             self.refresh()
             if distributed.is_main():
-                self.writer.also(
-                    partial(checkpoint.save_folder, self._snapshot(step), self.outputs.export())
-                )
+                export = self.outputs.export()
+                self.writer.also(partial(checkpoint.save_folder, self._snapshot(step), export))
         if step == self.total_steps or stopped:
             self.writer.finish()
             self.logger.close()
@@ -235,21 +224,19 @@ class Run:
 
     def _log(self, step: int, values: dict) -> None:
         values = {name: float(value) for name, value in values.items()}
-        warning = self.watch.look(step, values)
-        if warning:
+        if warning := self.watch.look(step, values):
             notice(warning)
         values |= self.logger.speed(step)
-        if self.outputs.probe and (
-            self._due(step, self.cfg.probe.every) or step in self.stage_ends
-        ):
+        due = self._due(step, self.cfg.probe.every) or step in self.stage_ends
+        if self.outputs.probe and due:
             self.refresh()
             values |= self.outputs.probe()
         self.logger.log(step, values)
         if values.get(self.guard.key, -math.inf) > self.best:
             self.best = values[self.guard.key]
-            self._on_main(
-                lambda: checkpoint.save_folder(self.folder / "best", self.outputs.export())
-            )
+            if distributed.is_main():
+                checkpoint.save_folder(self.folder / "best", self.outputs.export())
+            distributed.barrier()
         if warning := self.guard.look(step, values, self.folder / "best"):
             notice(warning)
         self.logger.restart_clock(step)
@@ -280,8 +267,3 @@ class Run:
 
     def _snapshot(self, step: int) -> Path:
         return self.folder / "snapshots" / str(step)
-
-    def _on_main(self, work: Callable[[], None]) -> None:
-        if distributed.is_main():
-            work()
-        distributed.barrier()

@@ -40,7 +40,7 @@ class OptimizationStep:
         optimizer: of the student's parameters (`optim.make_optimizer`).
         precision: autocast and loss scaler, from `distributed.choose_precision`.
         settings: its `clip_grad` and `clip_per` are read.
-        micro_batch: images that go through the student at once; None: all.
+        micro_batch: images that go through the student at once.
         frozen_until: step of the run before which the last layer of the heads does not move.
 
     Attributes:
@@ -56,7 +56,7 @@ class OptimizationStep:
         precision: tuple[Callable, torch.amp.GradScaler],
         settings: OptimConfig,
         *,
-        micro_batch: int | None = None,
+        micro_batch: int,
         frozen_until: int = 0,
     ):
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
@@ -69,10 +69,6 @@ class OptimizationStep:
         self.totals: dict[str, Tensor] = {}  # loss terms of this rank's batch, and grad_norm
         self.skipped: dict[str, Tensor] = {}  # how often each value was not finite
         self.in_a_row: Tensor | float = 0.0
-
-    def split(self, batch: Batch) -> list[Batch]:
-        """The micro batches, in order."""
-        return batch.split(self.micro_batch or len(batch.images))
 
     @contextlib.contextmanager
     def forward(self, phase: str) -> Iterator[None]:
