@@ -73,8 +73,7 @@ def linear_depth(
     build = partial(DepthHead, patches.dim, low, high)
     loss = partial(sig_loss, begin=min(0.1, 100 / steps))
     heads = train_heads(patches, build, loss, recipe, steps, seed)
-    errors: dict[Any, list] = {}
-    flips = [val.flip for val in vals]
+    errors, flips = {}, [val.flip for val in vals]
     streams = [extract_patches(backbone, val, device, **options) for val in vals]
     for variants in zip(*streams, strict=True):
         depth = variants[0].target.to(device)
@@ -92,8 +91,8 @@ def linear_depth(
     rmse = {name: sum(error for error, _ in rows) / images for name, rows in errors.items()}
     delta = {name: sum(share for _, share in rows) / images for name, rows in errors.items()}
     best = min(heads, key=rmse.get)
-    result = {"rmse": rmse[best], "delta1": delta[best]}
-    result["lr"] = {f"{lr:g}": rmse[lr] for lr in heads}
+    rates = {f"{lr:g}": rmse[lr] for lr in heads}
+    result = {"rmse": rmse[best], "delta1": delta[best], "lr": rates}
     result["limit"] = {"rmse": rmse["limit"], "delta1": delta["limit"]}
     return result | {"constant": rmse["constant"], "span": [low, high], "steps": steps}
 

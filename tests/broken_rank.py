@@ -1,4 +1,6 @@
-"""`train.py` with a fault in one rank, for tests: FAULT=nan@STEP, kill@STEP or hang@STEP, in rank FAULT_RANK."""
+"""`train.py` with a fault in one rank, for tests: FAULT=nan@STEP, kill@STEP or hang@STEP, in rank
+FAULT_RANK.
+"""
 
 import os
 import signal

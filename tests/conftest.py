@@ -3,15 +3,16 @@
 import os
 from pathlib import Path
 
-# Two tests run at a time, and tiny tensors gain nothing from threads. Torch reads this when it is imported.
+# Two tests run at a time, and tiny tensors gain nothing from threads. Torch reads this when it is
+# imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import pytest
+import torch
+from PIL import Image
 
-from evals import inloop  # noqa: E402
+from evals import inloop
 
 torch.set_num_threads(1)
 

@@ -1,4 +1,4 @@
-"""Backbones that know the truth, or nothing: the bounds between which every dense probe must lie."""
+"""Backbones that know the truth, or nothing: the bounds of every dense probe."""
 
 from collections.abc import Callable
 
@@ -57,8 +57,9 @@ class Listed(list):
 
 
 class Oracle(nn.Module):
-    """Patch features are `maps` (H, W) -> (K, H, W) of the painted truth, pooled to the grid; with None noise of its
-    own."""
+    """Patch features are `maps` (H, W) -> (K, H, W) of the painted truth, pooled to the grid; with
+    None noise of its own.
+    """
 
     in_channels, patch_size, embed_dim = 3, PATCH, 16
     preprocessing = Preprocessing((64, 64), 64, (0.0,) * 3, (1.0,) * 3)
@@ -84,8 +85,9 @@ def class_maps(mask: Tensor) -> Tensor:
 
 
 def depth_maps(depth: Tensor) -> Tensor:
-    """Pooled depth as weights of the two nearest of 64 marks: linear in it, and no function of it is out of a head's
-    reach."""
+    """Pooled depth as weights of the two nearest of 64 marks: linear in it, and no function of it
+    is out of a head's reach.
+    """
     depth = F.avg_pool2d(depth.log()[None], PATCH).exp()
     marks = torch.linspace(0.5, 14, 64)[:, None, None]
     return (1 - (depth - marks).abs() / (marks[1] - marks[0])).clamp(min=0)

@@ -1,7 +1,9 @@
-"""Scripts in processes of their own, as a user starts them, but without the seconds that importing torch takes.
+"""Scripts in processes of their own, as a user starts them, but without the seconds that importing
+torch takes.
 
-A fork server imports the scripts once. Each process is a fork of it, in which the script runs as `__main__` with its own
-arguments, environment, standard output and standard error. Several ranks get the variables that torchrun sets.
+A fork server imports the scripts once. Each process is a fork of it, in which the script runs as
+`__main__` with its own arguments, environment, standard output and standard error. Several ranks
+get the variables that torchrun sets.
 """
 
 import multiprocessing
@@ -56,7 +58,8 @@ class Started:
             os.kill(process.pid, number)
 
     def finish(self, seconds: float = 240) -> subprocess.CompletedProcess:
-        """The end of all ranks. As under torchrun, the others end where one fails; its status is the whole's.
+        """The end of all ranks. As under torchrun, the others end where one fails; its status is
+        the whole's.
 
         Raises:
             TimeoutError: if the script still runs after so many seconds.
@@ -86,7 +89,7 @@ class Started:
 
 
 def run_process(script: str, *arguments: str, **options) -> subprocess.CompletedProcess:
-    """Like `python script arguments`, or with `ranks=2` like torchrun; from the repository's root."""
+    """Like `python script arguments` from the root, or with `ranks=2` like torchrun."""
     return Started(script, list(arguments), **options).finish()
 
 

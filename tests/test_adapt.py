@@ -1,4 +1,6 @@
-"""Adapting released weights: what docs/adapt.md says, continue.yaml, and images of any depth and number of channels."""
+"""Adapting released weights: what docs/adapt.md says, continue.yaml, and images of any depth and
+number of channels.
+"""
 
 import json
 import re
@@ -50,7 +52,9 @@ def before(tmp_path_factory) -> Path:
 
 
 def test_a_run_from_weights_trains_its_backbone(before, tiny):
-    """Stages once loaded the weights again, into parameters that the optimiser did not hold: only heads learned."""
+    """Stages once loaded the weights again, into parameters that the optimiser did not hold: only
+    heads learned.
+    """
     train.main([*tiny[:-1], f"init={before}", "schedule.lr=1e-3", "total_steps=2", tiny[-1]])
     assert len(moved(before, folder_of(tiny))) == len(load_backbone(before).state_dict())
 
@@ -201,7 +205,9 @@ def test_of_several_bases_the_last_one_wins_and_the_file_over_them(tmp_path):
 
 
 def deep_images(folder: Path, channels: int) -> str:
-    """Twelve 16-bit images: PNG for one channel, TIFF for 13 where it can be written, NPY for the others."""
+    """Twelve 16-bit images: PNG for one channel, TIFF for 13 where it can be written, NPY for the
+    others.
+    """
     folder.mkdir()
     rng = np.random.default_rng(channels)
     for number in range(12):
@@ -282,7 +288,9 @@ def write_images(folder: Path, count: int, seed: int) -> None:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """What the page takes for granted: images, labelled ones, adapt.yaml, and weights as released but tiny and random."""
+    """What the page takes for granted: images, labelled ones, adapt.yaml, and weights as released
+    but tiny and random.
+    """
     transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "images", 12, 0)

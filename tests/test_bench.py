@@ -1,4 +1,6 @@
-"""bench.py: one line of JSON whose parts fit together, variants side by side, and memory that is computed as it is measured."""
+"""bench.py: one line of JSON whose parts fit together, variants side by side, and memory that is
+computed as it is measured.
+"""
 
 import json
 import os
@@ -195,7 +197,8 @@ def measured_and_computed(*overrides: str) -> tuple[float, float]:
     command = [sys.executable, "bench.py", "--config", "dinov2_vits14.yaml", *few]
     outs = []
     for flags in (["--steps", "1", "--warmup", "1"], ["--memory"]):
-        # What is freed goes back to the system, so that the peak is of what is held and not of what lies about.
+        # What is freed goes back to the system, so that the peak is of what is held and not of what
+        # lies about.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         done = subprocess.run(
             [*command, *flags], cwd=ROOT, capture_output=True, text=True, env=environment

@@ -1,4 +1,6 @@
-"""distill.py: students do not know of each other, the teacher looks once, and who cannot learn from whom is told so."""
+"""distill.py: students do not know of each other, the teacher looks once, and who cannot learn from
+whom is told so.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +85,7 @@ def weights(student: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in files for name, tensor in file.items()}
 
 
-# ----------------------------------------------------------------- students do not know of each other
+# ----------------------------------------------------------------- independent students
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,10 @@ def test_a_student_leaves_what_a_run_leaves(shared, pictures):
     ]
     distill.main([*shared, *COARSE, *probes, f"output_dir={folder_of(shared)}"])
     student = folder_of(shared) / "students" / "coarse"
-    names = "config.yaml metrics.jsonl checkpoints/4 curves.png report.png snapshots/2 best teacher/heads.safetensors"
+    names = (
+        "config.yaml metrics.jsonl checkpoints/4 curves.png report.png snapshots/2 best "
+        "teacher/heads.safetensors"
+    )
     assert not [name for name in names.split() if not (student / name).exists()]
     records = metrics(student)
     assert [record["step"] for record in records if "probe/knn" in record] == [0, 2, 4]
@@ -223,7 +228,7 @@ def test_a_student_that_is_ahead_after_a_kill_waits_for_the_others(shared, capsy
     )  # as if it had died between two savings
     distill.main([*common, f"output_dir={folder_of(shared)}"])
     assert "going on from step 1" in capsys.readouterr().err
-    for student, (records, tensors) in zip(students, undisturbed):
+    for student, (records, tensors) in zip(students, undisturbed, strict=True):
         assert metrics(student) == records
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in weights(student).items())
     distill.main([*common, f"output_dir={folder_of(shared)}"])
@@ -263,7 +268,8 @@ def test_changed_keys_are_refused_and_a_further_student_is_not(shared):
 
 
 def test_a_last_stage_at_high_resolution_keeps_the_proportions_of_the_students(shared):
-    stages = "stages={main: {steps: 1}, high: {steps: 1, crops: {global_size: 48, local_size: 24}, schedule: {lr: 1e-4}}}"
+    crops = "crops: {global_size: 48, local_size: 24}"
+    stages = f"stages={{main: {{steps: 1}}, high: {{steps: 1, {crops}, schedule: {{lr: 1e-4}}}}}}"
     own = "distill.students.coarse.stages.high.schedule.lr=5e-4"
     overrides = [argument for argument in shared if not argument.startswith("total_steps")]
     sizes = []
@@ -332,7 +338,9 @@ def test_every_key_of_the_section_is_read(shared, monkeypatch):
 
 
 def headless(kind: str, folder: Path) -> str:
-    """A random teacher of another patch size and other statistics, on disk as timm and transformers write it."""
+    """A random teacher of another patch size and other statistics, on disk as timm and transformers
+    write it.
+    """
     if kind == "transformers":
         transformers = pytest.importorskip("transformers")
         config = transformers.Dinov2Config(

@@ -83,8 +83,11 @@ def test_importing_every_module_changes_no_global_state():
 import importlib, logging, os, random, signal, sys, warnings
 import torch, torchvision, timm, matplotlib
 def state():
-    return (dict(os.environ), len(logging.getLogger().handlers), torch.get_rng_state().sum().item(), random.getstate(),
-            torch.get_num_threads(), torch.get_default_dtype(), signal.getsignal(signal.SIGTERM), matplotlib.get_backend(auto_select=False))
+    drawn = torch.get_rng_state().sum().item(), random.getstate()
+    numbers = torch.get_num_threads(), torch.get_default_dtype()
+    backend = matplotlib.get_backend(auto_select=False)
+    handlers = len(logging.getLogger().handlers), signal.getsignal(signal.SIGTERM)
+    return dict(os.environ), drawn, numbers, backend, handlers
 before = state()
 for name in {modules!r}:
     importlib.import_module(name)
@@ -99,9 +102,16 @@ assert state() == before, "an import left a trace"
 def test_files_and_functions_stay_short():
     for path in FILES:
         text = path.read_text()
-        assert len(text.splitlines()) <= 600, f"{path.name} is past 600 lines: a room is missing"
+        assert len(text.splitlines()) <= 400, f"{path.name} is past 400 lines: a room is missing"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                assert node.end_lineno - node.lineno < 100, (
-                    f"{path.name}:{node.name} is past 100 lines"
+                assert node.end_lineno - node.lineno < 60, (
+                    f"{path.name}:{node.name} is past 60 lines"
                 )
+
+
+def test_configurations_have_a_type():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.arg) and node.arg == "cfg":
+                assert ast.unparse(node.annotation) != "Any", f"{path.name}:{node.lineno}"

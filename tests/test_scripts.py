@@ -1,4 +1,6 @@
-"""Every script as a user calls it: its --help, the commands of its docstring, one line of JSON, one sentence for a mistake."""
+"""Every script as a user calls it: its --help, the commands of its docstring, one line of JSON, one
+sentence for a mistake.
+"""
 
 import json
 import re

@@ -1,4 +1,6 @@
-"""train.py as a user runs it: what a run leaves, how it goes on, what it refuses, and that the method is the method."""
+"""train.py as a user runs it: what a run leaves, how it goes on, what it refuses, and that the
+method is the method.
+"""
 
 import json
 import signal
@@ -264,7 +266,9 @@ def test_a_mistake_is_one_sentence_on_standard_error_and_exit_two(tiny, override
 
 
 def test_every_key_of_the_configuration_is_read(tiny, monkeypatch):
-    """A key that nothing reads lies to its user (dinov3 issue 243). Runs differ where keys exclude each other."""
+    """A key that nothing reads lies to its user (dinov3 issue 243). Runs differ where keys exclude
+    each other.
+    """
     import dataclasses
 
     from engine import config

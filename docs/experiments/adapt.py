@@ -1,10 +1,12 @@
-"""The harm and its cure (docs/adapt.md): a model of scenes and Fashion-MNIST, continued on Fashion-MNIST, naively and carefully.
+"""The harm and its cure (docs/adapt.md): a model of scenes and Fashion-MNIST, continued on
+Fashion-MNIST, naively and carefully.
 
-    python docs/experiments/adapt.py DIR --seeds 0 1 2        # DIR holds Fashion-MNIST in torchvision's layout
+    python docs/experiments/adapt.py DIR --seeds 0 1 2    # DIR holds torchvision's Fashion-MNIST
 
-For every seed a model is trained on both, as released weights have seen something of everything, with a rate that falls at the
-end. It is then continued twice for the same number of steps: by a published recipe as it stands, on the new images alone, and by
-configs/continue.yaml with every fourth image from the old domain. k-NN of all three on both domains: runs/adapt/results.json and
+For every seed a model is trained on both, as released weights have seen something of everything,
+with a rate that falls at the end. It is then continued twice for the same number of steps: by a
+published recipe as it stands, on the new images alone, and by configs/continue.yaml with every
+fourth image from the old domain. k-NN of all three on both domains: runs/adapt/results.json and
 docs/adapt.png. What exists already is not made again.
 """
 
@@ -26,7 +28,9 @@ FALL = [
     "schedule.ema_momentum.shape=cosine",
     "schedule.ema_momentum.end=0.996",
 ]
-NAIVE = [  # DINOv2's rate, temperature and EMA for batches of 1,024, as its configuration has them, and many new prototypes
+# DINOv2's rate, temperature and EMA for batches of 1,024, as its configuration has them, and many
+# new prototypes.
+NAIVE = [
     "schedule.lr.peak=4e-3",
     "schedule.lr.end=4e-3",
     "schedule.teacher_temp=0.07",
@@ -57,7 +61,8 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for path, weight in ((half, 1), (quarter, 3)):
         path.write_text(
-            f'- {{data: "{new}", weight: {weight}}}\n- {{data: "scenes?split=train&size=8000", weight: 1}}\n'
+            f'- {{data: "{new}", weight: {weight}}}\n'
+            '- {data: "scenes?split=train&size=8000", weight: 1}\n'
         )
     configs = Path("configs").resolve()
     careful.write_text(f"base: [{configs}/quickstart.yaml, {configs}/continue.yaml]\n")
@@ -122,7 +127,7 @@ def draw(results: dict, path: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
     order = {"naive": "naively", "before": "before", "continue": "continue.yaml"}
     for panel, (domain, title) in zip(
-        panels, {"fashion": "Fashion-MNIST (new)", "scenes": "scenes (old)"}.items()
+        panels, {"fashion": "Fashion-MNIST (new)", "scenes": "scenes (old)"}.items(), strict=True
     ):
         values = [results[kind][domain] for kind in order]
         panel.axhline(mean(results["before"][domain]), color="0.8", linewidth=1)

@@ -1,5 +1,6 @@
-"""What a teacher is worth (configs/distill_quickstart.yaml): the students of distill_quickstart.yaml, of a quickstart that
-went on to 2,700 steps, and the same networks trained from scratch for the wall time that the whole distillation took.
+"""What a teacher is worth (configs/distill_quickstart.yaml): the students of
+distill_quickstart.yaml, of a quickstart that went on to 2,700 steps, and the same networks trained
+from scratch for the wall time that the whole distillation took.
 
     python docs/experiments/distill.py --seeds 0 1 2
 
@@ -23,7 +24,9 @@ PROBE = (
     "--k",
     "20",
 )
-STUDENTS = {  # as in distill_quickstart.yaml; a convolution has no mask token, and its stride of 32 wants larger local crops
+# As in distill_quickstart.yaml. A convolution has no mask token, and its stride of 32 wants larger
+# local crops.
+STUDENTS = {
     "half": ["model.embed_dim=64", "model.num_heads=2"],
     "convnext": [
         "model.arch=timm:test_convnext2",

@@ -1,9 +1,10 @@
-"""What label guidance adds (docs/adapt.md): the quickstart with random crops, and with local crops steered to the marks of a
-tenth of its images.
+"""What label guidance adds (docs/adapt.md): the quickstart with random crops, and with local crops
+steered to the marks of a tenth of its images.
 
     python docs/experiments/guided.py --seeds 0 1 2 3 4
 
-Same steps, same seeds. Pointing game and IoU of the attention, and k-NN: runs/guided/results.json and a table on standard output.
+Same steps, same seeds. Pointing game and IoU of the attention, and k-NN: runs/guided/results.json
+and a table on standard output.
 """
 
 import argparse
@@ -52,7 +53,9 @@ def main() -> None:
     print("| | random crops | guided | difference, seed by seed |\n|---|---|---|---|")
     for name in (*METRICS, "k-NN"):
         values = {kind: [seed[name] for seed in seeds] for kind, seeds in results.items()}
-        values["difference"] = [new - old for old, new in zip(values["random"], values["guided"])]
+        values["difference"] = [
+            new - old for old, new in zip(values["random"], values["guided"], strict=True)
+        ]
         print("|", name, *(f"| {mean(v):.3f} ± {stdev(v):.3f}" for v in values.values()), "|")
 
 

@@ -1,12 +1,13 @@
 """Record what the shipped configurations compute, to show that a refactor changes nothing.
 
-    python docs/experiments/record.py run before.json --work /tmp/before     # on the old commit, about five minutes
-    python docs/experiments/record.py run after.json  --work /tmp/after      # on the new one
-    python docs/experiments/record.py compare before.json after.json         # exit status 1 if a number differs
+    python docs/experiments/record.py run before.json --work /tmp/before    # on the old commit
+    python docs/experiments/record.py run after.json --work /tmp/after    # on the new one
+    python docs/experiments/record.py compare before.json after.json    # exit status 1: they differ
 
-`run` trains 30 steps of several configurations (one thread, seed 0), measures the quickstart's teacher with every
-evaluation, exports it and draws every picture. It keeps losses, JSON lines and hashes of files. Seconds, rates,
-memory and versions are left out. `--only NAME ...` runs some of the commands; `--checkout DIR` records another checkout.
+`run` trains 30 steps of several configurations (one thread, seed 0), measures the quickstart's
+teacher with every evaluation, exports it and draws every picture. It keeps losses, JSON lines and
+hashes of files. Seconds, rates, memory and versions are left out. `--only NAME ...` runs some of
+the commands; `--checkout DIR` records another checkout.
 """
 
 import argparse
@@ -30,41 +31,54 @@ TIMINGS = {
 }
 STEPS = "total_steps=30 log_every=1 device=cpu"
 TRAIN, VAL = '"scenes?split=train&size=200"', '"scenes?split=val&size=60"'
+QUICK = f"--config configs/quickstart.yaml {STEPS}"
+DISTILL = f"--config configs/distill_quickstart.yaml {STEPS}"
 COMMANDS = {
-    "quickstart": f"train.py --config configs/quickstart.yaml {STEPS} probe.every=15 checkpoint.every=15",
-    "accumulated": f"train.py --config configs/quickstart.yaml {STEPS} probe.every=0 checkpoint.every=30 "
+    "quickstart": f"train.py {QUICK} probe.every=15 checkpoint.every=15",
+    "accumulated": f"train.py {QUICK} probe.every=0 checkpoint.every=30 "
     "micro_batch_size=16 loss.dino.centering=ema loss.ibot.prototypes=32 loss.ibot.centering=ema "
-    "optim.clip_per=tensor optim.layer_decay=0.9 optim.freeze_last_layer=5 optim.patch_embed_lr=0.2",
-    "lora": f"train.py --config configs/quickstart.yaml {STEPS} probe.every=0 checkpoint.every=30 tune.mode=lora",
-    "stages": f"train.py --config configs/dinov3_quickstart.yaml {STEPS} batch_size=32 probe.every=10 "
+    "optim.clip_per=tensor optim.layer_decay=0.9 optim.freeze_last_layer=5 "
+    "optim.patch_embed_lr=0.2",
+    "lora": f"train.py {QUICK} probe.every=0 checkpoint.every=30 tune.mode=lora",
+    "stages": f"train.py --config configs/dinov3_quickstart.yaml {STEPS} batch_size=32 "
+    "probe.every=10 "
     "checkpoint.every=10 checkpoint.snapshot=7 stages.gram.loss.gram.refresh=2",
-    "distilled": f"distill.py --config configs/distill_quickstart.yaml {STEPS} probe.every=15 checkpoint.every=15 "
+    "distilled": f"distill.py {DISTILL} probe.every=15 checkpoint.every=15 "
     "distill.teacher={work}/quickstart",
-    "distilled_heads": f"distill.py --config configs/distill_quickstart.yaml {STEPS} probe.every=0 checkpoint.every=30 "
+    "distilled_heads": f"distill.py {DISTILL} probe.every=0 checkpoint.every=30 "
     "distill.teacher={work}/quickstart distill.match=heads distill.students.convnext=null",
     "fashion_mnist": f"train.py --config configs/fashion_mnist.yaml {STEPS} checkpoint.every=30 "
     'data.train="fashion_mnist:{datasets}?split=train"',
     "knn": f"eval_knn.py --model {{run}} --train {TRAIN} --val {VAL} --retrieval --copies",
-    "knn_pixels": f'eval_knn.py --model "pixels?patch_size=6" --size 48 --train {TRAIN} --val {VAL}',
+    "knn_pixels": f'eval_knn.py --model "pixels?patch_size=6" --size 48 --train {TRAIN} '
+    f"--val {VAL}",
     "linear": f"eval_linear.py --model {{run}} --train {TRAIN} --val {VAL} --steps 50",
-    "linear_dino": f"eval_linear.py --model {{run}} --train {TRAIN} --val {VAL} --protocol dino --steps 50",
-    "logreg": f"eval_linear.py --model {{run}} --train {TRAIN} --val {VAL} --protocol logreg --also {VAL}",
+    "linear_dino": f"eval_linear.py --model {{run}} --train {TRAIN} --val {VAL} --protocol "
+    "dino --steps 50",
+    "logreg": f"eval_linear.py --model {{run}} --train {TRAIN} --val {VAL} --protocol "
+    f"logreg --also {VAL}",
     "segmentation": f"eval_dense.py segmentation --model {{run}} --train {TRAIN} --val {VAL}",
     "depth": f"eval_dense.py depth --model {{run}} --train {TRAIN} --val {VAL}",
     "correspondence": f"eval_dense.py correspondence --model {{run}} --val {VAL}",
     "tracking": 'eval_dense.py tracking --model {run} --val "scenes?split=val&size=10&frames=8"',
     "localization": f"eval_dense.py localization --model {{run}} --train {TRAIN} --val {VAL}",
-    "extract": f"extract.py --model {{run}} --data {VAL} --features cls mean patches --output {{out}}",
+    "extract": f"extract.py --model {{run}} --data {VAL} --features cls mean patches "
+    f"--output {{out}}",
     "export_hf": "export.py --model {run} --format hf --output {out}",
     "export_timm": "export.py --model {run} --format timm --output {out}",
     "export_meta": "export.py --model {run} --format meta --output {out}",
     "export_own": "export.py --model {run} --format own --output {out}",
     "pca": "visualize.py pca --model {run} --images scenes --output {out}/pca.png",
-    "attention": "visualize.py attention --model {run} --images scenes --output {out}/attention.png",
-    "similarity": "visualize.py similarity --model {run} --images scenes --output {out}/similarity.png",
-    "embedding": "visualize.py embedding --model {run} --images scenes --count 40 --output {out}/embedding.png",
-    "crops": "visualize.py crops --config configs/quickstart.yaml --images scenes --output {out}/crops.png",
-    "masks": "visualize.py masks --config configs/quickstart.yaml --images scenes --output {out}/masks.png",
+    "attention": "visualize.py attention --model {run} --images scenes --output "
+    "{out}/attention.png",
+    "similarity": "visualize.py similarity --model {run} --images scenes --output "
+    "{out}/similarity.png",
+    "embedding": "visualize.py embedding --model {run} --images scenes --count 40 --output "
+    "{out}/embedding.png",
+    "crops": "visualize.py crops --config configs/quickstart.yaml --images scenes --output "
+    "{out}/crops.png",
+    "masks": "visualize.py masks --config configs/quickstart.yaml --images scenes --output "
+    "{out}/masks.png",
     "stats": "-m data.stats scenes?size=100",
 }
 HASHED = (

@@ -1,4 +1,6 @@
-"""The guard: quality lost against step 0 is noticed, a destructive run is stopped, and the best weights are there."""
+"""The guard: quality lost against step 0 is noticed, a destructive run is stopped, and the best
+weights are there.
+"""
 
 import json
 from pathlib import Path
@@ -28,7 +30,9 @@ RUINOUS = [
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory) -> Path:
-    """Four classes of noise of a faint colour in any light: a tiny network tells them apart, a ruined one does not."""
+    """Four classes of noise of a faint colour in any light: a tiny network tells them apart, a
+    ruined one does not.
+    """
     rng = np.random.default_rng(0)
     centres = 128 + 25 * np.array([[1, -1, 0], [-1, 1, 0], [0, -1, 1], [1, 1, -2]])
     arrays = {}
@@ -217,7 +221,10 @@ def test_nothing_to_compare_with_is_said(capsys):
 
 def test_the_guard_of_a_configuration():
     probe = ["probe.every=5", "probe.train=scenes", "probe.val=scenes?split=val"]
-    acts = lambda *keys: build_guard(load_config(None, [*probe, *keys])).action
+
+    def acts(*keys: str) -> str | None:
+        return build_guard(load_config(None, [*probe, *keys])).action
+
     assert [
         acts(),
         acts("init=x"),

@@ -143,5 +143,5 @@ def test_teacher_is_a_separate_copy_that_follows_by_the_formula():
     for parameter in student.parameters():
         nn.init.normal_(parameter)
     update_ema(teacher, student, 0.9)
-    for old, new, followed in zip(before, student.parameters(), teacher.parameters()):
+    for old, new, followed in zip(before, student.parameters(), teacher.parameters(), strict=True):
         torch.testing.assert_close(followed, 0.9 * old + 0.1 * new)

@@ -1,4 +1,6 @@
-"""Many processes are one: losses, weights and checkpoints do not depend on how a run is spread, and it survives what ends it."""
+"""Many processes are one: losses, weights and checkpoints do not depend on how a run is spread, and
+it survives what ends it.
+"""
 
 import os
 import random
@@ -27,9 +29,23 @@ ROOT = Path(__file__).parents[2]
 # Drop path and rotary augmentation draw by rank; everything else follows from the global batch.
 # Schedules are constant, because a length that grows would stretch them.
 SAME = [
-    "model.positions=rope", "model.registers=2", "loss.ibot.prototypes=16", "loss.ibot.hidden=32", "loss.ibot.bottleneck=16", "loss.ibot.centering=ema", "loss.koleo.group=4",
-    "checkpoint.every=100", "optim.clip_grad=0.5", "schedule.lr=1e-3", "schedule.weight_decay=0.04", "schedule.ema_momentum=0.99", "schedule.teacher_temp=0.05", "loss.gram.weight=1", "loss.gram.teacher=ema", "loss.gram.teacher_scale=2",
-]  # fmt: skip
+    "model.positions=rope",
+    "model.registers=2",
+    "loss.ibot.prototypes=16",
+    "loss.ibot.hidden=32",
+    "loss.ibot.bottleneck=16",
+    "loss.ibot.centering=ema",
+    "loss.koleo.group=4",
+    "checkpoint.every=100",
+    "optim.clip_grad=0.5",
+    "schedule.lr=1e-3",
+    "schedule.weight_decay=0.04",
+    "schedule.ema_momentum=0.99",
+    "schedule.teacher_temp=0.05",
+    "loss.gram.weight=1",
+    "loss.gram.teacher=ema",
+    "loss.gram.teacher_scale=2",
+]
 
 
 def start(arguments, ranks=1, script="train.py", **options):
@@ -252,7 +268,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(tiny):
 
 @pytest.mark.slow
 def test_thirty_kills_leave_no_trace(tiny, tmp_path):
-    """SIGKILL at random moments: of the start, of the steps, and while a checkpoint is being written."""
+    """SIGKILL at random moments: of the start, of the steps, and while a checkpoint is being
+    written.
+    """
     long = [
         *tiny[:-1],
         "total_steps=300",
@@ -272,17 +290,14 @@ def test_thirty_kills_leave_no_trace(tiny, tmp_path):
         kind = ("steps", "saving", "start")[sum(kills.values()) % 3]
         seen, begun = lines(), time.monotonic()
         process = start(long)
-        if (
-            kind == "start"
-        ):  # whatever that is: imports, the checkpoint read, metrics.jsonl cut back
+        if kind == "start":  # imports, the checkpoint read, metrics.jsonl cut back
             time.sleep(draw.random() * starting)
         else:
-            assert wait_for(lambda: lines() > seen, 600)
+            assert wait_for(lambda seen=seen: lines() > seen, 600)
             starting = time.monotonic() - begun
-            further = draw.randrange(
-                15
-            )  # a number of steps, not of seconds: the run must outlive thirty of these
-            assert wait_for(lambda: lines() > seen + further, 600, pause=0.001)
+            # A number of steps, not of seconds: the run must outlive thirty of these.
+            target = seen + draw.randrange(15)
+            assert wait_for(lambda target=target: lines() > target, 600, pause=0.001)
             time.sleep(draw.random() * 0.03)
         if kind == "saving":
             assert wait_for(lambda: list(folder.glob("checkpoints/*.unfinished")), 600, pause=0.001)

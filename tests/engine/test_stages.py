@@ -1,4 +1,6 @@
-"""Several stages in one run, and Gram anchoring in any of them: who acts when, resumed at any step, refused in a sentence."""
+"""Several stages in one run, and Gram anchoring in any of them: who acts when, resumed at any step,
+refused in a sentence.
+"""
 
 import copy
 import itertools
@@ -57,7 +59,9 @@ THREE = {
 
 @pytest.fixture
 def staged(tiny, tmp_path):
-    """The tiny run as three stages of 10 steps; `crops.mix` and Gram teachers of several kinds among them."""
+    """The tiny run as three stages of 10 steps; `crops.mix` and Gram teachers of several kinds
+    among them.
+    """
     path = tmp_path / "staged.yaml"
     path.write_text(yaml.safe_dump({"stages": THREE}, sort_keys=False))
     settings = [item for item in tiny if not item.startswith("total_steps")]
@@ -187,9 +191,12 @@ def test_a_stage_may_start_from_another_run(tiny, tmp_path):
         ({"a": {"steps": 2, "loss": {"gram": {"wait": 1}}}}, "unknown key loss.gram.wait"),
         ({"a": {"steps": 2, "model": {"depth": 3}}}, "cannot change model.depth"),
         ({"a": {"steps": 2, "seed": 3}}, "cannot change seed"),
-        ({"a": {"steps": 2, "crops": {"mix": []}}}, "crops.mix is \\[\\]; it must be pairs of sizes"),
+        ({"a": {"steps": 2, "crops": {"mix": []}}}, "crops.mix is \\[\\]; it must be pairs"),
         ({"a": {"steps": 2, "crops": {"mix": [{"global": 3}]}}}, "unknown key"),
-        ({"a": {"steps": 2, "init": "x", "tune": {"mode": "lora"}}}, "an init of its own and tune.mode=lora"),
+        (
+            {"a": {"steps": 2, "init": "x", "tune": {"mode": "lora"}}},
+            "an init of its own and tune.mode=lora",
+        ),
         ({}, "stages is empty"),
     ],
 )  # fmt: skip
@@ -287,7 +294,10 @@ def test_every_allowed_combination_of_the_gram_keys_runs(combination, tiny, earl
         (["loss.gram.start=soon"], "loss.gram.start"),
         (["loss.gram.start=4"], "not before the end"),
         (["loss.gram.teacher=nowhere/at/all"], "does not exist"),
-        (["loss.gram.teacher=random:vit_nano?patch_size=8", "loss.gram.refresh=1"], "another architecture"),
+        (
+            ["loss.gram.teacher=random:vit_nano?patch_size=8", "loss.gram.refresh=1"],
+            "another architecture",
+        ),
         (["loss.gram.weight=-1"], "at least 0"),
     ],
 )  # fmt: skip

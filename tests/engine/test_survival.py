@@ -1,4 +1,6 @@
-"""What ends a run, or goes beside it: memory that runs out, a loader process that dies, the scale of fp16, mirrors."""
+"""What ends a run, or goes beside it: memory that runs out, a loader process that dies, the scale
+of fp16, mirrors.
+"""
 
 import json
 import os
@@ -46,7 +48,9 @@ SHORT = {
 
 
 class Scarce:
-    """A data set with an image that takes more memory than there is, or kills who reads it, in the main process or a worker."""
+    """A data set with an image that takes more memory than there is, or kills who reads it, in the
+    main process or a worker.
+    """
 
     def __init__(self, what: str, where: str = "main"):
         self.what, self.where = what, where
@@ -195,7 +199,9 @@ def test_the_newest_checkpoints_stay_and_latest_names_the_last(tmp_path):
 
 
 def test_a_resumed_run_in_fp16_goes_on_with_the_same_scale(tiny, tmp_path, capsys):
-    """On the way down from 2 ** 16 each step too high is skipped: a fresh scale would skip them again."""
+    """On the way down from 2 ** 16 each step too high is skipped: a fresh scale would skip them
+    again.
+    """
     constant = [
         "schedule.lr=1e-3",
         "schedule.weight_decay=0.04",
@@ -253,13 +259,16 @@ def init(project=None, name=None, dir=None, id=None, resume=None, reinit=None):
         raise Error("api_key not configured (no-tty)")
     if id in in_use:
         raise Error(f"run ID {id} is in use")
-    return Run({"project": project, "name": name, "dir": dir, "id": id, "resume": resume, "reinit": reinit})
+    given = {"project": project, "name": name, "dir": dir}
+    return Run(given | {"id": id, "resume": resume, "reinit": reinit})
 """
 
 
 @pytest.fixture
 def wandb(tmp_path, monkeypatch) -> Path:
-    """A package with the part of wandb's interface that is used; a file `logged_out` in it makes it refuse."""
+    """A package with the part of wandb's interface that is used; a file `logged_out` in it makes it
+    refuse.
+    """
     package = tmp_path / "packages" / "wandb"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(WANDB)

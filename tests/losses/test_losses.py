@@ -298,7 +298,7 @@ def test_golden_numbers_of_the_losses():
         (koleo_loss(wave((5, 8), 1)), 0.159256),
         (gram_loss(*patches), 0.0140916),
     ]
-    ours, theirs = zip(*golden)
+    ours, theirs = zip(*golden, strict=True)
     torch.testing.assert_close(torch.stack(ours), torch.tensor(theirs), rtol=1e-5, atol=1e-6)
 
 
