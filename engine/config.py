@@ -1,8 +1,7 @@
 """What can be configured: one dataclass a section; rules between keys: engine/validation.py.
 
-The type of a key holds its rule and unit, the comment above or beside it says what it is
-(`python train.py --keys`). What is `free` changes speed, logging or length, not the method; all
-other keys are part of the result and may not change when a run goes on.
+The type of a key holds its rule and unit, the comment above or beside it says what it is. `free`
+keys change speed, logging or length; all others may not change when a run goes on.
 """
 
 from dataclasses import dataclass
