@@ -1,7 +1,7 @@
 """Devices and ranks: process group, collectives (identities on one process), parallel models.
 
 On one process no process group exists. `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; under
-`srun` they are taken from SLURM's variables.
+`srun` and `mpirun` they are taken from the variables of these.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from engine.launch import read_launch
 from errors import UserError
 
 # Words in gloo's errors when a rank is lost.
@@ -49,8 +50,11 @@ def choose_device(name: str) -> torch.device:
     if not available.get(name.split(":")[0], False):
         kinds = ", ".join(kind for kind, there in available.items() if there)
         raise UserError(f"device {name} is not available here; give one of {kinds}, or auto")
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    launch = read_launch(os.environ)
+    if name == "cuda" and launch:
+        # With --gpus-per-task a process sees its own GPU only, which is number 0 there.
+        alone = torch.cuda.device_count() == 1
+        return torch.device("cuda", 0 if alone else int(launch["LOCAL_RANK"]))
     return torch.device(name)
 
 
@@ -66,24 +70,37 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 def choose_precision(name: str, device: torch.device) -> tuple[Callable, torch.amp.GradScaler]:
     """A context for the forward passes, and the scaler of fp16 gradients (idle otherwise)."""
-    if name == "auto":
-        name = "bf16" if has_fast_bf16(device) else "fp32"
-    kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    kind = low_precision(name, device)
     autocast = partial(torch.autocast, device.type, dtype=kind, enabled=kind is not None)
     return autocast, torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
 
+def low_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """The number format of matrix products under `precision`; None: float32."""
+    if name == "auto":
+        name = "bf16" if has_fast_bf16(device) else "fp32"
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def sharding_precision(name: str, device: torch.device) -> MixedPrecisionPolicy:
+    """FSDP gathers parameters in bf16 where a GPU computes in it; gradients are float32."""
+    if device.type == "cuda" and low_precision(name, device) == torch.bfloat16:
+        return MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    return MixedPrecisionPolicy()
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device, timeout: float = 600.0) -> Iterator[None]:
-    """Joins the group that torchrun or srun announce in the environment, and leaves it at the end.
+    """Joins the group that a launcher announces (`read_launch`), and leaves it at the end.
 
     Args:
         timeout: seconds after which ranks that wait for another give it up, and the run ends.
     """
-    _from_slurm()
-    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+    launch = read_launch(os.environ)
+    if not launch:
         yield
         return
+    os.environ.update(launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # Checkpoints are written through gloo.
@@ -116,16 +133,21 @@ def _who_is_lost(store: dist.Store, number: int, size: int, timeout: float) -> s
     return f"{who} ended, or did not answer for {timeout:g} seconds (hang_timeout)"
 
 
-def _from_slurm() -> None:
-    """Sets torchrun's variables from those of srun. MASTER_ADDR is the first node."""
-    several = int(os.environ.get("SLURM_NTASKS", 1)) >= 2 and "SLURM_PROCID" in os.environ
-    if "RANK" in os.environ or not several:
-        return
-    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    os.environ.update({ours: os.environ[theirs] for ours, theirs in names.items()})
-    os.environ.setdefault("MASTER_ADDR", os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-    port = 10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 50000
-    os.environ.setdefault("MASTER_PORT", str(port))
+def check_strategy(strategy: str) -> None:
+    """
+    Raises:
+        UserError: for "none" with several processes, which would train a model each.
+    """
+    if strategy == "none" and world_size() > 1:
+        raise UserError(
+            f"strategy is none, but a launcher started {world_size()} processes, which would train "
+            "as many models in one folder; give strategy=ddp or fsdp, or start one process"
+        )
+
+
+def runs_alone(strategy: str) -> bool:
+    """Whether one process does what several were probably wanted for: fsdp, or one GPU of many."""
+    return not active() and (strategy == "fsdp" or torch.cuda.device_count() > 1)
 
 
 def active() -> bool:
@@ -289,8 +311,7 @@ def shard(module: nn.Module, strategy: str, device: torch.device, precision: str
         mesh = init_device_mesh(device.type, (world_size(),))
     else:
         mesh = DeviceMesh.from_group(_group, device.type)
-    half = precision == "bf16" and device.type == "cuda"
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    policy = sharding_precision(precision, device)
     # Each child is a part: the backbone also runs alone, as a Gram teacher.
     parts = list(module.children()) if hasattr(module, "backbone") else []
     for part in [*_blocks(module), *parts, module]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from engine import distributed
 from engine.config import TrainConfig, length_in_steps, micro_batch_size, with_statistics
+from engine.logger import notice
 from engine.optim import build_schedules
 from engine.stages import Stage, plan_stages
 from errors import UserError
@@ -29,6 +30,11 @@ def plan_run(cfg: TrainConfig, images: int) -> list[Stage]:
     Raises:
         UserError: if the batch of any stage cannot be divided; nothing was computed or written yet.
     """
+    if distributed.runs_alone(cfg.strategy):
+        notice(
+            f"strategy {cfg.strategy}: no launcher started several processes, so this one runs "
+            "alone; torchrun --nproc_per_node N starts N"
+        )
     stages = plan_stages(cfg, length_in_steps(cfg, images), build_schedules)
     check_batches(stages)
     return stages
@@ -37,9 +43,11 @@ def plan_run(cfg: TrainConfig, images: int) -> list[Stage]:
 def check_batches(stages: list[Stage]) -> None:
     """
     Raises:
-        UserError: if ranks, micro batches or KoLeo groups do not divide the batch of a stage.
+        UserError: if ranks, micro batches or KoLeo groups do not divide the batch of a stage, or
+            several processes would not share their work.
     """
     for stage in stages:
+        distributed.check_strategy(stage.cfg.strategy)
         micro_batch_size(stage.cfg, distributed.world_size(), "koleo" in stage.schedules)
 
 

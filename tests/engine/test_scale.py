@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import train
-from engine import distributed
 from engine.cli import StoppedEarly
 from engine.logger import read_metrics
 from losses.koleo import koleo_loss
@@ -314,16 +313,3 @@ def test_thirty_kills_leave_no_trace(tiny, tmp_path):
         load_backbone(tmp_path / "undisturbed").state_dict(),
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_srun_is_understood(monkeypatch):
-    slurm = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "77"}
-    monkeypatch.setattr(
-        os, "environ", slurm
-    )  # a dictionary of its own: what is set in it stays in it
-    distributed._from_slurm()
-    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_PORT"]) == (
-        "1",
-        "2",
-        "10077",
-    )

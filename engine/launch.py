@@ -1,0 +1,47 @@
+"""What a launcher says of this process: its rank, how many there are, and where they meet."""
+
+from collections.abc import Mapping
+
+from errors import UserError
+
+# Names of the variables by which launchers tell a process its rank, the number of processes, and
+# its number on this machine.
+LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+}
+
+
+def read_launch(environment: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables, as torchrun, srun or Open MPI's mpirun announce them in `environment`.
+
+    Empty for a process that runs alone: without a launcher, or as the only task of srun or mpirun.
+
+    Raises:
+        UserError: if mpirun starts several machines, whose first one it does not name.
+    """
+    known = [
+        launcher
+        for launcher, names in LAUNCHERS.items()
+        if all(name in environment for name in names[:2])
+    ]
+    if not known:
+        return {}
+    launcher = known[0]
+    rank, size, local_rank = (environment.get(name, "0") for name in LAUNCHERS[launcher])
+    if launcher != "torchrun" and int(size) < 2:
+        return {}
+    launch = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank}
+    address, port = "127.0.0.1", 29500
+    if launcher == "srun":
+        address = environment.get("SLURM_LAUNCH_NODE_IPADDR", address)
+        port = 10000 + int(environment.get("SLURM_JOB_ID", 0)) % 50000
+    on_this_machine = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", size)
+    if launcher == "mpirun" and on_this_machine != size and "MASTER_ADDR" not in environment:
+        raise UserError(
+            "mpirun started processes on several machines; export MASTER_ADDR, the first of them"
+        )
+    launch["MASTER_ADDR"] = environment.get("MASTER_ADDR", address)
+    launch["MASTER_PORT"] = environment.get("MASTER_PORT", str(port))
+    return launch
