@@ -18,6 +18,7 @@ from engine.stages import stage_configs
 __all__ = ["length_in_steps", "load_config", "micro_batch_size", "with_statistics"]
 
 Count = Annotated[int, within("[1, inf)"), "count"]
+Images = Annotated[int, within("[1, inf)"), "images"]
 CountOrZero = Annotated[int, within("[0, inf)"), "count"]
 Steps = Annotated[int, within("[1, inf)"), "steps"]
 StepsOrNever = Annotated[int, within("[0, inf)"), "steps"]
@@ -28,6 +29,7 @@ Pixels = Annotated[int | list[int], Rule("a number, or [height, width]", is_size
 Factor = Annotated[float, within("[0, inf)"), "factor"]
 AnyFactor = Annotated[float, "factor"]
 Positive = Annotated[float, within("(0, inf)"), "number"]
+Seconds = Annotated[float, within("(0, inf)"), "seconds"]
 Stretch = Annotated[float, within("[1, inf)"), "factor"]
 Temperature = Annotated[float, within("(0, inf)"), "temperature"]
 Probability = Annotated[float, within("[0, 1]"), "probability"]
@@ -50,8 +52,7 @@ class DataConfig:
     std: Annotated[list[float], within("(0, inf)"), "value in [0, 1]"] | None = None
     # Loader processes a rank; 0: none; null: by cores; more while data_wait_fraction exceeds 0.1.
     workers: CountOrZero | None = free(None)
-    # Unreadable images before the run stops; null: more than 10 and more than 1 %.
-    max_bad: CountOrZero | None = free(None)
+    max_bad: CountOrZero | None = free(None)  # Unreadable images; null: stops above 10 and 1 %.
     # Where crops and colours are made (ours). device: workers only read and shrink. auto: device on
     # CUDA, else workers. The views are the same but for rounding and the filter that shrinks.
     # workers: where the GPU is the bottleneck and the cores are not.
@@ -74,16 +75,14 @@ class CropsConfig:
     global_size: Pixels = 224  # Side of the teacher's view; a multiple of the patch size.
     global_scale: Area = listed(0.32, 1.0)  # DINOv2; from 0.4 in DINO; higher for small objects.
     global_count: Count = 2  # Global crops of an image (DINO); the teacher's cost grows with it.
-    # Side of a local crop (DINO; 98 for patches of 14); a multiple of the patch size.
-    local_size: Pixels = 96
+    local_size: Pixels = 96  # Side of a local crop, as global_size; 98 for patches of 14 (DINO).
     local_scale: Area = listed(0.05, 0.32)  # Higher where crops lose the object.
     local_count: CountOrZero = 8  # Local crops of an image; each costs a fifth of a global one.
     policy: str = "natural"  # The colour policy's name in data/augment.py; keys below change it.
     flip: Probability | None = None  # A crop is flipped left-right; 0 where sides matter.
     turn: Probability | None = None  # A crop turns by 90, 180 or 270 degrees; 0.75 if none is up.
     jitter: Probability | None = None  # Brightness, contrast, saturation and hue change together.
-    # x: a factor from 1 - x to 1 + x; 0.4 in DINO; lower where intensity is a measurement.
-    brightness: Share | None = None
+    brightness: Share | None = None  # x: 1 - x to 1 + x; DINO 0.4; low where intensity matters.
     contrast: Share | None = None  # As brightness.
     saturation: Share | None = None  # As brightness; 0.2 in DINO; three channels only.
     # Largest turn of the colours; 0.1 in DINO; three channels only; more if colour misleads.
@@ -94,8 +93,7 @@ class CropsConfig:
     blur: Annotated[list[float], within("[0, 1]", 3), "probability"] | None = None
     stain: Factor | None = None  # Jitter of stains; three channels only; 0.2 in policy histology.
     solarize: Probability | None = None  # The second global crop is solarized; 0.2 in DINO.
-    # A local crop of an image with marks (boxes, masks) shows a marked place (DINO-LG); 0: marks
-    # are not read; folder:DIR?marks=FILE.csv brings marks.
+    # Local crops show marks (folder:DIR?marks=FILE.csv) this often (DINO-LG); 0: marks not read.
     guided: Probability = 0.0
     guided_globals: bool = False  # Whether global crops follow marks as well; for small things.
     guided_share: Share = 1.0  # Images whose marks are read; less to see how many it takes.
@@ -114,8 +112,7 @@ class ModelConfig:
     layerscale: AnyFactor | None = None  # Initial value; 1e-5 in DINOv2, DINOv3; null: none (DINO).
     # Stochastic depth of the student; 0.1 for small, 0.3 to 0.4 for large models.
     drop_path: Annotated[float, within("[0, 1)"), "probability"] = 0.0
-    # How drop_path goes over depth: linear in DINO, uniform in DINOv2 and DINOv3.
-    drop_path_shape: Literal["uniform", "linear"] = "uniform"
+    drop_path_shape: Literal["uniform", "linear"] = "uniform"  # Over depth; linear in DINO only.
     ffn: str | None = None  # Feed-forward layer: mlp, swiglu, swiglu64, ...
     ffn_ratio: Positive | None = None  # Hidden width over embedding width.
     embed_dim: Count | None = None  # Width of a token.
@@ -236,8 +233,7 @@ class Schedule:
         """A schedule written as a number is that number throughout."""
         if isinstance(value, dict):
             return value
-        blank = {"start": None, "end": None, "warmup": 0, "decay": None, "shape": "constant"}
-        return {"peak": value, **blank}
+        return vars(Schedule(value, shape="constant"))
 
 
 def schedule(**values: Any) -> Any:
@@ -252,7 +248,7 @@ class ScheduleConfig:
     lr: Schedule = schedule(peak=1e-3, start=0.0, end=1e-6, warmup="10%")
     weight_decay: Schedule = schedule(peak=0.04, end=0.4)  # DINO; 0.04 constant in DINOv3 7B.
     ema_momentum: Schedule = schedule(peak=0.992, end=1.0)  # Higher for large batches, long runs.
-    # Temperature of the teacher's softmax; lower if training collapses.
+    # Divides the teacher's logits; lower if training collapses.
     teacher_temp: Schedule = schedule(start=0.04, peak=0.07, warmup="30%", shape="constant")
     dino: Schedule | None = None  # These five replace the constant weights of `loss`.
     dino_local: Schedule | None = None  # loss.dino.local_weight; 1 to 0.5 in DINOv3's Gram stage.
@@ -295,8 +291,7 @@ class GuardConfig:
     """What to do when the teacher becomes worse than it was at step 0 (engine/guard.py)."""
 
     probe: Literal["knn", "linear", "miou"] = free("knn")  # What counts, here and for best/.
-    # How far the score may fall below step 0; 0.02: two points; more for few probed images.
-    tolerance: Factor = free(0.02)
+    tolerance: Factor = free(0.02)  # Allowed fall below step 0; 0.02: two points; more if noisy.
     # stop: the run fails, best/ holds the best. Null: warn where there are `init` and a probe.
     action: Literal["warn", "stop"] | None = free(None)
 
@@ -316,7 +311,7 @@ class TuneConfig:
 
 @dataclass
 class TrainConfig:
-    """The run. One of total_steps, epochs and images gives its length."""
+    """One of total_steps, epochs and images gives its length."""
 
     output_dir: str = free("runs/default")  # The run folder.
     seed: Seed = 0  # Seed of initial weights, order of images, crops and masks.
@@ -327,21 +322,20 @@ class TrainConfig:
     # How ranks share the work; a rank alone: none. fsdp shards weights, gradients, moments and
     # teachers over the ranks: for what does not fit into one GPU.
     strategy: Literal["none", "ddp", "fsdp"] = free("ddp")
-    # torch.compile of the blocks; null: on CUDA. The first steps are slow, the others not.
-    compile: bool | None = free(None)
+    compile: bool | None = free(None)  # torch.compile of the blocks (slow start); null: on CUDA.
     # What is computed again backwards, a third more time for far less memory; full: heads too.
     checkpointing: Literal["none", "blocks", "full"] = free("none")
     # After this time the run saves and ends with exit status 3.
     time_limit: Annotated[float, within("(0, inf)"), "hours"] | None = free(None)
-    # Ranks wait so long for one that does not answer, before the run ends.
-    hang_timeout: Annotated[float, within("(0, inf)"), "seconds"] = free(600.0)
+    hang_timeout: Seconds = free(600.0)  # Ranks wait so long for a silent one; then the run ends.
     total_steps: Steps | None = free(None)  # Optimizer steps.
     epochs: Positive | None = free(None)  # Passes over data.train.
-    images: Count | None = free(None)  # Images seen.
+    images: Images | None = free(None)  # Images seen.
     # A MODEL to start from: a run, released weights; `model` must describe the same backbone.
     init: str | None = None
-    batch_size: Count = 64  # Images of a step, over all ranks.
-    micro_batch_size: Count | None = free(None)  # Images a rank and forward; accumulation is exact.
+    batch_size: Images = 64  # Images of a step, over all ranks.
+    # Images that go through a rank at once; accumulation is exact; null: all of them.
+    micro_batch_size: Images | None = free(None)
     log_every: Steps = free(10)  # Steps between lines of metrics.jsonl.
     mirrors: list[Literal["tensorboard", "wandb"]] = section(list, free=True)  # Copies of the log.
     data: DataConfig = section(DataConfig)
@@ -383,7 +377,7 @@ class DistillConfig:
 
 @dataclass
 class DistillTrainConfig(TrainConfig):
-    """The run. Crops are cut once, as `crops` says; a student's sizes are resized from them."""
+    """Crops are cut once, as `crops` says; a student's sizes are resized from them."""
 
     distill: DistillConfig = section(DistillConfig)
 
@@ -401,6 +395,6 @@ def load_config(
     written = [settings.write_out(schema, layer) for layer in layers]
     cfg = settings.build(schema, reduce(settings.merge, written, {}))
     for number, (_, _, stage) in enumerate(stage_configs(cfg)):
-        has_weights = bool(number or cfg.init or stage.init)
-        validation.check_gram_teacher(stage, has_weights, later=number > 0)
+        later = number > 0
+        validation.check_gram_teacher(stage, bool(later or cfg.init or stage.init), later)
     return cfg

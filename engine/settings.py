@@ -47,9 +47,6 @@ def section(factory: Callable[[], Any], free: bool = False) -> Any:
     return dataclasses.field(default_factory=factory, metadata={"free": free})
 
 
-# ----------------------------------------------------------------- files and the command line
-
-
 def find_config(name: str) -> Path:
     """The file `name`, as a path or in `configs/`."""
     for path in (Path(name), CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.yaml"):
@@ -86,8 +83,7 @@ def parse_override(argument: str) -> dict:
     """ "a.b=1" as {"a": {"b": 1}}."""
     key, equals, text = argument.partition("=")
     if not equals or not key:
-        example = "write key=value, for example optim.clip_grad=1.0"
-        raise UserError(f"cannot read {argument!r}: {example}")
+        raise UserError(f"cannot read {argument!r}: write key=value, such as optim.clip_grad=1.0")
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):
@@ -108,9 +104,6 @@ def merge(below: Any, above: Any) -> Any:
         below = {key: value for key, value in below.items() if key not in ONE_OF}
     both = {key: merge(below[key], above[key]) for key in above if key in below}
     return below | above | both
-
-
-# ----------------------------------------------------------------- to dataclasses
 
 
 def write_out(cls: type, values: Any, path: str = "") -> dict:
@@ -137,9 +130,7 @@ def build(
 ) -> Config:
     """A dataclass from nested mappings; unknown keys and wrong types are refused.
 
-    Args:
-        default: an instance that gives what `values` leaves out; that of `cls()` otherwise.
-        root: the whole configuration's class, in which the nearest valid key is looked for.
+    `default` gives what `values` leaves out; the nearest valid key is looked for in all of `root`.
     """
     if not isinstance(values, dict):
         raise UserError(f"{path} is a section, not the value {values!r}")
@@ -161,7 +152,13 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     """`value` as the declared type; YAML reads 1e-3 as text and `on` as a bool."""
     kind, options = typing.get_origin(hint) or hint, typing.get_args(hint)
     if is_union(hint):
-        return _convert_union(value, options, name)
+        errors = []
+        for option in options:
+            try:
+                return convert(value, option, name)
+            except UserError as error:
+                errors.append(error)
+        raise errors[0]
     if dataclasses.is_dataclass(kind):
         return build(kind, value, name)
     if kind is Literal:
@@ -179,16 +176,6 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     if number is not None and (kind is float or number == int(number)):
         return kind(number)
     raise UserError(f"{name} is {value!r}; it must be {KINDS[kind]}")
-
-
-def _convert_union(value: Any, options: tuple, name: str) -> Any:
-    errors = []
-    for option in options:
-        try:
-            return convert(value, option, name)
-        except UserError as error:
-            errors.append(error)
-    raise errors[0]
 
 
 def _finite(value: Any) -> float | None:
@@ -214,9 +201,6 @@ def check_rules(section: Any, path: str = "") -> None:
         for inner in value if isinstance(value, list) else [value]:
             if dataclasses.is_dataclass(inner):
                 check_rules(inner, full)
-
-
-# ----------------------------------------------------------------- to YAML, and what may change
 
 
 def to_dict(values: Any) -> Any:

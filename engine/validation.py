@@ -50,14 +50,11 @@ def _rules_of_crops(crops: "CropsConfig", patch_size: int) -> Iterator[str]:
 
 
 def _rules_of_losses(cfg: "TrainConfig") -> Iterator[str]:
-    largest = []
+    weights = []
     for name in ("dino", "ibot"):
-        schedule = getattr(cfg.schedule, name)
-        if schedule is None:
-            largest.append(getattr(cfg.loss, name).weight)
-        else:  # it replaces the weight
-            largest += [schedule.peak, schedule.start or 0, schedule.end or 0]
-    if max(largest) == 0:
+        plan = getattr(cfg.schedule, name)  # it replaces the weight
+        weights += [plan.peak, plan.start, plan.end] if plan else [getattr(cfg.loss, name).weight]
+    if not any(weights):
         yield "loss.dino.weight and loss.ibot.weight are both 0: nothing to learn from"
     if cfg.loss.dino.weight and cfg.crops.global_count + cfg.crops.local_count < 2:
         needed = "crops.global_count + crops.local_count must be at least 2"
@@ -87,12 +84,8 @@ def _rules_of_schedules(schedules: "ScheduleConfig") -> Iterator[str]:
 
 
 def check_gram_teacher(cfg: "TrainConfig", has_weights: bool, later: bool) -> None:
-    """Whether the Gram teacher that a stage asks for can exist.
-
-    Args:
-        has_weights: whether the stage begins with those of `init` or of a stage before it.
-        later: whether it is not the first stage.
-    """
+    """Raises UserError where a stage cannot have its Gram teacher: it `has_weights` to begin with,
+    those of `init` or of a stage before it, or it is a `later` stage than the first."""
     gram = cfg.loss.gram
     if not (gram.weight or cfg.schedule.gram):
         return

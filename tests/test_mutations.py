@@ -1,4 +1,4 @@
-"""Three hundred mutated configurations: each trains, or is refused in a sentence (exit status 2)."""
+"""Three hundred mutated configurations: each trains, or is refused in a sentence (exit 2)."""
 
 import os
 import random
@@ -188,7 +188,7 @@ def typo(key: str, rng: random.Random) -> str:
 
 
 def mutants(places: dict[str, str], folder: Path, rng: random.Random) -> list[list[str]]:
-    """Arguments of three hundred calls. What is wrong comes last, each run has a folder of its own."""
+    """Arguments of three hundred calls, what is wrong last; each run has its own folder."""
     configs = ["no_such.yaml", str(folder), "", *FILES]
     for number, text in enumerate(FILES, 3):
         configs[number] = str(folder / f"{number}.yaml")
@@ -205,7 +205,7 @@ def mutants(places: dict[str, str], folder: Path, rng: random.Random) -> list[li
     runs = (f"output_dir={folder / f'run{number}'}" for number in range(len(calls)))
     return [
         [*config, *BASE, run, *arguments]
-        for (config, arguments), run in zip(calls, runs, strict=False)
+        for (config, arguments), run in zip(calls, runs, strict=True)
     ]
 
 

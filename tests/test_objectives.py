@@ -8,8 +8,8 @@ from engine.logger import read_metrics
 from engine.optim import build_schedules
 
 # Views that share no colour say little about each other at first, so the teacher must be sharp: its
-# targets must tell images apart. DINO alone also needs DINO's slow EMA: at the quickstart's 0.98 the
-# teacher outruns its centre, and all images swing to one target.
+# targets must tell images apart. DINO alone also needs DINO's slow EMA: at the quickstart's 0.98
+# the teacher outruns its centre, and all images swing to one target.
 # iBOT has its term on CLS, as in the paper: patches alone do not train the vector that k-NN uses.
 OBJECTIVES = {
     "dino": [
