@@ -28,6 +28,7 @@ Pixels = Annotated[int | list[int], Rule("a number, or [height, width]", is_size
 Factor = Annotated[float, within("[0, inf)"), "factor"]
 AnyFactor = Annotated[float, "factor"]
 Positive = Annotated[float, within("(0, inf)"), "number"]
+Seconds = Annotated[float, within("(0, inf)"), "seconds"]
 Stretch = Annotated[float, within("[1, inf)"), "factor"]
 Temperature = Annotated[float, within("(0, inf)"), "temperature"]
 Probability = Annotated[float, within("[0, 1]"), "probability"]
@@ -110,8 +111,7 @@ class ModelConfig:
     layerscale: AnyFactor | None = None  # Initial value; 1e-5 in DINOv2, DINOv3; null: none (DINO).
     # Stochastic depth of the student; 0.1 for small, 0.3 to 0.4 for large models.
     drop_path: Annotated[float, within("[0, 1)"), "probability"] = 0.0
-    # How drop_path goes over depth: linear in DINO, uniform in DINOv2 and DINOv3.
-    drop_path_shape: Literal["uniform", "linear"] = "uniform"
+    drop_path_shape: Literal["uniform", "linear"] = "uniform"  # Over depth; linear in DINO only.
     ffn: str | None = None  # Feed-forward layer: mlp, swiglu, swiglu64, ...
     ffn_ratio: Positive | None = None  # Hidden width over embedding width.
     embed_dim: Count | None = None  # Width of a token.
@@ -326,8 +326,7 @@ class TrainConfig:
     checkpointing: Literal["none", "blocks", "full"] = free("none")
     # After this time the run saves and ends with exit status 3.
     time_limit: Annotated[float, within("(0, inf)"), "hours"] | None = free(None)
-    # Ranks wait so long for one that does not answer, before the run ends.
-    hang_timeout: Annotated[float, within("(0, inf)"), "seconds"] = free(600.0)
+    hang_timeout: Seconds = free(600.0)  # Ranks wait so long for a silent one; then the run ends.
     total_steps: Steps | None = free(None)  # Optimizer steps.
     epochs: Positive | None = free(None)  # Passes over data.train.
     images: Images | None = free(None)  # Images seen.
@@ -395,6 +394,6 @@ def load_config(
     written = [settings.write_out(schema, layer) for layer in layers]
     cfg = settings.build(schema, reduce(settings.merge, written, {}))
     for number, (_, _, stage) in enumerate(stage_configs(cfg)):
-        has_weights = bool(number or cfg.init or stage.init)
-        validation.check_gram_teacher(stage, has_weights, later=number > 0)
+        later = number > 0
+        validation.check_gram_teacher(stage, bool(later or cfg.init or stage.init), later)
     return cfg
