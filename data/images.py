@@ -22,11 +22,13 @@ class ImageData(Dataset):
     Attributes:
         labels: (n,) int64, -1 where an image has none, or None.
         classes: their names, or None.
+        passed_over: a sentence with counts for each kind of thing that is not used.
     """
 
     title: str
     labels: np.ndarray | None = None
     classes: list[str] | None = None
+    passed_over: list[str] | tuple = ()
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -2,6 +2,8 @@
 
 import csv
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ class FileImages(ImageData):
         marks: Marks | None = None,
     ):
         self.root, self.reading, self.marks = root, reading, marks
+        self.passed_over = []
         # Bytes in one array: a list of strings would be copied into every worker as it is read.
         self.files = np.array([os.fsencode(file) for file in files[:size]])
         if names is not None:
@@ -72,7 +75,8 @@ def open_folder(
         raise FileNotFoundError(f"no folder {str(root)!r}")
     if split is not None:
         root = _split_folder(root, split)
-    files = sorted(_walk(root))
+    unknown = Counter()
+    files = sorted(_walk(root, unknown))
     if not files:
         extensions = " ".join(sorted(EXTENSIONS))
         raise FileNotFoundError(f"no image in {str(root)!r}; extensions are {extensions}")
@@ -88,7 +92,13 @@ def open_folder(
                 "its column file holds paths relative to that folder"
             )
     reading = {"channels": channels, "window": window, "page": page}
-    return FileImages(root, files, names, reading, size, _read_marks(root, marks, files))
+    data = FileImages(root, files, names, reading, size, _read_marks(root, marks, files))
+    if unknown:
+        kinds = ", ".join(f"{count} {name}" for name, count in sorted(unknown.items()))
+        data.passed_over.append(
+            f"{root}: {sum(unknown.values())} files of unknown extensions passed over ({kinds})"
+        )
+    return data
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -146,14 +156,41 @@ def _read_marks(root: Path, given: str | None, files: list[str]) -> Marks | None
     return marks
 
 
-def _walk(root: Path):
-    """Paths relative to root, with forward slashes; hidden files and folders are passed over."""
-    for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
+def _walk(root: Path, unknown: Counter) -> Iterator[str]:
+    """Paths relative to root, with forward slashes; hidden files and folders are passed over.
+
+    Each folder is listed once, under its own path rather than that of a link to it: a link to a
+    parent would have no end. Extensions of other files are counted in `unknown`.
+    """
+    seen, waiting = set(), [root]
+    while waiting:
+        links = []
+        for start in waiting:
+            yield from _walk_without_links(root, start, seen, links, unknown)
+        waiting = sorted(links)
+
+
+def _walk_without_links(
+    root: Path, start: Path, seen: set, links: list[Path], unknown: Counter
+) -> Iterator[str]:
+    for folder, below, files in os.walk(start):
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        paths = [Path(folder, name) for name in below]
+        links += [path for path in paths if path.is_symlink()]
         relative = Path(folder).relative_to(root)
         for file in files:
-            if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith("."):
+            extension = os.path.splitext(file)[1].lower()
+            if file.startswith("."):
+                continue
+            if extension in EXTENSIONS:
                 yield (relative / file).as_posix()
+            else:
+                unknown[extension or "no extension"] += 1
 
 
 def _open_text(path: Path):
