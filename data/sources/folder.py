@@ -1,6 +1,5 @@
 """Image files in a folder or named by a list."""
 
-import csv
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from torch import Tensor
 from data.guided import Marks
 from data.images import SPLITS, ImageData, number_classes
 from data.pictures import EXTENSIONS, Window, read_image
+from data.sources.tables import open_text, read_csv
 from errors import UserError
 
 
@@ -80,25 +80,39 @@ def open_folder(
     if not files:
         extensions = " ".join(sorted(EXTENSIONS))
         raise FileNotFoundError(f"no image in {str(root)!r}; extensions are {extensions}")
+    said = []
     if labels is None:
         names = [file.partition("/")[0] if "/" in file else None for file in files]
     else:
-        rows = _read_csv(_beside(root, labels), ("file", "label"))
-        label_of = {Path(row["file"]).as_posix(): row["label"] or None for row in rows}
-        names = [label_of.get(file) for file in files]
-        if not any(names):
-            raise UserError(
-                f"{labels!r} names no image of {str(root)!r}; "
-                "its column file holds paths relative to that folder"
-            )
+        names, said = _read_labels(root, labels, files)
     reading = {"channels": channels, "window": window, "page": page}
     data = FileImages(root, files, names, reading, size, _read_marks(root, marks, files))
+    data.passed_over += said
     if unknown:
         kinds = ", ".join(f"{count} {name}" for name, count in sorted(unknown.items()))
         data.passed_over.append(
             f"{root}: {sum(unknown.values())} files of unknown extensions passed over ({kinds})"
         )
     return data
+
+
+def _read_labels(root: Path, given: str, files: list[str]) -> tuple[list[str | None], list[str]]:
+    """The class names of the files, and what of the table is not used."""
+    rows = read_csv(_beside(root, given), ("file", "label"))
+    label_of = {Path(row["file"]).as_posix(): row["label"].strip() or None for row in rows}
+    names = [label_of.get(file) for file in files]
+    if not any(names):
+        raise UserError(
+            f"{given!r} names no image of {str(root)!r}; "
+            "its column file holds paths relative to that folder"
+        )
+    return names, _unmatched(given, "labels", label_of.keys() - set(files), len(label_of))
+
+
+def _unmatched(given: str, what: str, left: set[str], count: int) -> list[str]:
+    if not left:
+        return []
+    return [f"{given}: {len(left)} of {count} {what} match no image, such as {min(left)}"]
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -124,11 +138,12 @@ def open_list(
     if extension in EXTENSIONS:
         files = [file.name]
     elif extension == ".csv":
-        rows = _read_csv(file, ("file",))
+        rows = read_csv(file, ("file",))
         files = [row["file"] for row in rows]
-        names = [row.get("label") or None for row in rows]
+        names = [row.get("label", "").strip() or None for row in rows]
     elif extension == ".txt":
-        lines = _open_text(file).read().splitlines()
+        with open_text(file) as opened:
+            lines = opened.read().splitlines()
         files = [line.strip() for line in lines if line.strip()]
     else:
         raise UserError(f"{str(file)!r} is no list of images: a list ends in .txt or .csv")
@@ -148,7 +163,7 @@ def _read_marks(root: Path, given: str | None, files: list[str]) -> Marks | None
     if given is None:
         return None
     path = _beside(root, given)
-    marks = Marks(_read_csv(path, ("file",)), path.parent)
+    marks = Marks(read_csv(path, ("file",)), path.parent)
     if not any(file in marks for file in files):
         raise UserError(
             f"{given!r} marks no image of {str(root)!r}; its column file holds paths as in the data"
@@ -191,22 +206,3 @@ def _walk_without_links(
                 yield (relative / file).as_posix()
             else:
                 unknown[extension or "no extension"] += 1
-
-
-def _open_text(path: Path):
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}")
-    # utf-8-sig: spreadsheets write a byte order mark; surrogateescape: file names may be any bytes.
-    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    with _open_text(path) as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
-        if missing:
-            raise UserError(
-                f"{str(path)!r} has no column {missing[0]!r}; "
-                f"its first line must name the columns {', '.join(columns)}"
-            )
-        return list(reader)
