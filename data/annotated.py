@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.images import ImageData
+from data.images import ImageData, NoAnnotations
 from data.pictures import UnreadableImage
 from data.pixels import normalize, resize, to_unit
 from errors import UserError
@@ -103,7 +103,7 @@ def kinds_of(data: ImageData) -> list[str]:
     """Which annotations the first image has; "pair" and "clip" where the data has those."""
     try:
         found = list(data.annotations(0))
-    except ValueError:
+    except NoAnnotations:
         found = []
     return found + [method for method in ("pair", "clip") if hasattr(data, method)]
 
@@ -137,5 +137,5 @@ def has_masks(*sets: ImageData) -> bool:
     """Whether images of all these come with segmentation masks."""
     try:
         return all("mask" in data.annotations(0) for data in sets)
-    except ValueError:
+    except NoAnnotations:
         return False

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import ImageData
+from data.images import ImageData, NoAnnotations
 from data.pictures import read_image
+from data.sources.tables import LINE
 from errors import UserError
 
 # Purposes of random numbers; those below are the loader's and the mixture's.
@@ -121,7 +122,7 @@ def annotations_of(data: ImageData, index: int) -> dict:
     """Empty where this image has none, which in a mixture of sources is no mistake."""
     try:
         return data.annotations(index)
-    except ValueError:
+    except NoAnnotations:
         return {}
 
 
@@ -154,23 +155,56 @@ class Marks:
     """
 
     def __init__(self, rows: Iterable[dict[str, str]], folder: Path):
-        self.folder, self.masks, self.boxes = folder, {}, {}
+        self.folder, self.masks, self.boxes, self.lines = folder, {}, {}, {}
         for row in rows:
             file = Path(row["file"]).as_posix()
             if row.get("mask"):
                 self.masks[file] = row["mask"]
             else:
                 self.boxes.setdefault(file, []).append(_box(row))
+                self.lines.setdefault(file, []).append(row.get(LINE, "?"))
+        if self.boxes and all(max(box) <= 1 for boxes in self.boxes.values() for box in boxes):
+            file, boxes = next(iter(self.boxes.items()))
+            raise UserError(
+                f"line {self.lines[file][0]}, {file}: the box {boxes[0]}, as all boxes, lies in "
+                "[0, 1]; are these shares? Marks are in pixels of the image"
+            )
 
     def __contains__(self, file: str) -> bool:
         return file in self.masks or file in self.boxes
 
-    def of(self, file: str) -> dict[str, np.ndarray]:
-        """`mask` (H, W) uint8, 1 where marked, or `boxes` (m, 4) float32, (0, 4) without marks."""
+    def of(self, file: str, size: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
+        """`mask` (H, W) uint8, 1 where marked, or `boxes` (m, 4) float32, (0, 4) without marks.
+
+        Args:
+            size: height and width in pixels of the image, which the marks must fit.
+
+        Raises:
+            UserError: if they do not.
+        """
         if file in self.masks:
             mask = read_image(self.folder / self.masks[file], None)[0] > 0
+            if size is not None and tuple(mask.shape) != tuple(size):
+                raise UserError(
+                    f"{self.masks[file]}: a mask of {mask.shape[0]} x {mask.shape[1]} pixels, "
+                    f"its image {file} has {size[0]} x {size[1]}"
+                )
             return {"mask": mask.numpy().astype(np.uint8)}
-        return {"boxes": np.array(self.boxes.get(file, ()), dtype=np.float32).reshape(-1, 4)}
+        boxes = np.array(self.boxes.get(file, ()), dtype=np.float32).reshape(-1, 4)
+        if size is not None and len(boxes):
+            self._require_inside(file, boxes, size)
+        return {"boxes": boxes}
+
+    def _require_inside(self, file: str, boxes: np.ndarray, size: tuple[int, int]) -> None:
+        height, width = size
+        # A pixel beyond the border is rounding; annotation tools write it.
+        inside = (boxes >= -1) & (boxes <= np.array([width, height, width, height]) + 1)
+        for box, line, fits in zip(boxes, self.lines[file], inside.all(1), strict=True):
+            if not fits:
+                raise UserError(
+                    f"line {line}, {file}: the box {box.tolist()} lies outside its image of "
+                    f"{width} x {height} pixels (x, y)"
+                )
 
 
 def _box(row: dict[str, str]) -> list[float]:

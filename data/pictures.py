@@ -66,6 +66,22 @@ def read_image(
         raise UnreadableImage(str(path), error_text(error)) from error
 
 
+def image_size(path: str | Path, **reading) -> tuple[int, int]:
+    """(height, width) as `read_image` gives them with `reading`, from the header where that is
+    enough.
+
+    Raises:
+        UnreadableImage: if it cannot be decoded.
+    """
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            turned = picture.getexif().get(ORIENTATION, 1) >= 5
+    except Exception:  # no picture, or one that needs another decoder
+        return tuple(read_image(path, **reading).shape[-2:])
+    return (width, height) if turned else (height, width)
+
+
 def read_open_file(
     file: BinaryIO,
     name: str,

@@ -1,5 +1,7 @@
 """Image files in a folder or named by a list."""
 
+import contextlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -10,9 +12,11 @@ from torch import Tensor
 
 from data.guided import Marks
 from data.images import SPLITS, ImageData, number_classes
-from data.pictures import EXTENSIONS, Window, read_image
+from data.pictures import EXTENSIONS, UnreadableImage, Window, image_size, read_image
 from data.sources.tables import open_text, read_csv
 from errors import UserError
+
+CHECKED = 20  # marked images whose marks are checked at the start
 
 
 class FileImages(ImageData):
@@ -42,6 +46,8 @@ class FileImages(ImageData):
             # Of all files: the first few must number their classes as all of them do.
             labels, self.classes = number_classes(names)
             self.labels = None if labels is None else labels[:size]
+        if marks is not None:
+            self._check_marks()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -55,7 +61,22 @@ class FileImages(ImageData):
     def annotations(self, index: int) -> dict:
         if self.marks is None:
             return super().annotations(index)
-        return self.marks.of(os.fsdecode(self.files[index]))
+        file = os.fsdecode(self.files[index])
+        if file not in self.marks:
+            return self.marks.of(file)
+        try:
+            size = image_size(self.name(index), **self.reading)
+        except UnreadableImage:
+            size = None
+        return self.marks.of(file, size)
+
+    def _check_marks(self) -> None:
+        """Of the first few marked images; of the others when they are used."""
+        files = map(os.fsdecode, self.files)
+        marked = (index for index, file in enumerate(files) if file in self.marks)
+        for index in itertools.islice(marked, CHECKED):
+            with contextlib.suppress(UnreadableImage):
+                self.annotations(index)
 
 
 def open_folder(
@@ -163,7 +184,11 @@ def _read_marks(root: Path, given: str | None, files: list[str]) -> Marks | None
     if given is None:
         return None
     path = _beside(root, given)
-    marks = Marks(read_csv(path, ("file",)), path.parent)
+    rows = read_csv(path, ("file",))
+    try:
+        marks = Marks(rows, path.parent)
+    except UserError as error:
+        raise UserError(f"{given}: {error}") from error
     if not any(file in marks for file in files):
         raise UserError(
             f"{given!r} marks no image of {str(root)!r}; its column file holds paths as in the data"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.guided import Guidance
 from data.sources.specs import open_data
 from errors import UserError
 
@@ -92,3 +93,42 @@ def test_labels_that_match_no_image_are_counted(folder, tmp_path, rows, said):
     (tmp_path / "t.csv").write_text("file,label\n" + rows)
     (line,) = open_data(f"{folder}?labels={tmp_path}/t.csv").passed_over
     assert said in line
+
+
+@pytest.mark.parametrize(("box", "words"), [
+    ("0.4,0.4,0.6,0.6", "line 2, a/1.png.*shares"),
+    ("1000,1000,1100,1100", "line 2, a/1.png.*outside.*6 x 8"),
+    ("0,0,8,6", "outside"),
+    ("-5,0,3,3", "outside"),
+])  # fmt: skip
+def test_boxes_outside_their_image_are_refused_by_row(folder, box, words):
+    (folder / "m.csv").write_text(f"file,x0,y0,x1,y1\na/1.png,{box}\n")
+    with pytest.raises(UserError, match=words):
+        open_data(f"{folder}?marks=m.csv")
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (16, 12), (8, 7)])
+def test_a_mask_of_another_size_is_refused(folder, tmp_path, shape):
+    save(tmp_path / "m.png", np.ones(shape, np.uint8))
+    (tmp_path / "m.csv").write_text("file,mask\na/1.png,m.png\n")
+    with pytest.raises(UserError, match="m.png: a mask of .* 8 x 6"):
+        open_data(f"{folder}?marks={tmp_path}/m.csv")
+
+
+def test_a_wrong_mark_beyond_the_first_few_ends_guided_training(tmp_path):
+    root = tmp_path / "many"
+    for number in range(25):
+        save(root / f"{number:02}.png")
+    rows = "".join(f"{number:02}.png,1,1,3,3\n" for number in range(24))
+    (root / "m.csv").write_text("file,x0,y0,x1,y1\n" + rows + "24.png,1,1,30,3\n")
+    data = open_data(f"{root}?marks=m.csv")
+    with pytest.raises(UserError, match="line 26, 24.png"):
+        Guidance(1.0).targets(data, 24, 0, 0, 1, 3)
+
+
+def test_marks_are_those_of_the_upright_image(folder):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("L", (6, 8)).save(folder / "c.jpg", exif=exif)
+    (folder / "m.csv").write_text("file,x0,y0,x1,y1\nc.jpg,1,1,8,6\n")
+    assert open_data(f"{folder}?marks=m.csv").annotations(2)["boxes"].tolist() == [[1, 1, 8, 6]]
