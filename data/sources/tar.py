@@ -154,8 +154,12 @@ def _index(shards: tuple[Path, ...], stamps: tuple) -> tuple:
 
 
 def _part(shards: tuple[Path, ...], first: int, every: int) -> tuple | OSError:
-    """The images in shards first, first + every, ...: shard, member, (offset, size), an array each,
-    a list of class names, and counts of what was passed over. Or the error that prevents it, for the other ranks to see."""
+    """The images in shards first, first + every, ...
+
+    Returns:
+        shard, member, (offset, size), an array each, a list of class names, and counts of what was
+        passed over. Or the error that prevents it, for the other ranks to see.
+    """
     try:
         passed = Counter()
         entries = []

@@ -14,7 +14,8 @@ PNG = encoded(np.zeros((4, 5), np.uint8))
 
 
 @pytest.mark.parametrize(("members", "images", "said"), [
-    (["a.png", "s.v1.0.png", "t.v1.0.png", "u.x.JPG"], 1, ["2 members end in .png", "1 members end in .jpg"]),
+    (["a.png", "s.v1.0.png", "t.v1.0.png", "u.x.JPG"], 1,
+     ["2 members end in .png", "1 members end in .jpg"]),
     (["a.png", "a.seg.png", "b.png", "b.cls", "c.cls"], 2, ["1 members end in .cls without"]),
     (["a.png", "b.heic", "c.txt", "d.txt"], 1, ["1 members end in .heic", "2 members end in .txt"]),
     (["a.png", "a.cls", "a.json"], 1, []),
