@@ -98,6 +98,10 @@ def open_folder(
         root = _split_folder(root, split)
     unknown = Counter()
     files = sorted(_walk(root, unknown))
+    marked = _read_marks(root, marks, files)
+    if marked is not None:
+        masks = marked.mask_files(root)
+        files = [file for file in files if file not in masks]
     if not files:
         extensions = " ".join(sorted(EXTENSIONS))
         raise FileNotFoundError(f"no image in {str(root)!r}; extensions are {extensions}")
@@ -107,7 +111,7 @@ def open_folder(
     else:
         names, said = _read_labels(root, labels, files)
     reading = {"channels": channels, "window": window, "page": page}
-    data = FileImages(root, files, names, reading, size, _read_marks(root, marks, files))
+    data = FileImages(root, files, names, reading, size, marked)
     data.passed_over += said
     if unknown:
         kinds = ", ".join(f"{count} {name}" for name, count in sorted(unknown.items()))

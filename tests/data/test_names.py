@@ -6,7 +6,6 @@ import pytest
 
 from engine.logger import BadImages
 
-
 NAMES = [b"caf\xe9.png", b"a\nb.png", b"a\tb\r.png", "Ünï\u2028x.png".encode()]
 
 
