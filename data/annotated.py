@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.images import ImageData
+from data.images import ImageData, NoAnnotations
+from data.pictures import UnreadableImage
 from data.pixels import normalize, resize, to_unit
 from errors import UserError
+
+MAX_PATCHES = 2**16  # of one whole image, 4096 x 4096 pixels at 16; attention grows as its square
 
 
 class Annotated(Dataset):
@@ -31,6 +34,7 @@ class Annotated(Dataset):
 
     Raises:
         UserError: if the data has no such annotation (asked of its first image).
+        UnreadableImage: from an item of more than MAX_PATCHES patches.
     """
 
     def __init__(
@@ -57,7 +61,16 @@ class Annotated(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any, int]:
-        return self.prepare(self.data.image(index)), self.annotations(index), index
+        image = self.data.image(index)
+        height, width = target_size(image.shape[-2:], self.size, self.multiple)
+        if height * width > MAX_PATCHES * self.multiple**2:
+            before = " x ".join(map(str, image.shape[-2:]))
+            raise UnreadableImage(
+                self.data.name(index),
+                f"{before} pixels become {height} x {width}, more than {MAX_PATCHES} patches; "
+                "a strip is cut into pieces first",
+            )
+        return self.prepare(image), self.annotations(index), index
 
     def prepare(self, image: Tensor) -> Tensor:
         """(C, H, W) in the stored type -> (C, h, w) normalised."""
@@ -90,7 +103,7 @@ def kinds_of(data: ImageData) -> list[str]:
     """Which annotations the first image has; "pair" and "clip" where the data has those."""
     try:
         found = list(data.annotations(0))
-    except ValueError:
+    except NoAnnotations:
         found = []
     return found + [method for method in ("pair", "clip") if hasattr(data, method)]
 
@@ -124,5 +137,5 @@ def has_masks(*sets: ImageData) -> bool:
     """Whether images of all these come with segmentation masks."""
     try:
         return all("mask" in data.annotations(0) for data in sets)
-    except ValueError:
+    except NoAnnotations:
         return False

@@ -6,16 +6,19 @@ Its size, mirroring and colours stay as drawn, as do all crops of images without
 give neither the probability nor how a crop lies around the mark: that is ours.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from data.images import ImageData
+from data.images import ImageData, NoAnnotations
 from data.pictures import read_image
+from data.sources.tables import LINE
 from errors import UserError
 
 # Purposes of random numbers; those below are the loader's and the mixture's.
@@ -87,6 +90,8 @@ def marked_points(notes: dict, u: np.ndarray) -> np.ndarray:
         return low + u[:, 1:] * (high - low)
     mask = np.asarray(notes.get("mask", np.zeros((1, 1))))
     pixels = np.flatnonzero((mask > 0) & (mask != 255))
+    if not len(pixels):  # a mask of 0 and 255 alone: 255 is the mark
+        pixels = np.flatnonzero(mask > 0)
     if not len(pixels):
         return np.full((len(u), 2), np.nan)
     chosen = pixels[(u[:, 0] * len(pixels)).astype(int)]
@@ -121,7 +126,7 @@ def annotations_of(data: ImageData, index: int) -> dict:
     """Empty where this image has none, which in a mixture of sources is no mistake."""
     try:
         return data.annotations(index)
-    except ValueError:
+    except NoAnnotations:
         return {}
 
 
@@ -144,7 +149,8 @@ class Marks:
     """Marks of files, from the rows of a CSV file.
 
     A row is a box (`file, x0, y0, x1, y1` in pixels) or a mask (`file, mask`: the path of a picture
-    of the image's size, not 0 where marked).
+    of the image's size that holds classes; 0 is background, 255 unknown). Crops are guided to what
+    is not 0.
 
     Args:
         folder: of the CSV file; paths of masks are relative to it.
@@ -154,23 +160,82 @@ class Marks:
     """
 
     def __init__(self, rows: Iterable[dict[str, str]], folder: Path):
-        self.folder, self.masks, self.boxes = folder, {}, {}
+        self.folder, self.masks, self.boxes, self.lines = folder, {}, {}, {}
         for row in rows:
             file = Path(row["file"]).as_posix()
             if row.get("mask"):
                 self.masks[file] = row["mask"]
             else:
                 self.boxes.setdefault(file, []).append(_box(row))
+                self.lines.setdefault(file, []).append(row.get(LINE, "?"))
+        if self.boxes and all(max(box) <= 1 for boxes in self.boxes.values() for box in boxes):
+            file, boxes = next(iter(self.boxes.items()))
+            raise UserError(
+                f"line {self.lines[file][0]}, {file}: the box {boxes[0]}, as all boxes, lies in "
+                "[0, 1]; are these shares? Marks are in pixels of the image"
+            )
+
+    def mask_files(self, root: Path) -> set[str]:
+        """The masks, relative to a folder of images, that are not themselves marked."""
+        root, folder = os.path.realpath(root), os.path.realpath(self.folder)
+        paths = (os.path.relpath(os.path.join(folder, mask), root) for mask in self.masks.values())
+        return {path for path in (Path(path).as_posix() for path in paths) if path not in self}
 
     def __contains__(self, file: str) -> bool:
         return file in self.masks or file in self.boxes
 
-    def of(self, file: str) -> dict[str, np.ndarray]:
-        """`mask` (H, W) uint8, 1 where marked, or `boxes` (m, 4) float32, (0, 4) without marks."""
+    def of(self, file: str, size: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
+        """`mask` (H, W) of classes, 255 unknown, or `boxes` (m, 4) float32, (0, 4) without marks.
+
+        Args:
+            size: height and width in pixels of the image, which the marks must fit.
+
+        Raises:
+            UserError: if they do not.
+        """
         if file in self.masks:
-            mask = read_image(self.folder / self.masks[file], None)[0] > 0
-            return {"mask": mask.numpy().astype(np.uint8)}
-        return {"boxes": np.array(self.boxes.get(file, ()), dtype=np.float32).reshape(-1, 4)}
+            mask = read_mask(self.folder / self.masks[file])
+            if size is not None and tuple(mask.shape) != tuple(size):
+                raise UserError(
+                    f"{self.masks[file]}: a mask of {mask.shape[0]} x {mask.shape[1]} pixels, "
+                    f"its image {file} has {size[0]} x {size[1]}"
+                )
+            return {"mask": mask}
+        boxes = np.array(self.boxes.get(file, ()), dtype=np.float32).reshape(-1, 4)
+        if size is not None and len(boxes):
+            self._require_inside(file, boxes, size)
+        return {"boxes": boxes}
+
+    def _require_inside(self, file: str, boxes: np.ndarray, size: tuple[int, int]) -> None:
+        height, width = size
+        # A pixel beyond the border is rounding; annotation tools write it.
+        inside = (boxes >= -1) & (boxes <= np.array([width, height, width, height]) + 1)
+        for box, line, fits in zip(boxes, self.lines[file], inside.all(1), strict=True):
+            if not fits:
+                raise UserError(
+                    f"line {line}, {file}: the box {box.tolist()} lies outside its image of "
+                    f"{width} x {height} pixels (x, y)"
+                )
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """(H, W) uint8 or int32, the numbers that the file stores: of a palette, not its colours.
+
+    Raises:
+        UnreadableImage: if it cannot be decoded.
+        UserError: if it is coloured.
+    """
+    try:
+        with Image.open(path) as picture:
+            if picture.mode == "P":
+                return np.array(picture)
+    except (OSError, SyntaxError):  # no picture, or none that Pillow reads
+        pass
+    image = read_image(path, None)
+    if len(image) > 1 and not (image[1:3] == image[:1]).all():
+        raise UserError(f"{path} is coloured; a mask holds the number of a class in each pixel")
+    mask = image[0].numpy()
+    return mask if mask.dtype == np.uint8 else mask.astype(np.int32)
 
 
 def _box(row: dict[str, str]) -> list[float]:

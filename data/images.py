@@ -14,6 +14,10 @@ SPLITS = {
 }
 
 
+class NoAnnotations(UserError):
+    """This kind of data has none, which in a mixture of sources is no mistake."""
+
+
 class ImageData(Dataset):
     """Images with or without labels; item i is (image, label or -1).
 
@@ -22,11 +26,13 @@ class ImageData(Dataset):
     Attributes:
         labels: (n,) int64, -1 where an image has none, or None.
         classes: their names, or None.
+        passed_over: a sentence with counts for each kind of thing that is not used.
     """
 
     title: str
     labels: np.ndarray | None = None
     classes: list[str] | None = None
+    passed_over: list[str] | tuple = ()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -41,7 +47,7 @@ class ImageData(Dataset):
 
     def annotations(self, index: int) -> dict:
         """Boxes, masks, depth or keypoints, of the kinds of data that have them."""
-        raise UserError(f"{self.name(index)} has no annotations beyond its class; `scenes` has")
+        raise NoAnnotations(f"{self.name(index)} has no annotations beyond its class; `scenes` has")
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.image(index), -1 if self.labels is None else int(self.labels[index])

@@ -20,7 +20,7 @@ from data.augment import MultiCrop, draw
 from data.device import Cut, cut_out, pack
 from data.guided import Guidance
 from data.masking import MaskSpec, draw_masks
-from data.pixels import normalize, resize, to_unit
+from data.pixels import cut_strip, normalize, resize, to_unit
 from data.sources.mixture import Mixture
 from data.sources.specs import ImageData, UnreadableImage
 from errors import UserError
@@ -340,6 +340,9 @@ def first_readable(data: ImageData, count: int) -> list[int]:
     return found
 
 
+STRIP = 16  # crops; of a longer image only the part around its centre crop is resized
+
+
 class EvalDataset(Dataset):
     """Images as a frozen model wants them: short side to `resize`, centre crop, normalised.
 
@@ -375,7 +378,11 @@ class EvalDataset(Dataset):
         scale = max(self.resize / min(height, width), h / height, w / width)
         # The small addend: 256 / 3 * 3 may come out a hair below 256.
         height, width = int(height * scale + 1e-6), int(width * scale + 1e-6)
-        image = resize(image, (height, width), self.interpolation)
         top, left = round((height - h) / 2), round((width - w) / 2)
+        if max(height / h, width / w) > STRIP:
+            image, (height, width), (top, left) = cut_strip(
+                image, (height, width), (top, left), self.size
+            )
+        image = resize(image, (height, width), self.interpolation)
         crop = image[:, top : top + h, left : left + w]
         return normalize(to_unit(crop.clone()), self.mean, self.std), label, index

@@ -22,6 +22,9 @@ EXTENSIONS = {*PICTURES.split(), ".npy", ".npz"}
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Tags of TIFF 6.0.
 WIDTH, HEIGHT, BITS, ORIENTATION, SAMPLES, EXTRA, FORMAT = 256, 257, 258, 274, 277, 338, 339
+SUBFILE, PHOTOMETRIC = 254, 262
+MASK_PAGE = 4  # a bit of SUBFILE: the page says which pixels of another one count
+WHITE_IS_ZERO = 0  # a value of PHOTOMETRIC
 ALPHA = (1, 2)  # values of EXTRA: with and without premultiplied colours; anything else is a band
 Window = tuple[float, float]
 
@@ -64,6 +67,22 @@ def read_image(
         raise
     except OSError as error:
         raise UnreadableImage(str(path), error_text(error)) from error
+
+
+def image_size(path: str | Path, **reading) -> tuple[int, int]:
+    """(height, width) as `read_image` gives them with `reading`, from the header where that is
+    enough.
+
+    Raises:
+        UnreadableImage: if it cannot be decoded.
+    """
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            turned = picture.getexif().get(ORIENTATION, 1) >= 5
+    except Exception:  # no picture, or one that needs another decoder
+        return tuple(read_image(path, **reading).shape[-2:])
+    return (width, height) if turned else (height, width)
 
 
 def read_open_file(
@@ -273,7 +292,11 @@ def _read_tiff(file: BinaryIO, channels: int | None, page: int | None) -> Tensor
     tags = _tiff_tags(file)
     _refuse_huge(tags[HEIGHT], tags[WIDTH])
     pages = _read_pages if _pillow_keeps_all(tags) else _read_pages_with_tifffile
-    images = pages(file, tags, page, channels)
+    try:
+        images = pages(file, tags, page, channels)
+    except SyntaxError:  # Pillow knows no page of a mask's photometric kind
+        file.seek(0)
+        images = _read_pages_with_tifffile(file, tags, page, channels)
     return images[0] if len(images) == 1 else torch.cat(images)
 
 
@@ -300,15 +323,22 @@ def _pillow_keeps_all(tags: dict) -> bool:
 
 def _read_pages(file: BinaryIO, tags: dict, page: int | None, channels: int | None) -> list[Tensor]:
     with Image.open(file) as picture:
-        kinds = set()
+        kinds, shown = set(), []
         for number in range(picture.n_frames):
             picture.seek(number)
-            kinds.add((picture.mode, picture.size))
+            if not picture.tag_v2.get(SUBFILE, 0) & MASK_PAGE:
+                shown.append(number)
+                kinds.add((picture.mode, picture.size))
+        picture.seek(shown[0] if shown else 0)
         grey = picture.mode[0] in "1LIF" and picture.mode not in ("LA", "La", "LAB")
         images = []
-        for number in _chosen_pages(picture.n_frames, grey and len(kinds) == 1, page):
+        for number in _chosen_pages(picture.n_frames, shown, grey and len(kinds) == 1, page):
             picture.seek(number)
-            images.append(picture_to_tensor(ImageOps.exif_transpose(picture), channels))
+            deep = picture.mode.startswith("I;16")  # Pillow inverts 8 bits itself
+            white_is_zero = deep and picture.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
+            bits = picture.tag_v2.get(BITS, (16,))[0]
+            image = picture_to_tensor(ImageOps.exif_transpose(picture), channels)
+            images.append(_inverted(image, bits) if white_is_zero else image)
         return images
 
 
@@ -322,9 +352,12 @@ def _read_pages_with_tifffile(
             "deep colours or many bands in a TIFF need the package tifffile: pip install tifffile"
         ) from error
     with tifffile.TiffFile(file) as tiff:
-        grey = all(page.axes == "YX" and page.shape == tiff.pages[0].shape for page in tiff.pages)
+        subfiles = [int(kept.tags.valueof(SUBFILE, 0)) for kept in tiff.pages]
+        shown = [number for number, kind in enumerate(subfiles) if not kind & MASK_PAGE]
+        kinds = {(tiff.pages[number].axes, tiff.pages[number].shape) for number in shown}
+        grey = len(kinds) == 1 and next(iter(kinds))[0] == "YX"
         images = []
-        for number in _chosen_pages(len(tiff.pages), grey, page):
+        for number in _chosen_pages(len(tiff.pages), shown, grey, page):
             axes, array = tiff.pages[number].axes, tiff.pages[number].asarray()
             if axes not in ("YX", "YXS", "SYX"):
                 raise UserError(f"has the axes {axes}; an image has height, width and bands")
@@ -333,17 +366,31 @@ def _read_pages_with_tifffile(
             elif axes == "YXS":
                 array = array.transpose(2, 0, 1)
             image = array_to_tensor(array, len(array))
+            bits = tiff.pages[number].bitspersample
+            unsigned = array.dtype.kind == "u" and bits <= 16
+            if unsigned and int(tiff.pages[number].photometric) == WHITE_IS_ZERO:
+                image = torch.cat([_inverted(image[:1], bits), image[1:]])
             image = _without_alpha(image, channels) if tags.get(EXTRA, (0,))[0] in ALPHA else image
             images.append(_upright(image, tags.get(ORIENTATION, 1)))
         return images
 
 
-def _chosen_pages(count: int, all_alike: bool, page: int | None) -> range:
+def _chosen_pages(count: int, shown: list[int], all_alike: bool, page: int | None) -> list[int]:
+    """Numbers of the pages to read; those in `shown` are not masks of others."""
     if page is None:
-        return range(count if all_alike else 1)
+        shown = shown or [0]
+        return shown if all_alike else shown[:1]
     if page >= count:
         raise UserError(f"has no page {page}, counted from 0; there are {count}")
-    return range(page, page + 1)
+    return [page]
+
+
+def _inverted(image: Tensor, bits: int) -> Tensor:
+    """Unsigned values of so many bits, of which 0 was white."""
+    if image.dtype not in (torch.uint8, torch.uint16):
+        return image
+    highest = 2**bits - 1
+    return (highest - image.to(torch.int32)).to(image.dtype)
 
 
 def _upright(image: Tensor, orientation: int) -> Tensor:

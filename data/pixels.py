@@ -38,6 +38,42 @@ def resize(image: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tenso
     return resized if coarse else resized.clamp_(0, 1)
 
 
+Sizes = tuple[int, int]
+
+
+def cut_strip(
+    image: Tensor, target: Sizes, corner: Sizes, size: Sizes
+) -> tuple[Tensor, Sizes, Sizes]:
+    """The part of a long image around its centre crop: a strip that is resized whole would fill the
+    memory.
+
+    The part has the image's centre, and ends where whole pixels before and after resizing meet, so
+    its pixels become what they become within the whole.
+
+    Args:
+        target: (h, w) in pixels that the whole image would be resized to.
+        corner: top and left of the centre crop in it.
+        size: (h, w) of the crop.
+
+    Returns:
+        The part, the size in pixels to resize it to, and the crop's corner in that.
+    """
+    axis = int(image.shape[-1] > image.shape[-2])
+    length, side, goal = image.shape[-2 + axis], image.shape[-1 - axis], target[axis]
+    ratio = goal / length
+    reach = 3 * max(1, 1 / ratio)  # of a filter, which ends two pixels of the coarser grid away
+    most = int((length - size[axis] / ratio) / 2 - reach)
+    if most <= 0:
+        return image, target, corner
+    cuts = range(max(0, most - 2 * side), most + 1)
+    cut = min(cuts, key=lambda cut: abs(cut * ratio - round(cut * ratio)))
+    less = round(cut * ratio)
+    target, corner = list(target), list(corner)
+    target[axis] -= 2 * less
+    corner[axis] -= less
+    return image.narrow(-2 + axis, cut, length - 2 * cut), tuple(target), tuple(corner)
+
+
 def to_unit(image: Tensor) -> Tensor:
     """float32 in [0, 1] from uint8 or uint16; a float image is taken to be in that range."""
     if image.is_floating_point():

@@ -106,9 +106,10 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     if arguments.images < 1:
         raise UserError(f"--images is {arguments.images}; it must be at least 1")
-    stats = collect(
-        open_data(arguments.data, arguments.channels), arguments.images, arguments.workers
-    )
+    data = open_data(arguments.data, arguments.channels)
+    for line in data.passed_over:
+        print(line, file=sys.stderr)
+    stats = collect(data, arguments.images, arguments.workers)
     print(f"{'channel':>7} {'mean':>9} {'std':>9} {'min':>9} {'max':>9}", file=sys.stderr)
     columns = (stats["mean"], stats["std"], stats["min"], stats["max"])
     for channel, (mean, std, low, high) in enumerate(zip(*columns, strict=True)):

@@ -210,13 +210,18 @@ def memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+ESCAPES = str.maketrans({"\n": "\\n", "\t": "\\t", "\r": "\\r"})  # one line an image
+
+
 class BadImages:
     """Counts the images that cannot be read, and lists them in RUN/bad_images.txt."""
 
     def __init__(self, run: Path, images: int, limit: int | None):
         self.path = run / "bad_images.txt"
         self.limit = max(10, images // 100) if limit is None else limit
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        lines = []
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
         self.seen = dict(line.split("\t", 1) for line in lines if "\t" in line)
 
     def add(self, bad: list[tuple[str, str]]) -> None:
@@ -224,11 +229,13 @@ class BadImages:
         Raises:
             UserError: when more different images than the limit could not be read.
         """
-        new = {name: reason for name, reason in bad if name not in self.seen}
+        named = [(name.translate(ESCAPES), reason.translate(ESCAPES)) for name, reason in bad]
+        new = {name: reason for name, reason in named if name not in self.seen}
         if not new:
             return
         self.seen |= new
-        with self.path.open("a") as file:
+        # File names may be any bytes.
+        with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(f"{name}\t{reason}\n" for name, reason in new.items())
         if len(self.seen) > self.limit:
             raise UserError(

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from data.images import ImageData, choose_split
+from data.images import ImageData, choose_split, number_classes
 from data.pictures import (
     UnreadableImage,
     Window,
@@ -17,7 +17,6 @@ from data.pictures import (
     finish,
     picture_to_tensor,
 )
-from data.sources.published import labels_of
 from errors import UserError
 
 
@@ -26,8 +25,10 @@ class ArrayImages(ImageData):
 
     Args:
         pixels: (n, H, W), (n, H, W, C) or (n, C, H, W); see `array_to_tensor`.
-        labels: (n,) or (n, 1) class ids; several columns (more than one class an image) are
-            ignored.
+        labels: see `class_ids`.
+
+    Raises:
+        UserError: if the pixels are no images, or there is not one label an image.
     """
 
     def __init__(
@@ -39,9 +40,15 @@ class ArrayImages(ImageData):
         window: Window | None = None,
         size: int | None = None,
     ):
+        if pixels.ndim not in (3, 4):
+            raise UserError(
+                f"{title}: images of shape {pixels.shape}; an array of images has the shape "
+                "(n, H, W), (n, H, W, C) or (n, C, H, W)"
+            )
         self.pixels, self.title, self.channels, self.window = pixels[:size], title, channels, window
-        if labels is not None and labels.dtype.kind in "iu" and labels.size == len(labels):
-            self.labels = labels.reshape(-1)[:size].astype(np.int64)
+        if labels is not None:
+            self.labels, self.classes, self.passed_over = class_ids(labels, len(pixels), title)
+            self.labels = None if self.labels is None else self.labels[:size]
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -52,6 +59,43 @@ class ArrayImages(ImageData):
         except ValueError as error:
             raise UnreadableImage(self.name(index), error_text(error)) from error
         return finish(image, self.name(index), self.channels, self.window)
+
+
+def class_ids(
+    values, count: int, title: str
+) -> tuple[np.ndarray | None, list[str] | None, list[str]]:
+    """Labels of `count` images in any of the usual forms.
+
+    Args:
+        values: (n,) or (n, 1) numbers or names, or (n, K) with a single 1 in each row.
+
+    Returns:
+        (n,) int64 ids, negative where there is no label, or None; names of classes, or None; and
+        what was passed over: values that are no classes, several classes an image.
+
+    Raises:
+        UserError: for another number of labels.
+    """
+    values = np.asarray(values)
+    if values.ndim == 0 or len(values) != count:
+        given = "one value" if values.ndim == 0 else f"{len(values)}"
+        raise UserError(f"{title}: {given} for the labels of {count} images; each needs one")
+    if values.ndim > 1 and values.size == count:
+        values = values.reshape(count)
+    if values.dtype.kind == "O" and all(isinstance(value, str) for value in values.flat):
+        values = values.astype(str)
+    if values.ndim == 1 and values.dtype.kind in "SU":
+        names = [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values]
+        return *number_classes([name or None for name in names]), []
+    if values.dtype.kind not in "buif" or not (values == np.round(values)).all():
+        kind = f"labels of {values.dtype} such as {values.flat[0]!r}"
+        return None, None, [f"{title}: {kind} are no classes and passed over"]
+    if values.ndim == 2 and ((values == 0) | (values == 1)).all() and (values.sum(1) == 1).all():
+        values = values.argmax(1)
+    if values.ndim > 1:
+        shape = "x".join(map(str, values.shape[1:]))
+        return None, None, [f"{title}: labels with {shape} values an image passed over"]
+    return np.maximum(values.astype(np.int64), -1), None, []
 
 
 def is_npz_of_images(path: Path) -> bool:
@@ -108,7 +152,8 @@ def _split_prefix(arrays, split: str | None, file: Path) -> str:
 class PythonImages(ImageData):
     """One's own Dataset. Items are an image, or a tuple that begins with one.
 
-    An image is a PIL image, an array or a (C, H, W) tensor. Labels are those of an attribute
+    An item may also be a list that begins with an image, or a dictionary with "image". An image is
+    a PIL image, an array or a (C, H, W) tensor. Labels are those of an attribute
     `targets` or `labels`, class names those of `classes`.
     """
 
@@ -122,18 +167,30 @@ class PythonImages(ImageData):
     ):
         self.dataset, self.title, self.channels, self.window = dataset, title, channels, window
         self.length = min(size or len(dataset), len(dataset))
-        labels = labels_of(dataset)
-        self.labels = None if labels is None else labels[: self.length]
-        self.classes = getattr(dataset, "classes", None)
+        self._take_labels()
+
+    def _take_labels(self) -> None:
+        for name in ("targets", "labels"):
+            values = getattr(self.dataset, name, None)
+            if values is None or callable(values):
+                continue
+            title = f"{self.title} ({name})"
+            try:
+                found = class_ids(values, len(self.dataset), title)
+            except ValueError as error:  # it may be something else of that name
+                found = None, None, [f"{error_text(error)}; passed over"]
+            self.labels, self.classes, self.passed_over = found
+            if self.labels is not None:
+                self.labels = self.labels[: self.length]
+                self.classes = self.classes or getattr(self.dataset, "classes", None)
+                return
 
     def __len__(self) -> int:
         return self.length
 
     def image(self, index: int) -> Tensor:
         try:
-            item = self.dataset[index]
-            item = item[0] if isinstance(item, tuple) else item
-            image = _to_tensor(item, self.channels)
+            image = self._image_of(self.dataset[index], index)
         except UnreadableImage:
             raise
         except OSError as error:
@@ -141,9 +198,26 @@ class PythonImages(ImageData):
             raise UnreadableImage(self.name(index), error_text(error)) from error
         return finish(image, self.name(index), self.channels, self.window)
 
+    def _image_of(self, item, index: int) -> Tensor:
+        given = type(item).__name__
+        if isinstance(item, dict):
+            given += f" with the keys {', '.join(map(str, item))}"
+            item = item.get("image")
+        elif isinstance(item, (tuple, list)) and item and not np.isscalar(item[0]):
+            item = item[0]
+        try:
+            return _to_tensor(item, self.channels)
+        except (UserError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.name(index)} is a {given}: {error_text(error)}; an item is an image, a "
+                'tuple that begins with one, or a dictionary with "image"'
+            ) from error
+
 
 def _to_tensor(item, channels: int | None) -> Tensor:
     if isinstance(item, Tensor):
+        if item.ndim not in (2, 3):
+            raise UserError(f"a tensor of shape {tuple(item.shape)} is no image")
         return item if item.ndim == 3 else item[None]
     if isinstance(item, Image.Image):
         return picture_to_tensor(item, channels)

@@ -1,7 +1,10 @@
 """Image files in a folder or named by a list."""
 
-import csv
+import contextlib
+import itertools
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,11 @@ from torch import Tensor
 
 from data.guided import Marks
 from data.images import SPLITS, ImageData, number_classes
-from data.pictures import EXTENSIONS, Window, read_image
+from data.pictures import EXTENSIONS, UnreadableImage, Window, image_size, read_image
+from data.sources.tables import open_text, read_csv
 from errors import UserError
+
+CHECKED = 20  # marked images whose marks are checked at the start
 
 
 class FileImages(ImageData):
@@ -33,12 +39,15 @@ class FileImages(ImageData):
         marks: Marks | None = None,
     ):
         self.root, self.reading, self.marks = root, reading, marks
+        self.passed_over = []
         # Bytes in one array: a list of strings would be copied into every worker as it is read.
         self.files = np.array([os.fsencode(file) for file in files[:size]])
         if names is not None:
             # Of all files: the first few must number their classes as all of them do.
             labels, self.classes = number_classes(names)
             self.labels = None if labels is None else labels[:size]
+        if marks is not None:
+            self._check_marks()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -52,7 +61,22 @@ class FileImages(ImageData):
     def annotations(self, index: int) -> dict:
         if self.marks is None:
             return super().annotations(index)
-        return self.marks.of(os.fsdecode(self.files[index]))
+        file = os.fsdecode(self.files[index])
+        if file not in self.marks:
+            return self.marks.of(file)
+        try:
+            size = image_size(self.name(index), **self.reading)
+        except UnreadableImage:
+            size = None
+        return self.marks.of(file, size)
+
+    def _check_marks(self) -> None:
+        """Of the first few marked images; of the others when they are used."""
+        files = map(os.fsdecode, self.files)
+        marked = (index for index, file in enumerate(files) if file in self.marks)
+        for index in itertools.islice(marked, CHECKED):
+            with contextlib.suppress(UnreadableImage):
+                self.annotations(index)
 
 
 def open_folder(
@@ -72,23 +96,48 @@ def open_folder(
         raise FileNotFoundError(f"no folder {str(root)!r}")
     if split is not None:
         root = _split_folder(root, split)
-    files = sorted(_walk(root))
+    unknown = Counter()
+    files = sorted(_walk(root, unknown))
+    marked = _read_marks(root, marks, files)
+    if marked is not None:
+        masks = marked.mask_files(root)
+        files = [file for file in files if file not in masks]
     if not files:
         extensions = " ".join(sorted(EXTENSIONS))
         raise FileNotFoundError(f"no image in {str(root)!r}; extensions are {extensions}")
+    said = []
     if labels is None:
         names = [file.partition("/")[0] if "/" in file else None for file in files]
     else:
-        rows = _read_csv(_beside(root, labels), ("file", "label"))
-        label_of = {Path(row["file"]).as_posix(): row["label"] or None for row in rows}
-        names = [label_of.get(file) for file in files]
-        if not any(names):
-            raise UserError(
-                f"{labels!r} names no image of {str(root)!r}; "
-                "its column file holds paths relative to that folder"
-            )
+        names, said = _read_labels(root, labels, files)
     reading = {"channels": channels, "window": window, "page": page}
-    return FileImages(root, files, names, reading, size, _read_marks(root, marks, files))
+    data = FileImages(root, files, names, reading, size, marked)
+    data.passed_over += said
+    if unknown:
+        kinds = ", ".join(f"{count} {name}" for name, count in sorted(unknown.items()))
+        data.passed_over.append(
+            f"{root}: {sum(unknown.values())} files of unknown extensions passed over ({kinds})"
+        )
+    return data
+
+
+def _read_labels(root: Path, given: str, files: list[str]) -> tuple[list[str | None], list[str]]:
+    """The class names of the files, and what of the table is not used."""
+    rows = read_csv(_beside(root, given), ("file", "label"))
+    label_of = {Path(row["file"]).as_posix(): row["label"].strip() or None for row in rows}
+    names = [label_of.get(file) for file in files]
+    if not any(names):
+        raise UserError(
+            f"{given!r} names no image of {str(root)!r}; "
+            "its column file holds paths relative to that folder"
+        )
+    return names, _unmatched(given, "labels", label_of.keys() - set(files), len(label_of))
+
+
+def _unmatched(given: str, what: str, left: set[str], count: int) -> list[str]:
+    if not left:
+        return []
+    return [f"{given}: {len(left)} of {count} {what} match no image, such as {min(left)}"]
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -114,11 +163,12 @@ def open_list(
     if extension in EXTENSIONS:
         files = [file.name]
     elif extension == ".csv":
-        rows = _read_csv(file, ("file",))
+        rows = read_csv(file, ("file",))
         files = [row["file"] for row in rows]
-        names = [row.get("label") or None for row in rows]
+        names = [row.get("label", "").strip() or None for row in rows]
     elif extension == ".txt":
-        lines = _open_text(file).read().splitlines()
+        with open_text(file) as opened:
+            lines = opened.read().splitlines()
         files = [line.strip() for line in lines if line.strip()]
     else:
         raise UserError(f"{str(file)!r} is no list of images: a list ends in .txt or .csv")
@@ -138,7 +188,11 @@ def _read_marks(root: Path, given: str | None, files: list[str]) -> Marks | None
     if given is None:
         return None
     path = _beside(root, given)
-    marks = Marks(_read_csv(path, ("file",)), path.parent)
+    rows = read_csv(path, ("file",))
+    try:
+        marks = Marks(rows, path.parent)
+    except UserError as error:
+        raise UserError(f"{given}: {error}") from error
     if not any(file in marks for file in files):
         raise UserError(
             f"{given!r} marks no image of {str(root)!r}; its column file holds paths as in the data"
@@ -146,30 +200,38 @@ def _read_marks(root: Path, given: str | None, files: list[str]) -> Marks | None
     return marks
 
 
-def _walk(root: Path):
-    """Paths relative to root, with forward slashes; hidden files and folders are passed over."""
-    for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
+def _walk(root: Path, unknown: Counter) -> Iterator[str]:
+    """Paths relative to root, with forward slashes; hidden files and folders are passed over.
+
+    Each folder is listed once, under its own path rather than that of a link to it: a link to a
+    parent would have no end. Extensions of other files are counted in `unknown`.
+    """
+    seen, waiting = set(), [root]
+    while waiting:
+        links = []
+        for start in waiting:
+            yield from _walk_without_links(root, start, seen, links, unknown)
+        waiting = sorted(links)
+
+
+def _walk_without_links(
+    root: Path, start: Path, seen: set, links: list[Path], unknown: Counter
+) -> Iterator[str]:
+    for folder, below, files in os.walk(start):
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        paths = [Path(folder, name) for name in below]
+        links += [path for path in paths if path.is_symlink()]
         relative = Path(folder).relative_to(root)
         for file in files:
-            if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith("."):
+            extension = os.path.splitext(file)[1].lower()
+            if file.startswith("."):
+                continue
+            if extension in EXTENSIONS:
                 yield (relative / file).as_posix()
-
-
-def _open_text(path: Path):
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r}")
-    # utf-8-sig: spreadsheets write a byte order mark; surrogateescape: file names may be any bytes.
-    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
-def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    with _open_text(path) as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
-        if missing:
-            raise UserError(
-                f"{str(path)!r} has no column {missing[0]!r}; "
-                f"its first line must name the columns {', '.join(columns)}"
-            )
-        return list(reader)
+            else:
+                unknown[extension or "no extension"] += 1

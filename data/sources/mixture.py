@@ -49,6 +49,7 @@ class Mixture(ImageData):
                 "all weights are 0, and `alone` does not add up to 1: "
                 "what should the other steps show?"
             )
+        self.passed_over = [line for source in sources for line in source.passed_over]
         self.sources, self.starts = list(sources), np.cumsum([0, *map(len, sources)])
         mixed = max(0.0, 1 - sum(alone))
         self.step_quotas = _quotas([*alone, mixed])

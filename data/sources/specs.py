@@ -205,6 +205,20 @@ def match_classes(train: ImageData, val: ImageData) -> np.ndarray | None:
     return table[val.labels]
 
 
+LABELS_OF_KINDS = {
+    "folder": "folders named by class, or labels=FILE.csv",
+    "list": "a .csv with the columns file and label",
+    "tar": "a .cls or .json with the class beside each image",
+    "npz": "one class an image in an array called labels, or SPLIT_labels",
+    "python": "one class an image in an attribute targets or labels of the Dataset",
+    "hf": "label=COLUMN",
+}
+
+
+def _labels_of_kind(spec: str) -> str:
+    return LABELS_OF_KINDS.get(_parse(spec)[0], "a labelled data set")
+
+
 def open_labelled(train: str, val: str, channels: int | None = 3) -> tuple[ImageData, ImageData]:
     """Two data sets for a probe; labels of both are class ids of `train`, matched by name.
 
@@ -214,9 +228,7 @@ def open_labelled(train: str, val: str, channels: int | None = 3) -> tuple[Image
     both = open_data(train, channels), open_data(val, channels)
     for spec, data in zip((train, val), both, strict=True):
         if data.labels is None:
-            raise UserError(
-                f"{spec} has no labels; a probe needs folders named by class, labels=FILE.csv, "
-                "or a labelled data set"
-            )
+            found = "".join(f" ({line})" for line in data.passed_over)
+            raise UserError(f"{spec} has no labels; a probe needs {_labels_of_kind(spec)}{found}")
     both[1].labels = match_classes(*both)
     return both

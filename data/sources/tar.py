@@ -16,6 +16,7 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -53,12 +54,16 @@ class TarImages(ImageData):
     def __init__(self, shards: list[Path], reading: dict, size: int | None = None):
         self.shards, self.reading = shards, reading
         stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, shards)]
-        shard, members, places, labels, self.classes = _index(tuple(shards), tuple(stamps))
+        index = _index(tuple(shards), tuple(stamps))
+        shard, members, places, labels, self.classes, self.passed_over = index
         if (places[:, 1] == DAMAGED).all():
             more = f" and {len(shards) - 1} more" if len(shards) > 1 else ""
             extensions = " ".join(sorted(EXTENSIONS))
             raise FileNotFoundError(
-                f"no image in {str(shards[0])!r}{more}; extensions are {extensions}"
+                "; ".join(
+                    [f"no image in {str(shards[0])!r}{more}", *self.passed_over]
+                    + [f"extensions are {extensions}"]
+                )
             )
         self.shard, self.members, self.places = shard[:size], members[:size], places[:size]
         self.labels = None if labels is None else labels[:size]
@@ -128,7 +133,8 @@ def _read(shard: Path, offset: int, size: int) -> bytes:
 
 @lru_cache(maxsize=8)
 def _index(shards: tuple[Path, ...], stamps: tuple) -> tuple:
-    """(shard, member, (offset, size), label) of all images, an array each, and the classes.
+    """(shard, member, (offset, size), label) of all images, an array each, the classes, and what
+    was passed over.
 
     Kept, because a run opens its data more than once; `stamps` change with the files. Arrays, not
     lists: workers share their pages.
@@ -138,20 +144,27 @@ def _index(shards: tuple[Path, ...], stamps: tuple) -> tuple:
     for part in parts:
         if isinstance(part, OSError):
             raise part
-    *columns, names = zip(*parts, strict=True)
+    *columns, names, passed = zip(*parts, strict=True)
     columns = [np.concatenate(arrays) for arrays in columns]
     names = list(itertools.chain(*names))
     order = np.argsort(columns[0], kind="stable")  # of the shards, whoever read them
     labels, classes = number_classes([names[place] for place in order])
-    return *(column[order] for column in columns), labels, classes
+    found = _sentences(sum(passed, Counter()), str(shards[0]))
+    return *(column[order] for column in columns), labels, classes, found
 
 
 def _part(shards: tuple[Path, ...], first: int, every: int) -> tuple | OSError:
-    """The images in shards first, first + every, ...: shard, member, (offset, size), an array each,
-    and a list of class names. Or the error that prevents it, for the other ranks to see."""
+    """The images in shards first, first + every, ...
+
+    Returns:
+        shard, member, (offset, size), an array each, a list of class names, and counts of what was
+        passed over. Or the error that prevents it, for the other ranks to see.
+    """
     try:
-        chosen = range(first, len(shards), every)
-        entries = [(number, *entry) for number in chosen for entry in _entries(shards[number])]
+        passed = Counter()
+        entries = []
+        for number in range(first, len(shards), every):
+            entries += [(number, *entry) for entry in _entries(shards[number], passed)]
     except OSError as error:
         return error
     return (
@@ -159,12 +172,13 @@ def _part(shards: tuple[Path, ...], first: int, every: int) -> tuple | OSError:
         np.array([os.fsencode(entry[1]) for entry in entries], dtype=bytes),
         np.array([entry[2:4] for entry in entries], dtype=np.int64).reshape(-1, 2),
         [entry[4] for entry in entries],
+        passed,
     )
 
 
-def _entries(shard: Path) -> Iterator[Entry]:
-    """One entry an image, in the order of the shard."""
-    members = _members(shard)
+def _entries(shard: Path, passed: Counter) -> Iterator[Entry]:
+    """One entry an image, in the order of the shard; what is passed over is counted."""
+    members = _members(shard, passed)
     for _, group in itertools.groupby(members, lambda member: _split(member[0])[:2]):
         group = [(*_split(name), name, offset, size) for name, offset, size in group]
         fields = {extension: (offset, size) for _, _, extension, _, offset, size in group}
@@ -174,6 +188,34 @@ def _entries(shard: Path) -> Iterator[Entry]:
             elif extension in EXTENSIONS:
                 yield name, offset, size, _class_name(shard, fields)
                 break
+        else:
+            _count_passed([extension for _, _, extension, _, _, _ in group], passed)
+
+
+def _count_passed(extensions: list[str], passed: Counter) -> None:
+    """Counts members of a group that has no image."""
+    for extension in extensions:
+        last = os.path.splitext("x" + extension)[1]
+        if last != extension and last in EXTENSIONS:
+            passed["dot", last] += 1
+        elif extension in (".cls", ".json"):
+            passed["label", extension] += 1
+        elif extension:
+            passed["extension", extension] += 1
+
+
+def _sentences(passed: Counter, first: str) -> list[str]:
+    endings = {
+        "dot": "end in {} behind a further dot, and are no images: a name ends at its first dot",
+        "label": "end in {} without an image of their name beside them",
+        "extension": "end in {}, which is no known extension",
+        "link": "are {} links, which are not followed",
+        "lost": "are hard links to {} not in the shard",
+    }
+    return [
+        f"tar:{first}: {count} members {endings[kind].format(what)}"
+        for (kind, what), count in sorted(passed.items())
+    ]
 
 
 def _split(name: str) -> tuple[str, str, str]:
@@ -199,9 +241,12 @@ def _class_name(shard: Path, fields: dict[str, tuple[int, int]]) -> str | None:
     return None
 
 
-def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of the regular files of a shard; size DAMAGED for a broken header."""
+def _members(shard: Path, passed: Counter) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of the regular files of a shard; size DAMAGED for a broken header.
+
+    A hard link is the file that it names, which stands before it."""
     end = 0  # of the last member that was understood
+    places = {}  # of the files so far, for hard links
     with open(shard, "rb") as file:
         try:
             # ignore_zeros: also goes on at the next sound header after a broken one.
@@ -211,8 +256,19 @@ def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
                         yield f"@{end}", end, DAMAGED
                     blocks = -(-member.size // BLOCK) if member.isreg() else 0
                     end = member.offset_data + blocks * BLOCK
-                    if member.isreg() and not os.path.basename(member.name).startswith("."):
-                        yield member.name, member.offset_data, member.size
+                    if member.isreg():
+                        places[member.name] = member.offset_data, member.size
+                    place = places.get(member.linkname) if member.islnk() else None
+                    place = places[member.name] if member.isreg() else place
+                    if os.path.basename(member.name).startswith("."):
+                        continue
+                    if place is not None:
+                        places[member.name] = place
+                        yield member.name, *place
+                    elif member.islnk():
+                        passed["lost", "files"] += 1
+                    elif member.issym():
+                        passed["link", "symbolic"] += 1
         except tarfile.TarError:
             pass  # the last member is shorter than its header says, or there is no header at all
         if _is_damaged(shard, end):

@@ -269,7 +269,7 @@ def test_a_csv_file_may_name_masks(images, tmp_path):
     (tmp_path / "m.csv").write_text("file,mask\n1.png,mask.png\n")
     data = open_data(f"folder:{images}?marks={tmp_path / 'm.csv'}")
     notes = {data.name(index).rpartition("/")[2]: data.annotations(index) for index in range(12)}
-    assert np.array_equal(notes["1.png"]["mask"], mask > 0) and notes["2.png"]["boxes"].shape == (
+    assert np.array_equal(notes["1.png"]["mask"], mask) and notes["2.png"]["boxes"].shape == (
         0,
         4,
     )
