@@ -97,7 +97,7 @@ class CropsConfig:
     guided_globals: bool = False  # Whether global crops follow marks as well; for small things.
     guided_share: Share = 1.0  # Images whose marks are read; less to see how many it takes.
     # Pairs of sizes, one drawn a step, in place of the two above; for high resolution (DINOv3).
-    mix: Annotated[list[SizeConfig], Rule("pairs of sizes", len)] | None = None
+    mix: list[SizeConfig] | None = None
 
 
 @dataclass

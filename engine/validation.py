@@ -41,6 +41,8 @@ def broken_rules(cfg: "TrainConfig") -> Iterator[str]:
 
 
 def _rules_of_crops(crops: "CropsConfig", patch_size: int) -> Iterator[str]:
+    if crops.mix == []:
+        yield "crops.mix is empty; give pairs of sizes, or null"
     kinds = ("global_size", "local_size") if crops.local_count else ("global_size",)
     for sizes in [crops, *(crops.mix or [])]:
         for kind in kinds:
