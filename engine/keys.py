@@ -48,6 +48,7 @@ def within(interval: str, count: int = 0, words: str = "") -> Rule:
     low, high = map(float, interval[1:-1].split(","))
     above = "more than" if interval[0] == "(" else "at least"
     bounds = f"in {interval}" if math.isfinite(high) else f"{above} {low:g}"
+    bounds = "non-negative" if interval == "[0, inf)" else bounds
 
     def holds(value: float | list[float]) -> bool:
         numbers = value if isinstance(value, list) else [value]

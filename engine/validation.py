@@ -68,7 +68,7 @@ def _rules_of_gram(gram: "GramConfig") -> Iterator[str]:
         why = "which follows the student at every step; leave one out"
         yield f"loss.gram.refresh has no effect with loss.gram.teacher: ema, {why}"
     if gram.max_refreshes is not None and gram.refresh is None:
-        yield "loss.gram.max_refreshes needs loss.gram.refresh; give how often as well"
+        yield "loss.gram.max_refreshes is given without loss.gram.refresh; give how often as well"
 
 
 def _rules_of_schedules(schedules: "ScheduleConfig") -> Iterator[str]:
