@@ -241,7 +241,7 @@ def test_the_guard_of_a_configuration():
         (["guard.action=stop"], "set probe.every"),
         ([*probe, "guard.action=stop", "guard.probe=linear"], "probe.linear"),
         ([*probe, "guard.probe=patches"], "knn, linear, miou"),
-        (["guard.tolerance=-0.1"], "at least 0"),
+        (["guard.tolerance=-0.1"], "non-negative"),
     ):
         with pytest.raises(match=words):
             load_config(None, keys)

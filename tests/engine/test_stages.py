@@ -191,7 +191,7 @@ def test_a_stage_may_start_from_another_run(tiny, tmp_path):
         ({"a": {"steps": 2, "loss": {"gram": {"wait": 1}}}}, "unknown key loss.gram.wait"),
         ({"a": {"steps": 2, "model": {"depth": 3}}}, "cannot change model.depth"),
         ({"a": {"steps": 2, "seed": 3}}, "cannot change seed"),
-        ({"a": {"steps": 2, "crops": {"mix": []}}}, "crops.mix is \\[\\]; it must be pairs"),
+        ({"a": {"steps": 2, "crops": {"mix": []}}}, "crops.mix is empty"),
         ({"a": {"steps": 2, "crops": {"mix": [{"global": 3}]}}}, "unknown key"),
         (
             {"a": {"steps": 2, "init": "x", "tune": {"mode": "lora"}}},
@@ -285,7 +285,7 @@ def test_every_allowed_combination_of_the_gram_keys_runs(combination, tiny, earl
     "overrides, words",
     [
         (["loss.gram.teacher=ema", "loss.gram.refresh=3"], "no effect with loss.gram.teacher: ema"),
-        (["loss.gram.max_refreshes=3"], "max_refreshes needs loss.gram.refresh"),
+        (["loss.gram.max_refreshes=3"], "without loss.gram.refresh"),
         (["loss.gram.refresh=0", "loss.gram.teacher=auto"], "loss.gram.refresh is 0"),
         (["loss.gram.teacher=init"], "needs weights"),
         (["loss.gram.teacher=auto", "loss.gram.start=2"], "set checkpoint.snapshot"),
@@ -298,7 +298,7 @@ def test_every_allowed_combination_of_the_gram_keys_runs(combination, tiny, earl
             ["loss.gram.teacher=random:vit_nano?patch_size=8", "loss.gram.refresh=1"],
             "another architecture",
         ),
-        (["loss.gram.weight=-1"], "at least 0"),
+        (["loss.gram.weight=-1"], "negative"),
     ],
 )  # fmt: skip
 def test_what_gram_cannot_do_is_one_sentence(overrides, words, tiny, capsys):
