@@ -527,6 +527,33 @@ def test_normalised_prototypes_start_at_norm_one(last_layer):
     assert torch.allclose(head.last_layer.weight.norm(dim=1), torch.ones(()), atol=1e-6)
 
 
+@pytest.mark.parametrize("bottleneck, prototypes", [(128, 64), (256, 512), (384, 1000)])
+@pytest.mark.parametrize("last_layer", ["weight_norm", "unit_norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_normalised_prototypes_start_and_turn_as_in_dino(last_layer, bottleneck, prototypes):
+    """One step of AdamW turns each row by the same angle as in a layer built as DINO builds it."""
+    torch.manual_seed(0)
+    z = torch.nn.functional.normalize(torch.randn(64, bottleneck), dim=1)
+    labels = torch.arange(64) % prototypes
+    head = ProjectionHead(8, prototypes, 16, bottleneck, last_layer=last_layer)
+    theirs = torch.nn.utils.weight_norm(torch.nn.Linear(bottleneck, prototypes, bias=False))
+    theirs.weight_g.data.fill_(1)
+    theirs.weight_g.requires_grad = last_layer == "weight_norm"
+    norms, angles = [], []
+    for layer in (head.last_layer, theirs):
+        norms.append(layer.weight_v.detach().norm(dim=1))
+        before = layer(torch.eye(bottleneck)).detach().T
+        torch.testing.assert_close(before.norm(dim=1), torch.ones(prototypes))
+        optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-3)
+        torch.nn.functional.cross_entropy(layer(z) / 0.1, labels).backward()
+        optimizer.step()
+        after = layer(torch.eye(bottleneck)).detach().T
+        angles.append(torch.cosine_similarity(before, after).clamp(max=1).acos())
+    for ours, expected in (norms, angles):
+        assert ours.mean().item() == pytest.approx(expected.mean().item(), rel=0.02)
+        assert ours.std().item() == pytest.approx(expected.std().item(), rel=0.35)
+
+
 @pytest.mark.parametrize("last_layer", ["weight_norm", "unit_norm"])
 def test_prototypes_have_the_gradient_of_normalised_rows(last_layer, monkeypatch):
     head = ProjectionHead(8, 13, hidden=16, bottleneck=4, last_layer=last_layer).double()
