@@ -13,6 +13,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -188,8 +189,12 @@ def current_group() -> Any:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """The random state of a step on this rank, the same in a resumed run."""
-    torch.manual_seed((seed * 2**40 + step * 2**12 + rank()) % 2**63)
+    """Seeds PyTorch for a step on this rank, by the same number in a resumed run.
+
+    The numbers are hashed, because the generator of a CPU reads only the lowest 32 bits of a seed.
+    """
+    hashed = np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)
+    torch.manual_seed(int(hashed[0]))
 
 
 def rank() -> int:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine import distributed
 from engine.cli import RunFailed
 from engine.config import OptimConfig
 from engine.optim import make_optimizer, parameter_groups
@@ -127,3 +128,19 @@ def test_phases_are_marked_in_their_order(batch):
         pass
     take(update, batch)
     assert marks == ["teacher", *["loss", "backward"] * 2, "optimizer", "ema"]
+
+
+def drawn(monkeypatch, seed, step, rank) -> tuple:
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    distributed.seed_step(seed, step)
+    return tuple(torch.rand(4).tolist())
+
+
+def test_every_step_seed_and_rank_draws_its_own_numbers_and_a_resumed_run_the_same(monkeypatch):
+    """A CPU's generator reads 32 bits of its seed only."""
+    keys = [(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 5000), (1, 0, 0), (7, 0, 0), (2**62, 0, 0)]
+    keys += [(0, 1 << bits, 0) for bits in (12, 16, 20, 21, 28, 31)]
+    keys += [(1 << bits, 3, 0) for bits in (12, 20, 24, 31, 32, 40)]
+    numbers = [drawn(monkeypatch, *key) for key in keys]
+    assert len(set(numbers)) == len(keys)
+    assert [drawn(monkeypatch, *key) for key in keys] == numbers
