@@ -447,6 +447,29 @@ def test_drop_path_keeps_the_expectation():
     assert torch.allclose(outputs.mean(0), torch.full((10, 3), 3.0), atol=0.15)
 
 
+@pytest.mark.parametrize("samples", [1, 2, 3, 8, 30])
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.3, 0.4, 0.9])
+def test_drop_path_drops_each_sample_at_its_rate_however_few_there_are(rate, samples):
+    torch.manual_seed(0)
+    drop_path, groups = DropPath(rate).train(), 500
+    alone = [drop_path(torch.zeros(samples, 1), lambda x, _: x + 1)[:, 0] for _ in range(groups)]
+    packed = torch.zeros(groups * samples * 2, 1)  # 500 groups of two tokens a sample
+    together = drop_path(packed, lambda x, _: x + 1, [(samples, 2)] * groups)
+    for added in (torch.stack(alone), together.view(groups, samples, 2)[..., 0]):
+        kept = (added != 0).float()
+        deviation = (rate * (1 - rate) / groups) ** 0.5
+        assert kept.mean(dim=0).tolist() == pytest.approx([1 - rate] * samples, abs=5 * deviation)
+        assert added[added != 0].unique().tolist() == pytest.approx([1 / (1 - rate)])
+        assert kept.sum(dim=1).unique().numel() <= 2  # the count is one of two neighbours
+
+
+def test_torch_compile_takes_drop_path_in_one_graph():
+    drop_path = DropPath(0.3).train()
+    compiled = torch.compile(drop_path, backend="aot_eager", fullgraph=True)
+    added = compiled(torch.zeros(10, 4), lambda x, _: x + 1)
+    assert (added != 0).all(dim=1).sum() == 7
+
+
 def test_drop_path_computes_one_sample_at_least():
     seen = []
     DropPath(0.9).train()(torch.ones(3, 2), lambda kept, _: seen.append(len(kept)) or kept)
