@@ -41,7 +41,8 @@ class OptimizationStep:
         precision: autocast and loss scaler, from `distributed.choose_precision`.
         settings: its `clip_grad` and `clip_per` are read.
         micro_batch: images that go through the student at once.
-        frozen_until: step of the run before which the last layer of the heads does not move.
+        frozen_until: step of the run before which the last layers of the heads do not move.
+            Their gradients count in the norm that is clipped, as in the authors' code.
 
     Attributes:
         mark: called with a phase's name when the phase ends: forward passes by the name that the
@@ -101,11 +102,12 @@ class OptimizationStep:
     def apply_gradients(self, step: int, lr: float, weight_decay: float) -> None:
         """Clips the gradients and moves the student, unless a value is not finite on any rank."""
         self.scaler.unscale_(self.optimizer)
-        if step < self.frozen_until:
-            optim.drop_last_layer_gradients(self.model)
         norm = optim.clip_gradients(self.model, self.clip_grad, self.clip_per)
         self.totals["grad_norm"] = norm
-        optim.set_rates(self.optimizer, lr, weight_decay)
+        frozen = step < self.frozen_until
+        if frozen and self.clip_per == "tensor":  # the recipe of DINO and iBOT
+            optim.drop_last_layer_gradients(self.model)
+        optim.set_rates(self.optimizer, lr, weight_decay, frozen)
         self._step_if_finite()
         self.optimizer.zero_grad()
         self.mark("optimizer")
