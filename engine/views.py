@@ -3,8 +3,9 @@
 The views themselves are made in data/; here the sections of the configuration become numbers.
 """
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -12,9 +13,11 @@ from torch.utils.data import DataLoader
 
 from data.augment import POLICIES, AugmentPolicy, CropSpec, MultiCrop, channel_statistics
 from data.distillation import CropAdapter
-from data.guided import Guidance, require_marks
+from data.guided import Guidance, has_marks, require_marks
+from data.images import ImageData
 from data.loader import Views, make_loader
 from data.masking import MaskSpec
+from data.pictures import UnreadableImage
 from data.sources.specs import open_data
 from engine import distributed
 from engine.config import (
@@ -25,6 +28,7 @@ from engine.config import (
     SizeConfig,
     TrainConfig,
 )
+from engine.logger import notice
 from engine.stages import Stage
 from engine.validation import size_pair
 from errors import UserError
@@ -77,6 +81,17 @@ def guidance_from(crops: CropsConfig) -> Guidance | None:
     return Guidance(crops.guided, crops.guided_globals, crops.guided_share)
 
 
+def say_unmarked(images: Iterable[tuple[ImageData, int]]) -> None:
+    """Says how many of these images, each a data set and an index, have no marks to follow."""
+    marked = []
+    for data, index in images:
+        with contextlib.suppress(UnreadableImage):  # counted when it comes up in training
+            marked.append(has_marks(data, index))
+    if not all(marked):
+        unmarked = f"{marked.count(False)} of {len(marked)} images looked at"
+        notice(f"crops.guided: {unmarked} have no boxes and no masks; their crops are not guided")
+
+
 def views_from(
     crops: CropsConfig,
     mean: Sequence[float],
@@ -106,6 +121,8 @@ def stage_loader(
     images = open_data(cfg.data.train, cfg.data.channels)
     if cfg.crops.guided > 0:
         require_marks(images, cfg.data.train)
+        if first_step == stage.first and distributed.is_main():
+            say_unmarked((images, index) for index in range(0, len(images), len(images) // 32 + 1))
     if len(images) < cfg.batch_size and distributed.is_main():
         print(
             f"{cfg.data.train} has {len(images)} images, fewer than batch_size {cfg.batch_size}: "
