@@ -162,6 +162,7 @@ class IbotConfig:
     mask_probability: Probability = 0.5  # A global crop gets a mask (DINOv2).
     # Hidden patches of a masked crop (DINOv2).
     mask_ratio: Annotated[list[float], rising("[0, 1)"), "share"] = listed(0.1, 0.5)
+    mask_fill: bool = True  # Whether masks reach their size (DINOv3) or may stay short (DINOv2).
 
 
 @dataclass

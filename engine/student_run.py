@@ -125,7 +125,7 @@ class StudentRun:
         grid, cfg = self.grids[tuple(batch.global_crops.shape[-2:])], self.stage.cfg
         if self.heads and "ibot" in self.stage.schedules:
             ibot = cfg.loss.ibot
-            spec = MaskSpec(grid, ibot.mask_probability, ibot.mask_ratio)
+            spec = MaskSpec(grid, ibot.mask_probability, ibot.mask_ratio, ibot.mask_fill)
             batch = with_masks(batch, spec, cfg.seed, step, places, cfg.batch_size)
         return batch, grid
 

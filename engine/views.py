@@ -108,7 +108,7 @@ def views_from(
         masks = None
         if ibot is not None:
             grid = tuple(side // patch_size for side in size_pair(sizes.global_size))
-            masks = MaskSpec(grid, ibot.mask_probability, ibot.mask_ratio)
+            masks = MaskSpec(grid, ibot.mask_probability, ibot.mask_ratio, ibot.mask_fill)
         views.append(Views(multi_crop, masks, getattr(sizes, "share", 1.0), guidance))
     return views
 

@@ -57,7 +57,8 @@ def hide_in_crops(cfg: TrainConfig, views: Views) -> tuple[list[list[Picture]], 
     ibot, count = cfg.loss.ibot, cfg.crops.global_count
     grid = tuple(side // cfg.model.patch_size for side in views.crops[0][0].shape[-2:])
     crops = count * len(views.images)
-    masks = draw_masks(crops, grid, ibot.mask_probability, ibot.mask_ratio, (cfg.seed,))
+    given = (ibot.mask_probability, ibot.mask_ratio)
+    masks = draw_masks(crops, grid, *given, (cfg.seed,), fill=ibot.mask_fill)
     masks = masks.view(count, len(views.images), *grid)
     pictures = []
     for index, of_image in enumerate(views.crops):
