@@ -214,8 +214,7 @@ class OptimConfig:
     # Factor of the rate per block, from the top down; 0.9 in DINOv2's short recipe.
     layer_decay: Annotated[float, within("(0, 1]"), "factor"] = 1.0
     patch_embed_lr: Factor = 1.0  # Factor of the patch embedding's rate; 0.2 in DINOv2, DINOv3.
-    # How long the prototypes do not move; 1 epoch in DINO; their moments stay too with "tensor".
-    freeze_last_layer: Span = 0
+    freeze_last_layer: Span = 0  # How long the prototypes do not move; 1 epoch in DINO.
 
 
 @dataclass

@@ -29,7 +29,7 @@ REMEDY = "lower schedule.lr.peak or schedule.teacher_temp, or set precision=fp32
 
 
 class OptimizationStep:
-    """What happens to the student, the optimizer and the EMA teacher in each step of one stage.
+    """Updates the student, the optimizer and the EMA teacher in each step of one stage.
 
     The caller goes through `micro_batches`, computes the losses of each and hands them to
     `backward`; then it calls `apply_gradients` and `update_teacher`.
@@ -79,7 +79,7 @@ class OptimizationStep:
         self.mark(phase)
 
     def micro_batches(self, parts: list[Batch], targets: list) -> Iterator[tuple]:
-        """(micro batch, its targets) in turn; gradients add up to those of the whole batch.
+        """Yields each micro batch with its targets; gradients add up to those of the whole batch.
 
         Ranks average them in the backward pass of the last one.
         """
@@ -118,7 +118,7 @@ class OptimizationStep:
 
     @torch.no_grad()
     def _step_if_finite(self) -> None:
-        """Decides on the device: the loop does not wait for it. `metrics` reads it later."""
+        """Decides on the device, so the loop does not wait. `metrics` reads the result later."""
         names = list(self.totals)
         bad = torch.stack([(~self.totals[name].isfinite()).float() for name in names])
         distributed.all_reduce_max(bad)
@@ -171,6 +171,6 @@ class OptimizationStep:
             )
         skipped = f"skipped {int(max(counts.values()))} steps before step {step}"
         if half and culprits == "grad_norm":
-            notice(f"{skipped}, looking for the scale that fp16 gradients can bear")
+            notice(f"{skipped}, while fp16 lowers its loss scale until gradients are finite")
         else:
             notice(f"{skipped}, not finite: {culprits}; {REMEDY}")

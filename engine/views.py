@@ -1,6 +1,6 @@
-"""From a configuration to the views of an image, to batches, and to a network's crops.
+"""Builds the views of an image, the batches and a network's crops from a configuration.
 
-The views themselves are made in data/; here the sections of the configuration become numbers.
+data/ makes the views; this file turns sections of the configuration into its arguments.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def multi_crop_from(
     sizes: SizeConfig | None = None,
     gram: GramConfig | None = None,
 ) -> MultiCrop:
-    """A policy's probabilities and strengths hold where the key of that name is None.
+    """The crops of `crops`. A key that is None takes the value of the colour policy.
 
     Args:
         sizes: other global and local sizes, of `crops.mix`.
@@ -75,7 +75,7 @@ def multi_crop_from(
 
 
 def guidance_from(crops: CropsConfig) -> Guidance | None:
-    """None where marks guide no crops."""
+    """The guidance of crops by marks; None where `crops.guided` is 0."""
     if crops.guided == 0:
         return None
     return Guidance(crops.guided, crops.guided_globals, crops.guided_share)

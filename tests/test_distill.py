@@ -546,7 +546,7 @@ def test_a_mistake_among_the_students_is_one_sentence(shared, overrides, words):
             "loss.dino.prototypes is 64, .* are 32; set loss.dino.prototypes=32",
         ),
         (["loss.ibot.prototypes=null"], "loss.ibot.prototypes is null, .* are 24"),
-        (["distill.teacher=random:vit_nano?patch_size=8", "distill.match=heads"], "brings none"),
+        (["distill.teacher=random:vit_nano?patch_size=8", "distill.match=heads"], "has none"),
         (["distill.teacher=timm:vit_smal_patch16_224"], "vit_small_patch16_224"),
         (
             ["distill.teacher=runs/quickstart"],
