@@ -231,8 +231,7 @@ class Workload:
             clock.start()
             self.step(clock)
             if self.crops:
-                seconds = sum(crops.seconds for crops in self.crops)
-                self.phases["augmentation"].append(1e3 * seconds)
+                self.phases["augmentation"].append(1e3 * sum(each.seconds for each in self.crops))
         synchronize(self.device)
         self.rounds.append(1e3 * (time.perf_counter() - start) / steps)
         for name, values in clock.milliseconds().items():
@@ -319,8 +318,8 @@ class Students:
     def __init__(
         self, cfg: DistillTrainConfig, names: list[str], folder: Path, device: torch.device
     ):
-        given = cfg.distill.students.items()
-        chosen = {name: keys for name, keys in given if str(name) in names}  # YAML has numbers too
+        given = cfg.distill.students  # a name in YAML may be a number
+        chosen = {name: given[name] for name in given if str(name) in names}
         section, probe = replace(cfg.distill, students=chosen), replace(cfg.probe, every=0)
         cfg = replace(cfg, output_dir=str(folder), distill=section, probe=probe)
         self.device, self.shared, self.own = device, [], []
