@@ -178,7 +178,7 @@ class Workload:
         loader = stage_loader(longer, self.middle, student.backbone.patch_size, device)
         self.on_device = loader.dataset.on_device
         crops_here = loader.num_workers == 0 and not self.on_device
-        self.crops = time_crops(loader.dataset) if crops_here else None
+        self.crops = time_crops(loader.dataset) if crops_here else []
         self.buffered = loader.num_workers * (loader.prefetch_factor or 0)  # batches
         self.batches = iter(loader)
         self.rounds: list[float] = []  # ms a step
@@ -226,12 +226,12 @@ class Workload:
         synchronize(self.device)
         start = time.perf_counter()
         for _ in range(steps):
-            if self.crops:
-                self.crops.seconds = 0.0
+            for crops in self.crops:
+                crops.seconds = 0.0
             clock.start()
             self.step(clock)
             if self.crops:
-                self.phases["augmentation"].append(1e3 * self.crops.seconds)
+                self.phases["augmentation"].append(1e3 * sum(each.seconds for each in self.crops))
         synchronize(self.device)
         self.rounds.append(1e3 * (time.perf_counter() - start) / steps)
         for name, values in clock.milliseconds().items():
@@ -318,7 +318,8 @@ class Students:
     def __init__(
         self, cfg: DistillTrainConfig, names: list[str], folder: Path, device: torch.device
     ):
-        chosen = {name: keys for name, keys in cfg.distill.students.items() if name in names}
+        given = cfg.distill.students  # a name in YAML may be a number
+        chosen = {name: given[name] for name in given if str(name) in names}
         section, probe = replace(cfg.distill, students=chosen), replace(cfg.probe, every=0)
         cfg = replace(cfg, output_dir=str(folder), distill=section, probe=probe)
         self.device, self.shared, self.own = device, [], []

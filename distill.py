@@ -177,7 +177,7 @@ def student_step(
 
     # 5. Its average follows the student.
     update.update_teacher(now["ema_momentum"])
-    target_rows = target.dino if student.heads else target.cls
+    target_rows = target.in_use(now) if student.heads else target.cls
     cls = out.cls.unflatten(0, (-1, len(crops.images)))
     return partial(student.measures, step + 1, target_rows, cls, out.patches, now)
 

@@ -143,6 +143,10 @@ class Targets:
     ibot: Tensor | None  # (M, K') probabilities, in the order of masks.flatten().nonzero()
     gram: Tensor | None  # (G·B, N, D') patches of the Gram teacher
 
+    def in_use(self, now: dict[str, float]) -> Tensor:
+        """The probabilities that are trained on: DINO's, or iBOT's where DINO's weight is 0."""
+        return self.dino if "dino" in now or self.ibot is None else self.ibot
+
 
 @torch.no_grad()
 def teacher_targets(
@@ -236,9 +240,8 @@ def measures(
 ) -> dict:
     """What metrics.jsonl records of a step, after `done` steps."""
     metrics = update.metrics(done, now)
-    probs = targets.dino if "dino" in now else targets.ibot
     cls = out.cls.unflatten(0, (-1, targets.dino.shape[1]))
-    return metrics | health(probs, cls, out.patches)
+    return metrics | health(targets.in_use(now), cls, out.patches)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,11 @@ def marked_points(notes: dict, u: np.ndarray) -> np.ndarray:
     return np.stack(np.divmod(chosen, mask.shape[1]), 1) + u[:, 1:]
 
 
+def has_marks(data: ImageData, index: int) -> bool:
+    """Whether an image has a box, or a mask with a marked pixel."""
+    return not np.isnan(marked_points(annotations_of(data, index), np.zeros((1, 3)))).any()
+
+
 def move_to_points(
     boxes: np.ndarray, points: np.ndarray, u: np.ndarray, sizes: np.ndarray
 ) -> np.ndarray:

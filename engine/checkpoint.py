@@ -1,4 +1,4 @@
-"""Checkpoints and weights in a run folder, written whole or not at all.
+"""Checkpoints and weights in a run folder. A crash never leaves half a file.
 
 checkpoints/<step>/   training state, PyTorch's distributed format (any number of ranks may read it)
 checkpoints/latest    a text file with the newest complete step
@@ -29,9 +29,9 @@ def training_state(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> dict:
-    """What resuming needs, as live tensors, into which loading writes; the scaler as it is.
+    """State that resuming needs, as the tensors in use: loading writes into them.
 
-    Randomness needs no state: each step's is drawn from (seed, step).
+    Random numbers need no state, because each step is seeded anew (`distributed.seed_step`).
     """
     student, moments = unwrap(student), {}
     weights = teacher.state_dict()
@@ -56,9 +56,9 @@ def latest_step(run: Path) -> int | None:
 
 
 def load_checkpoint(run: Path, step: int, state: dict) -> None:
-    """Fills the tensors of `state` in place; any number of ranks and any strategy may have written.
+    """Fills the tensors of `state` in place, whatever ranks and strategy wrote the checkpoint.
 
-    A checkpoint without the scaler's state, of an earlier version, leaves the scaler as it is.
+    Checkpoints of an earlier version have no state of the scaler; then the scaler stays as it is.
     """
     folder, group = run / "checkpoints" / str(step), distributed.current_group()
     if "scaler" in state:
@@ -69,11 +69,11 @@ def load_checkpoint(run: Path, step: int, state: dict) -> None:
 
 
 class CheckpointWriter:
-    """Writes the state into another folder, then renames it: a kill leaves the previous one whole.
+    """Writes each checkpoint into a folder beside the last one, then renames the folder.
 
-    The state is copied to the host, and written while the run goes on, with what `also` adds.
-    `finish` then makes it the newest checkpoint; the next `save`, the end of the run and a `poll`
-    after the writing is done call it.
+    So a kill leaves the last checkpoint intact. `save` copies the state to the host, and a thread
+    writes it while training goes on; `also` gives the thread more to write. `finish` publishes the
+    checkpoint. The next `save`, a `poll` after the writing and the end of the run call `finish`.
     """
 
     def __init__(self, run: Path, keep: int):
@@ -101,17 +101,17 @@ class CheckpointWriter:
         self.step = step
 
     def also(self, write: Callable[[], None]) -> None:
-        """A thread writes something else, before the checkpoint of this moment counts."""
+        """Lets a thread call `write`; `finish` publishes the checkpoint only after that."""
         self.others.append(self.pool.submit(write))
 
     def poll(self) -> None:
-        """Publishes what is written; on one process only, because ranks would have to agree."""
+        """Publishes a written checkpoint; on one process only, since ranks would have to agree."""
         writing = [*self.others, *([self.future] if self.future else [])]
         if writing and all(part.done() for part in writing) and not distributed.active():
             self.finish()
 
     def finish(self) -> None:
-        """Waits for what is being written, and makes it the newest checkpoint. All ranks together.
+        """Waits for the writing, and makes this the newest checkpoint. All ranks call it together.
 
         Raises:
             RunFailed: if something could not be written.
@@ -172,7 +172,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """`write` fills another folder; then its files are renamed, so readers find whole files.
+    """Lets `write` fill a folder beside this one, then renames the files: readers find no half.
 
     Raises:
         RunFailed: if the disk is full; what stood there before stays.

@@ -1,4 +1,4 @@
-"""What the command lines share: exit statuses, errors of one sentence, flags, the JSON line."""
+"""Parts that all scripts share: exit statuses, one-sentence errors, flags, the JSON result."""
 
 import argparse
 import ctypes
@@ -25,11 +25,11 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
 class StoppedEarly(RuntimeError):
-    """A signal or the time limit ended the run after a checkpoint to go on from (exit 3)."""
+    """A signal or the time limit ended the run, after it had saved a checkpoint (exit 3)."""
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on through no mistake in its call (exit 1); the message says why."""
+    """The run cannot go on, though its call was right (exit 1); the message says why."""
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
@@ -98,7 +98,7 @@ def sentence(error: BaseException) -> str:
 
 
 class ConfigParser(argparse.ArgumentParser):
-    """Its mistakes end as all others do: -evice=cpu, say, is one sentence and no usage."""
+    """Raises UserError for a wrong flag, such as -evice=cpu, instead of printing the usage."""
 
     schema: type = TrainConfig
 
@@ -106,7 +106,7 @@ class ConfigParser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help says what there is")
 
     def parse_args(self, *arguments: Any, **options: Any) -> argparse.Namespace:
-        """Where --keys is given, prints the keys and exits."""
+        """With --keys, prints the keys and exits."""
         parsed = super().parse_args(*arguments, **options)
         if parsed.keys is not None:
             chosen = select(self.schema, parsed.keys)
@@ -149,7 +149,7 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
 
 
 def preparation(preprocessing: Preprocessing, resize: int | None, size: list[int] | None) -> dict:
-    """How images are prepared: as by the model, unless --resize or --size say otherwise.
+    """The model's preparation of images, changed by --resize and --size where they are given.
 
     Raises:
         UserError: if a size is not positive, or --size has more than two numbers.

@@ -162,6 +162,7 @@ class IbotConfig:
     mask_probability: Probability = 0.5  # A global crop gets a mask (DINOv2).
     # Hidden patches of a masked crop (DINOv2).
     mask_ratio: Annotated[list[float], rising("[0, 1)"), "share"] = listed(0.1, 0.5)
+    mask_fill: bool = True  # Whether masks reach their size (DINOv3) or may stay short (DINOv2).
 
 
 @dataclass
@@ -333,7 +334,7 @@ class TrainConfig:
     # A MODEL to start from: a run, released weights; `model` must describe the same backbone.
     init: str | None = None
     batch_size: Images = 64  # Images of a step, over all ranks.
-    # Images that go through a rank at once; accumulation is exact; null: all of them.
+    # Images that go through a rank at once; null: all. Exact but for drop path and batch norms.
     micro_batch_size: Images | None = free(None)
     log_every: Steps = free(10)  # Steps between lines of metrics.jsonl.
     mirrors: list[Literal["tensorboard", "wandb"]] = section(list, free=True)  # Copies of the log.

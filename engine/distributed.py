@@ -13,6 +13,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ GIVING_UP = 3.0  # seconds within which all ranks give up that wait for the same
 
 
 class RankLost(RuntimeError):
-    """Another rank died, or hangs: which one, as far as this one can tell."""
+    """Another rank died or hangs. The message names it as far as this rank can tell."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -146,7 +147,7 @@ def check_strategy(strategy: str) -> None:
 
 
 def runs_alone(strategy: str) -> bool:
-    """Whether one process does what several were probably wanted for: fsdp, or one GPU of many."""
+    """Whether one process runs where the user probably wanted several: fsdp, or several GPUs."""
     return not active() and (strategy == "fsdp" or torch.cuda.device_count() > 1)
 
 
@@ -154,12 +155,12 @@ def active() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-_group: Any = None  # the ranks that all functions below mean; None: all of them
+_group: Any = None  # the ranks on which all functions below act; None: all of them
 
 
 @contextlib.contextmanager
 def within(group: Any) -> Iterator[None]:
-    """Inside, all functions of this module mean the ranks of `group`; None: all ranks."""
+    """Inside, all functions of this module act on the ranks of `group`; None: on all ranks."""
     global _group
     before, _group = _group, group
     try:
@@ -188,8 +189,12 @@ def current_group() -> Any:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """The random state of a step on this rank, the same in a resumed run."""
-    torch.manual_seed((seed * 2**40 + step * 2**12 + rank()) % 2**63)
+    """Seeds PyTorch for a step on this rank, by the same number in a resumed run.
+
+    The numbers are hashed, because the generator of a CPU reads only the lowest 32 bits of a seed.
+    """
+    hashed = np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)
+    torch.manual_seed(int(hashed[0]))
 
 
 def rank() -> int:
@@ -251,8 +256,8 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(rows: Tensor) -> Tensor:
     """(n, D) of each rank, the same n, joined in the order of ranks.
 
-    Gradients go back to where the rows came from, summed over ranks: right for a loss that all
-    ranks compute alike and whose gradients are then averaged.
+    The gradients of all ranks are summed and go back to the rank of each row. This is right for a
+    loss that every rank computes from all rows, and whose gradients are averaged afterwards.
     """
     return _GatherRows.apply(rows) if active() else rows
 
@@ -302,8 +307,8 @@ def prepare(module: nn.Module, checkpointing: str, compiled: bool) -> None:
 def shard(module: nn.Module, strategy: str, device: torch.device, precision: str) -> nn.Module:
     """With strategy "fsdp", each rank holds a shard of the parameters; otherwise nothing happens.
 
-    Blocks, heads and the rest are gathered when they run: in bf16 on CUDA, with gradients reduced
-    in float32.
+    Blocks, heads and the rest are gathered when they run, on CUDA in bf16. Gradients are reduced in
+    float32.
     """
     if strategy != "fsdp" or not active():
         return module
@@ -327,10 +332,10 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
 
 class UnshardedTeacher:
-    """The whole teacher, to probe, export and draw; made before the teacher is sharded.
+    """A full copy of the teacher, for probes, exports and pictures.
 
-    `module` is the teacher itself, or a copy where it is then sharded. `refresh` fills the copy;
-    all ranks call it together.
+    It is made before the teacher is sharded. `module` is the copy, or the teacher itself where
+    nothing is sharded. `refresh` fills the copy; all ranks call it together.
     """
 
     def __init__(self, module: nn.Module, strategy: str, device: torch.device, precision: str):

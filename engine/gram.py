@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class GramTeacher:
     """The Gram teacher that `loss.gram` describes (DINOv3, section 4.2).
 
-    All but the weights follows from the step, so a resumed run needs no more than `weights`.
+    Everything but the weights follows from the step, so a checkpoint holds only `weights`.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class GramTeacher:
             ema: the EMA teacher's backbone.
             snapshot: a frozen copy of it, as it is now.
             load: a backbone from a MODEL.
-            choose: for `auto`, the MODEL to take among what there is at a step.
-            resumed_at: the step at which a run goes on within the stage; its weights are
-                loaded afterwards.
+            choose: for `auto`, gives the MODEL to take at a step.
+            resumed_at: the step from which a resumed run continues the stage; the weights of its
+                checkpoint are loaded afterwards.
 
         Raises:
             UserError: if `refresh` asks for another architecture.
@@ -73,7 +73,7 @@ class GramTeacher:
 
     @property
     def weights(self) -> dict:
-        """For the checkpoint; empty before the start, and where the EMA teacher is the one."""
+        """For the checkpoint; empty before the start, and where the EMA teacher itself is used."""
         own = self.backbone is not None and self.backbone is not self.ema
         return self.backbone.state_dict() if own else {}
 
@@ -97,7 +97,7 @@ class GramTeacher:
 def build_gram_teacher(
     stage: "Stage", run: "Run", unsharded: UnshardedTeacher
 ) -> GramTeacher | None:
-    """The Gram teacher of a stage, at the step that the run has come to; None without the term.
+    """The Gram teacher of a stage at the step where the run stands; None without the term.
 
     Args:
         unsharded: the EMA teacher.

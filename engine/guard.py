@@ -11,7 +11,7 @@ from errors import UserError
 
 REMEDIES = (
     "lower schedule.lr.peak, raise schedule.ema_momentum, let the heads warm up on a frozen "
-    "backbone (configs/continue.yaml), train less (tune.mode=lora), or hold on to the initial "
+    "backbone (configs/continue.yaml), train less (tune.mode=lora), or stay close to the initial "
     "weights (loss.gram.weight=1 loss.gram.teacher=init)"
 )
 
@@ -20,8 +20,8 @@ class Guard:
     """Says once, or ends the run, when a probe has fallen below its value at step 0.
 
     Args:
-        probe: the value of metrics.jsonl that counts, without `probe/`; the best weights are
-            those where it was highest.
+        probe: the value of metrics.jsonl to compare, without `probe/`. The weights are best where
+            it was highest.
         tolerance: how far it may fall, in the probe's unit: 0.02 is two points of accuracy.
         action: "warn", "stop": raises RunFailed, or None: nothing.
     """
@@ -32,7 +32,7 @@ class Guard:
         self.said = False
 
     def recall(self, records: Sequence[dict]) -> float:
-        """Takes over what a resumed run has measured (metrics.jsonl), step 0 among it.
+        """Takes over the measurements of a resumed run (metrics.jsonl), that of step 0 included.
 
         Returns:
             The best value, -inf where there is none.
@@ -48,10 +48,10 @@ class Guard:
         return max(values.values(), default=-math.inf)
 
     def look(self, step: int, values: dict, best: Path) -> str | None:
-        """What is wrong after a probe, where it was not said before; None otherwise.
+        """A warning after a probe that fell too far; None otherwise, or if it was given before.
 
         Args:
-            best: the folder of the best weights so far, those of step 0 among them.
+            best: the folder of the best weights so far, including those of step 0.
 
         Raises:
             RunFailed: with the sentence, if the action is "stop".

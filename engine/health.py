@@ -15,8 +15,8 @@ ONE_PROTOTYPE = 0.9  # top_share from here on is collapse; a moving centre recov
 # teacher_kl in nats up to here is collapse: collapsed runs had up to 0.001, others above 0.006.
 SAME_TARGETS = 0.002
 SAME_FEATURES = 0.01  # feature_std up to here is collapse; above 0.02 in all runs
-HOLDS = 80  # steps that it must last: eight time constants of a centre with momentum 0.9
-LOOKS = 4  # logged steps in which it must show
+HOLDS = 80  # steps that a sign must last: eight time constants of a centre with momentum 0.9
+LOOKS = 4  # logged steps in which a sign must show
 SAME_PICTURE = 0.9  # share of the pictures checked that are the same
 PICTURES = 32  # checked before the first step
 
@@ -118,7 +118,7 @@ class CollapseWatch:
         self.said: set[str] = set()
 
     def look(self, step: int, values: dict[str, float]) -> str | None:
-        """What is wrong at this step; None where nothing is, or it was said before.
+        """A warning if this step shows collapse; None otherwise, or if it was given before.
 
         Args:
             values: of `health`, as numbers; one that is not finite is no sign.
@@ -134,7 +134,7 @@ class CollapseWatch:
         return None
 
     def look_at(self, images: ImageData) -> str | None:
-        """Before the first step: whether the images are one picture many times."""
+        """Before the first step: a warning if the images are one picture many times."""
         count, share = same_pictures(images)
         if share < SAME_PICTURE:
             return None
@@ -152,13 +152,13 @@ class CollapseWatch:
 
 
 def _signs(values: dict[str, float]) -> dict[str, str]:
-    """What looks like collapse at one step: kind -> in words."""
+    """The signs of collapse at one step: their kind, and a description."""
     top, kl = values.get("top_share", math.nan), values.get("teacher_kl", math.nan)
     entropy, std = values.get("teacher_entropy", math.nan), values.get("feature_std", math.nan)
     signs = {}
     if top >= ONE_PROTOTYPE:
         signs["prototype"] = f"one prototype takes {top:.0%} of the targets"
-    elif kl <= SAME_TARGETS:  # of one prototype the difference is 0 as well
+    elif kl <= SAME_TARGETS:  # `elif`: with one prototype the KL divergence is 0 as well
         uniform = "uniform" if entropy > 0.98 else "the same for every image"
         numbers = f"entropy {entropy:.1%} of ln K, {kl:.1g} nats from their mean"
         signs["targets"] = f"the targets are {uniform} ({numbers})"

@@ -1,4 +1,4 @@
-"""What dataclasses of a configuration say about their keys: names, types, rules, units, sentences.
+"""Reads the keys of a configuration from its dataclasses: names, types, rules, units, sentences.
 
 Prints the tables of `python train.py --keys` and of docs/configuration.md.
 """
@@ -37,7 +37,7 @@ WORDS = {int: "int", float: "float", bool: "bool", str: "text", dict: "mapping",
 
 
 class Rule(NamedTuple):
-    """What a value must be beside its type; stands in the `Annotated` type of a field."""
+    """A condition on a value beyond its type; part of the `Annotated` type of a field."""
 
     words: str  # after "it must be"
     holds: Callable[[Any], object]

@@ -1,4 +1,4 @@
-"""What a launcher says of this process: its rank, how many there are, and where they meet."""
+"""Reads from a launcher's variables the rank, the number of processes and their meeting point."""
 
 from collections.abc import Mapping
 

@@ -18,7 +18,7 @@ def length_in_steps(cfg: "TrainConfig", images: int) -> int | None:
     if cfg.epochs is None and cfg.images is None:
         if cfg.stages:
             return None
-        raise UserError("how long? give total_steps, epochs or images")
+        raise UserError("the length of the run is missing: give total_steps, epochs or images")
     wanted = cfg.images if cfg.images is not None else cfg.epochs * images
     return max(1, round(wanted / cfg.batch_size))
 
@@ -36,7 +36,7 @@ def with_statistics(cfg: "TrainConfig", preprocessing: Preprocessing) -> "TrainC
 def micro_batch_size(cfg: "TrainConfig", ranks: int, grouped: bool) -> int:
     """Images that go through a rank's student at once.
 
-    KoLeo groups (`grouped`) fit into them, or span ranks that each take their share at once.
+    With `grouped`, a KoLeo group fits into them, or it spans ranks without micro batches.
     """
     batch, group = cfg.batch_size, cfg.loss.koleo.group
     if batch % ranks:

@@ -57,9 +57,9 @@ class WandbMirror:
                 dir=run,
                 id=known.read_text(),
                 resume="allow",
-                reinit="create_new",  # distill.py has several in a process
+                reinit="create_new",  # distill.py opens several sessions
             )
-        except Exception as error:  # of its own kinds: no account, no network
+        except Exception as error:  # wandb has classes of its own: no account, no network
             raise UserError(
                 f"mirrors: [wandb]: {error}; run `wandb login`, or set WANDB_MODE=offline"
             ) from error
@@ -168,7 +168,7 @@ class Logger:
 
 
 def _rounded(value: float | None) -> float | None:
-    """Six significant digits; what is not a number becomes null, for JSON has no NaN."""
+    """Six significant digits; NaN and infinity become null, because JSON has neither."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if value - value == 0 else None
     return value
@@ -186,7 +186,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the records after `step`, from which the run goes on: it will write them again."""
+    """Drops the records after `step`, because a run resumed there writes them again."""
     kept = [record for record in read_metrics(path) if record["step"] <= step] if step else []
     beside = path.with_name(path.name + ".unfinished")
     beside.write_text("".join(json.dumps(record) + "\n" for record in kept))

@@ -123,6 +123,7 @@ def parameter_groups(
     """Trainable parameters of `model` (backbone.*, *_head.*) by learning rate and weight decay.
 
     `set_rates` multiplies the schedules' values by a group's `lr_scale` and `weight_decay_scale`.
+    The last layers of the heads have groups of their own, so that their rate can be 0.
     """
     depth = len(getattr(model.backbone, "blocks", []))
     groups: dict[tuple, dict] = {}
@@ -133,8 +134,9 @@ def parameter_groups(
         if name.startswith("backbone."):
             scale = layer_multiplier(name.removeprefix("backbone."), depth, layer_decay)
             scale *= patch_embed_lr if "patch_embed" in name else 1.0
-        key = (scale, float(is_decayed(name)))
-        empty = {"params": [], "lr_scale": key[0], "weight_decay_scale": key[1]}
+        key = (scale, float(is_decayed(name)), "last_layer" in name)
+        names = ("lr_scale", "weight_decay_scale", "is_last_layer")
+        empty = {"params": [], **dict(zip(names, key, strict=True))}
         groups.setdefault(key, empty)["params"].append(parameter)
     return list(groups.values())
 
@@ -177,9 +179,12 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
         torch._foreach_zero_(list(moments.values()))
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+def set_rates(
+    optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, frozen: bool = False
+) -> None:
+    """`frozen`: the last layers have rate 0. Their moments move all the same (DINOv2, DINOv3)."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = 0.0 if frozen and group["is_last_layer"] else lr * group["lr_scale"]
         group["weight_decay"] = weight_decay * group["weight_decay_scale"]
 
 

@@ -1,6 +1,6 @@
-"""The folder of a run: opened or resumed, steps timed and logged, the teacher probed and saved.
+"""The folder of a run: opens or resumes it, times and logs steps, probes and saves the teacher.
 
-What is saved and drawn of the teacher comes as functions: engine does not import evals.
+The functions that probe, export and draw the teacher are given, because engine imports no evals.
 """
 
 import math
@@ -44,7 +44,7 @@ def note_stop_signals(note: Callable[[int, Any], None]) -> None:
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """How to export, draw and probe the teacher of a run."""
+    """Functions that export, draw and probe the teacher of a run."""
 
     # Copies the weights to the host; returns a function that writes them into a folder.
     export: Callable[[], Callable[[Path], None]]
@@ -59,9 +59,9 @@ class TeacherOutputs:
 
 
 class Run:
-    """One output folder over one length. `start_step` is 0 or where the newest checkpoint stands.
+    """One run in its output folder. `start_step` is 0, or the step of the newest checkpoint.
 
-    At the end of each of several stages, everything is saved and the teacher is kept for good.
+    Where a run has several stages, the end of each saves everything and keeps a snapshot.
 
     Args:
         stages: of the whole run, in order.
@@ -126,10 +126,10 @@ class Run:
 
         Args:
             state: live tensors of the training state (engine.checkpoint.training_state).
-            outputs: what is made of the teacher.
+            outputs: functions that export, draw and probe the teacher.
             images: how many the run trains on.
             refresh: gathers the teacher where it is sharded; all ranks call it before `outputs`.
-            watch: says when what is logged looks like collapse.
+            watch: warns when the logged values look like collapse.
         """
         self.state, self.outputs = state, outputs
         self.refresh, self.watch, self.guard = refresh, watch, build_guard(self.cfg)
@@ -210,7 +210,7 @@ class Run:
         return why or "with another rank"
 
     def settle(self) -> None:
-        """All that was to be written is there, for every rank to read."""
+        """Waits until all files are written, so that every rank can read them."""
         self.writer.finish()
         distributed.barrier()
 
@@ -242,9 +242,9 @@ class Run:
         self.logger.restart_clock(step)
 
     def _save(self, step: int) -> None:
-        """The step waits for copies only: a thread writes and draws.
+        """Copies the state; a thread writes and draws while training goes on.
 
-        The checkpoint counts once all is written.
+        The checkpoint is published after everything is written.
         """
         self.refresh()
         self.writer.save(step, self.state)

@@ -1,7 +1,7 @@
 """Configurations as files and dataclasses: YAML with `base:`, `key=value`, types, rules, changes.
 
-Nothing here knows a key by its meaning, but for the lengths of a run and its stages.
-Every mistake is one sentence that names the key and what is allowed.
+This file knows the meaning of no key, except for the length of a run and its stages.
+Each error is one sentence that names the key and the allowed values.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from engine.config import TrainConfig
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
-# Three words for one thing: a layer that gives one, or steps of stages, replaces those below.
+# Three ways to give the length. A layer with one of them, or with steps of stages, replaces those
+# of the layers below.
 ONE_OF = ("total_steps", "epochs", "images")
 KINDS = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "text"},
@@ -109,7 +110,7 @@ def merge(below: Any, above: Any) -> Any:
 def write_out(cls: type, values: Any, path: str = "") -> dict:
     """Replaces short forms (a schedule given as a number) by their mapping, so that layers merge.
 
-    A section that holds none is refused here, where no layer above it can hide the mistake.
+    A section without keys is refused here, before a layer above it can hide the mistake.
     """
     values = cls.shorthand(values) if hasattr(cls, "shorthand") else values
     if not isinstance(values, dict):
@@ -190,7 +191,7 @@ def _finite(value: Any) -> float | None:
 
 
 def check_rules(section: Any, path: str = "") -> None:
-    """Raises UserError for the first value of a dataclass, or below it, that breaks its rule."""
+    """Raises UserError for the first value in a dataclass, at any depth, that breaks its rule."""
     values = vars(section)  # without getattr, so that a test can see who reads a key
     for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
         full, value = dotted(path, name), values[name]
@@ -219,7 +220,7 @@ def to_yaml(cfg: object, header: str = "") -> str:
 
 
 def changed_keys(old: Config, new: Config, path: str = "", all_fields: bool = False) -> list[str]:
-    """Keys that belong to the result (or all) and differ, with both values."""
+    """The changed keys that affect the result (or all changed keys), with both values."""
     changes = []
     for item in dataclasses.fields(new):
         full, before, after = (
@@ -249,7 +250,7 @@ def refuse_changes(cfg: "TrainConfig", saved: Path) -> None:
 
 
 def changed_stages(old: dict | None, new: dict | None) -> list[str]:
-    """What may not change in a run that has begun: all but a longer last stage, or further ones."""
+    """Forbidden changes of the stages of a run: all but a longer last stage and further stages."""
     if old is None or new is None:
         words = "stages (there were none)" if old is None else "stages (left out)"
         return [] if old == new else [words]
@@ -266,7 +267,7 @@ def changed_stages(old: dict | None, new: dict | None) -> list[str]:
 
 
 def provenance() -> str:
-    """The commit and the versions of what computes: the header of config.yaml."""
+    """The commit and the versions of the packages, for the header of config.yaml."""
     packages = ("torch", "torchvision", "timm", "numpy")
     versions = "  ".join(f"{name} {metadata.version(name)}" for name in packages)
     command = ["git", "describe", "--always", "--dirty"]

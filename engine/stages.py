@@ -1,7 +1,7 @@
 """Several stages in one run (DINOv3: pretrain, Gram anchoring, high resolution).
 
-A stage is the run's configuration with some keys overridden, for a number of steps. Steps of the
-run go on from stage to stage; schedules, spans and `start` of a stage count from its first step.
+A stage is the run's configuration with some keys overridden, for a number of steps. Steps are
+counted over the whole run; schedules, spans and `start` of a stage count from its first step.
 A run without `stages:` is one stage without a name.
 """
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 Schedules = dict[str, Callable[[int], float]]
 
-# Keys that a stage may override: the state of the run (weights, moments, folder) needs none of
+# Keys that a stage may override. The state of the run (weights, moments, folder) does not depend on
 # them.
 ALLOWED = (
     "init", "batch_size", "micro_batch_size", "data.train", "crops.", "schedule.", "loss.gram.",
     "loss.koleo.", "loss.dino.weight", "loss.dino.local_weight", "loss.dino.student_temp",
-    "loss.ibot.weight", "loss.ibot.student_temp", "loss.ibot.mask_probability",
-    "loss.ibot.mask_ratio", "optim.clip_grad", "optim.clip_per", "optim.lr_scaling",
+    "loss.ibot.weight", "loss.ibot.student_temp", "loss.ibot.mask_",
+    "optim.clip_grad", "optim.clip_per", "optim.lr_scaling",
     "optim.freeze_last_layer", "tune.",
 )  # fmt: skip
 
@@ -42,7 +42,7 @@ class Stage:
 
     @property
     def shift(self) -> int:
-        """Images seen before step `step` of the run, less step * batch_size."""
+        """What to add to step * batch_size for the images seen before a step of this stage."""
         return self.images_before - self.first * self.cfg.batch_size
 
     def now(self, step: int) -> dict[str, float]:

@@ -16,8 +16,8 @@ from models.vit import build_backbone
 from models.weights.load import load_backbone, load_heads
 from models.weights.read import load_tensors
 
-# Settings of a VisionTransformer that may differ from those of the weights: they matter in training
-# only, or they are taken over from the weights.
+# Settings of a VisionTransformer that may differ from those of the weights. They matter in training
+# only, or the weights bring their own.
 FREE = {
     *("drop_path", "drop_path_shape", "rope_shift", "rope_jitter", "rope_rescale"),
     *("mask_token", "image_size", "interpolation", "fit"),
@@ -28,7 +28,7 @@ def plan_run(cfg: TrainConfig, images: int) -> list[Stage]:
     """The stages of a run over a data set of that many images.
 
     Raises:
-        UserError: if the batch of any stage cannot be divided; nothing was computed or written yet.
+        UserError: if the batch of a stage cannot be divided. Nothing was computed or written yet.
     """
     if distributed.runs_alone(cfg.strategy):
         notice(
@@ -52,7 +52,7 @@ def check_batches(stages: list[Stage]) -> None:
 
 
 def load_init(cfg: TrainConfig) -> tuple[TrainConfig, nn.Module | None]:
-    """The configuration with mean and std of the weights of `init`, and their backbone, if any."""
+    """(configuration, backbone) with mean, std and weights of `init`; None without `init`."""
     if not cfg.init:
         return cfg, None
     initial = load_initial(cfg.init, cfg.data.channels)
@@ -77,7 +77,7 @@ def build_student(cfg: TrainConfig, masked: bool, initial: nn.Module | None = No
     if arch.startswith("timm:"):
         backbone = build_backbone(arch, in_channels=cfg.data.channels)
     else:
-        options["image_size"] = cfg.crops.global_size  # for which learned positions are made
+        options["image_size"] = cfg.crops.global_size  # the size of learned positions
         if initial is not None:
             del options["image_size"]
             for name in ("image_size", "interpolation"):
@@ -106,7 +106,7 @@ def start_from(model: SSLModel, initial: nn.Module, spec: str | Path) -> None:
         names.remove("layerscale")  # an initial value, which the weights replace
     if names:
         settings = ", ".join(f"{name} {given[name]} (here {own.get(name)})" for name in names)
-        raise UserError(f"{spec} is another backbone than model: says; the weights have {settings}")
+        raise UserError(f"{spec} is not the backbone of the section model; it has {settings}")
     tensors = initial.state_dict()
     if model.backbone.config.get("mask_token") is False:
         tensors.pop("mask_token", None)
@@ -123,8 +123,8 @@ def start_from(model: SSLModel, initial: nn.Module, spec: str | Path) -> None:
         if name in heads and heads[name].shape == state[name].shape
     }
     model.load_state_dict(fitting, strict=False)
-    said = "the heads start at random: these weights bring none"
+    said = "these weights have no heads, so the heads start at random"
     if heads:
         others = "; the others start at random" if len(fitting) < len(wanted) else ""
-        said = f"{len(fitting)} of {len(wanted)} head tensors come along{others}"
+        said = f"{len(fitting)} of {len(wanted)} head tensors are loaded{others}"
     print(f"{spec}: {said}", file=sys.stderr)

@@ -29,7 +29,7 @@ REMEDY = "lower schedule.lr.peak or schedule.teacher_temp, or set precision=fp32
 
 
 class OptimizationStep:
-    """What happens to the student, the optimizer and the EMA teacher in each step of one stage.
+    """Updates the student, the optimizer and the EMA teacher in each step of one stage.
 
     The caller goes through `micro_batches`, computes the losses of each and hands them to
     `backward`; then it calls `apply_gradients` and `update_teacher`.
@@ -41,7 +41,8 @@ class OptimizationStep:
         precision: autocast and loss scaler, from `distributed.choose_precision`.
         settings: its `clip_grad` and `clip_per` are read.
         micro_batch: images that go through the student at once.
-        frozen_until: step of the run before which the last layer of the heads does not move.
+        frozen_until: step of the run before which the last layers of the heads do not move.
+            Their gradients count in the norm that is clipped, as in the authors' code.
 
     Attributes:
         mark: called with a phase's name when the phase ends: forward passes by the name that the
@@ -78,7 +79,7 @@ class OptimizationStep:
         self.mark(phase)
 
     def micro_batches(self, parts: list[Batch], targets: list) -> Iterator[tuple]:
-        """(micro batch, its targets) in turn; gradients add up to those of the whole batch.
+        """Yields each micro batch with its targets; gradients add up to those of the whole batch.
 
         Ranks average them in the backward pass of the last one.
         """
@@ -101,11 +102,12 @@ class OptimizationStep:
     def apply_gradients(self, step: int, lr: float, weight_decay: float) -> None:
         """Clips the gradients and moves the student, unless a value is not finite on any rank."""
         self.scaler.unscale_(self.optimizer)
-        if step < self.frozen_until:
-            optim.drop_last_layer_gradients(self.model)
         norm = optim.clip_gradients(self.model, self.clip_grad, self.clip_per)
         self.totals["grad_norm"] = norm
-        optim.set_rates(self.optimizer, lr, weight_decay)
+        frozen = step < self.frozen_until
+        if frozen and self.clip_per == "tensor":  # the recipe of DINO and iBOT
+            optim.drop_last_layer_gradients(self.model)
+        optim.set_rates(self.optimizer, lr, weight_decay, frozen)
         self._step_if_finite()
         self.optimizer.zero_grad()
         self.mark("optimizer")
@@ -116,7 +118,7 @@ class OptimizationStep:
 
     @torch.no_grad()
     def _step_if_finite(self) -> None:
-        """Decides on the device: the loop does not wait for it. `metrics` reads it later."""
+        """Decides on the device, so the loop does not wait. `metrics` reads the result later."""
         names = list(self.totals)
         bad = torch.stack([(~self.totals[name].isfinite()).float() for name in names])
         distributed.all_reduce_max(bad)
@@ -169,6 +171,6 @@ class OptimizationStep:
             )
         skipped = f"skipped {int(max(counts.values()))} steps before step {step}"
         if half and culprits == "grad_norm":
-            notice(f"{skipped}, looking for the scale that fp16 gradients can bear")
+            notice(f"{skipped}, while fp16 lowers its loss scale until gradients are finite")
         else:
             notice(f"{skipped}, not finite: {culprits}; {REMEDY}")

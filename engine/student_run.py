@@ -1,4 +1,4 @@
-"""The runs of the students of a distillation: set-up, crops as each student sees them, the end."""
+"""The run of each student of a distillation: set-up, its crops, the end of a step."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ from errors import UserError
 from models.distill import MatchingStudent, Teacher
 from models.ssl_model import count_parameters
 
-# Measures without a meaning where the targets are features.
+# Measures that mean nothing where the targets are features.
 OF_PROTOTYPES = ("health/teacher", "health/prototype", "health/top")
 
 
@@ -90,7 +90,7 @@ class StudentRun:
         }
 
     def _crop_sizes(self) -> set[tuple[int, int]]:
-        """Of all crops that the student sees in any stage."""
+        """Sizes of all crops that the student sees in any stage."""
         sizes = set()
         for stage in self.base_stages:
             for cut in stage.cfg.crops.mix or [stage.cfg.crops]:
@@ -125,7 +125,7 @@ class StudentRun:
         grid, cfg = self.grids[tuple(batch.global_crops.shape[-2:])], self.stage.cfg
         if self.heads and "ibot" in self.stage.schedules:
             ibot = cfg.loss.ibot
-            spec = MaskSpec(grid, ibot.mask_probability, ibot.mask_ratio)
+            spec = MaskSpec(grid, ibot.mask_probability, ibot.mask_ratio, ibot.mask_fill)
             batch = with_masks(batch, spec, cfg.seed, step, places, cfg.batch_size)
         return batch, grid
 
@@ -204,7 +204,7 @@ def end_step(
     waited: float,
     stopping: bool,
 ) -> None:
-    """The end of a step for the students of this rank: logs, probes and saves where due.
+    """Ends a step for the students of this rank: logs, probes and saves where due.
 
     Args:
         step: how many updates are done.

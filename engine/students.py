@@ -28,7 +28,7 @@ from engine.views import crop_adapter
 from errors import UserError
 from models.distill import Teacher, load_teacher
 
-# Keys that a student may override. The images and their order, which all share, follow from others.
+# Keys that a student may override. The other keys decide images and order, which all share.
 ALLOWED = (
     "init", "micro_batch_size", "strategy", "compile", "checkpointing", "data.mean", "data.std",
     "crops.global_size", "crops.local_size", "model.", "loss.", "optim.", "schedule.", "tune.",
@@ -98,7 +98,7 @@ def _entry(alone: DistillTrainConfig, name: str, keys: Any) -> Entry:
 def check_stages(stages: list[Stage], ranks: int) -> None:
     """
     Raises:
-        UserError: for a batch that the ranks cannot share, and for what a distillation lacks.
+        UserError: for a batch that the ranks cannot share, and for keys without a meaning here.
     """
     for stage in stages:
         if stage.cfg.batch_size % ranks:
@@ -106,7 +106,7 @@ def check_stages(stages: list[Stage], ranks: int) -> None:
             raise UserError(f"{batch} is not a multiple of the {ranks} processes")
         if stage.name and stage.cfg.init:
             raise UserError(
-                f"stages.{stage.name}.init: stages of a distillation go on; give init to a student"
+                f"stages.{stage.name}.init: only students have an init here; give it to a student"
             )
         if "gram" in stage.schedules:
             raise UserError(
@@ -122,7 +122,7 @@ def uses_heads(cfg: DistillTrainConfig, teacher: Teacher) -> bool:
     """
     if cfg.distill.match == "heads" and teacher.dino_head is None:
         raise UserError(
-            f"distill.match is heads, but the teacher {cfg.distill.teacher} brings none "
+            f"distill.match is heads, but the teacher {cfg.distill.teacher} has none "
             "(runs of train.py do); use distill.match=features"
         )
     return cfg.distill.match != "features" and teacher.dino_head is not None
@@ -149,7 +149,7 @@ def check_prototypes(name: str, cfg: DistillTrainConfig, terms: set[str], teache
 def open_teacher(cfg: DistillTrainConfig) -> Teacher:
     if cfg.distill.teacher is None:
         raise UserError(
-            "who teaches? give distill.teacher, a MODEL: a run, released weights, timm:NAME"
+            "there is no teacher: give distill.teacher a MODEL: a run, released weights, timm:NAME"
         )
     try:
         return load_teacher(cfg.distill.teacher, cfg.data.channels)
@@ -160,7 +160,11 @@ def open_teacher(cfg: DistillTrainConfig) -> Teacher:
 def teacher_crop_adapter(
     cfg: DistillTrainConfig, teacher: Teacher, device: torch.device
 ) -> CropAdapter:
-    """Crops as the teacher sees them: at its size, with its mean and std. Checks that it can."""
+    """The adapter that resizes and normalises crops for the teacher.
+
+    Raises:
+        UserError: if the teacher does not take crops of that size.
+    """
     size, where = cfg.distill.teacher_size, f"the teacher {cfg.distill.teacher}"
     patch_grid(teacher.backbone, size_pair(size or cfg.crops.global_size), device, where)
     own = teacher.backbone.preprocessing

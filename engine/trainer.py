@@ -18,7 +18,7 @@ from models.ssl_model import make_teacher
 
 
 class Trainer:
-    """Student, EMA teacher, centring, optimizer and loss scaler, as a configuration says.
+    """Student, EMA teacher, centring, optimizer and loss scaler of a configuration.
 
     Args:
         student: freshly built; it is moved to the device and made parallel.
@@ -52,7 +52,7 @@ class Trainer:
         self.unsharded.place(self.teacher)
         self.centering = centering.to(device)
         begun = [stage for stage in stages if stage.first < max(start_step, 1)]
-        self.stage = begun[-1]  # the one in which the checkpoint was written
+        self.stage = begun[-1]  # the stage in which the checkpoint was written
         self._tune()
         self.optimizer = optim.optimizer_for(self.student, cfg.optim)
         self.precision = distributed.choose_precision(cfg.precision, device)
@@ -67,7 +67,7 @@ class Trainer:
         return (stage for stage in self.stages if self.run.start_step < stage.stop)
 
     def enter(self, stage: Stage) -> tuple[int, OptimizationStep]:
-        """Begins a stage of the run, or goes on within it: (the first step, how to do it)."""
+        """Begins or continues a stage: (its first step to do, the optimisation step)."""
         changed = stage.cfg.tune != self.stage.cfg.tune
         self.stage = stage
         if changed:

@@ -1,4 +1,4 @@
-"""Rules between several keys. A rule of one key alone stands in its type in engine/config.py."""
+"""Rules between several keys. The rule of a single key is in its type in engine/config.py."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -86,14 +86,18 @@ def _rules_of_schedules(schedules: "ScheduleConfig") -> Iterator[str]:
 
 
 def check_gram_teacher(cfg: "TrainConfig", has_weights: bool, later: bool) -> None:
-    """Raises UserError where a stage cannot have its Gram teacher: it `has_weights` to begin with,
-    those of `init` or of a stage before it, or it is a `later` stage than the first."""
+    """Raises UserError if a stage cannot have its Gram teacher.
+
+    Args:
+        has_weights: whether the stage starts from trained weights, of `init` or an earlier stage.
+        later: whether it is not the first stage.
+    """
     gram = cfg.loss.gram
     if not (gram.weight or cfg.schedule.gram):
         return
     if gram.teacher == "init" and not has_weights:
         remedy = "give init, or use it in a later stage"
-        raise UserError(f"loss.gram.teacher: init needs weights to hold on to: {remedy}")
+        raise UserError(f"loss.gram.teacher: init needs weights from before the stage: {remedy}")
     has_earlier = cfg.checkpoint.snapshot > 0 and (later or gram.start not in (0, "0%"))
     if gram.teacher == "auto" and not has_earlier:
         remedy = "set checkpoint.snapshot, and loss.gram.start or an earlier stage"

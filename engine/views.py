@@ -1,10 +1,11 @@
-"""From a configuration to the views of an image, to batches, and to a network's crops.
+"""Builds the views of an image, the batches and a network's crops from a configuration.
 
-The views themselves are made in data/; here the sections of the configuration become numbers.
+data/ makes the views; this file turns sections of the configuration into its arguments.
 """
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -12,9 +13,11 @@ from torch.utils.data import DataLoader
 
 from data.augment import POLICIES, AugmentPolicy, CropSpec, MultiCrop, channel_statistics
 from data.distillation import CropAdapter
-from data.guided import Guidance, require_marks
+from data.guided import Guidance, has_marks, require_marks
+from data.images import ImageData
 from data.loader import Views, make_loader
 from data.masking import MaskSpec
+from data.pictures import UnreadableImage
 from data.sources.specs import open_data
 from engine import distributed
 from engine.config import (
@@ -25,6 +28,7 @@ from engine.config import (
     SizeConfig,
     TrainConfig,
 )
+from engine.logger import notice
 from engine.stages import Stage
 from engine.validation import size_pair
 from errors import UserError
@@ -38,7 +42,7 @@ def multi_crop_from(
     sizes: SizeConfig | None = None,
     gram: GramConfig | None = None,
 ) -> MultiCrop:
-    """A policy's probabilities and strengths hold where the key of that name is None.
+    """The crops of `crops`. A key that is None takes the value of the colour policy.
 
     Args:
         sizes: other global and local sizes, of `crops.mix`.
@@ -71,10 +75,21 @@ def multi_crop_from(
 
 
 def guidance_from(crops: CropsConfig) -> Guidance | None:
-    """None where marks guide no crops."""
+    """The guidance of crops by marks; None where `crops.guided` is 0."""
     if crops.guided == 0:
         return None
     return Guidance(crops.guided, crops.guided_globals, crops.guided_share)
+
+
+def say_unmarked(images: Iterable[tuple[ImageData, int]]) -> None:
+    """Says how many of these images, each a data set and an index, have no marks to follow."""
+    marked = []
+    for data, index in images:
+        with contextlib.suppress(UnreadableImage):  # counted when it comes up in training
+            marked.append(has_marks(data, index))
+    if not all(marked):
+        unmarked = f"{marked.count(False)} of {len(marked)} images looked at"
+        notice(f"crops.guided: {unmarked} have no boxes and no masks; their crops are not guided")
 
 
 def views_from(
@@ -93,7 +108,7 @@ def views_from(
         masks = None
         if ibot is not None:
             grid = tuple(side // patch_size for side in size_pair(sizes.global_size))
-            masks = MaskSpec(grid, ibot.mask_probability, ibot.mask_ratio)
+            masks = MaskSpec(grid, ibot.mask_probability, ibot.mask_ratio, ibot.mask_fill)
         views.append(Views(multi_crop, masks, getattr(sizes, "share", 1.0), guidance))
     return views
 
@@ -106,6 +121,8 @@ def stage_loader(
     images = open_data(cfg.data.train, cfg.data.channels)
     if cfg.crops.guided > 0:
         require_marks(images, cfg.data.train)
+        if first_step == stage.first and distributed.is_main():
+            say_unmarked((images, index) for index in range(0, len(images), len(images) // 32 + 1))
     if len(images) < cfg.batch_size and distributed.is_main():
         print(
             f"{cfg.data.train} has {len(images)} images, fewer than batch_size {cfg.batch_size}: "

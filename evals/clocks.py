@@ -87,15 +87,15 @@ class TimedCrops:
             yield image
 
 
-def time_crops(dataset: StepDataset) -> TimedCrops:
-    """Puts a TimedCrops in place of the MultiCrop of a data set that crops in this process.
+def time_crops(dataset: StepDataset) -> list[TimedCrops]:
+    """Puts a TimedCrops in place of each MultiCrop of a data set that crops in this process.
 
-    Of a mixture of sizes only the first is timed.
+    A mixture of sizes has several.
     """
     timed = [TimedCrops(views.multi_crop) for views in dataset.views]
     pairs = zip(dataset.views, timed, strict=True)
     dataset.views = tuple(replace(views, multi_crop=crops) for views, crops in pairs)
-    return timed[0]
+    return timed
 
 
 def profile(run: Callable[[], None], times: int, device: torch.device, path: Path) -> None:

@@ -10,7 +10,7 @@ from data.augment import channel_statistics
 from data.images import ImageData
 from data.masking import draw_masks
 from engine.config import TrainConfig
-from engine.views import guidance_from, multi_crop_from
+from engine.views import guidance_from, multi_crop_from, say_unmarked
 from evals.figures import draw_report
 from evals.maps import Picture, hide_patches, to_picture
 from evals.photographs import normalized
@@ -32,6 +32,7 @@ def make_views(cfg: TrainConfig, loaded: Sequence[tuple[str, ImageData, int, Ten
     multi_crop, guidance = multi_crop_from(cfg.crops, mean, std), guidance_from(cfg.crops)
     targets = None
     if guidance is not None:
+        say_unmarked((data, index) for _, data, index, _ in loaded)
         # Whether a crop follows a mark depends on the place in a run's stream; here, in this list.
         counts = multi_crop.globals, multi_crop.crops
         targets = [
@@ -56,7 +57,8 @@ def hide_in_crops(cfg: TrainConfig, views: Views) -> tuple[list[list[Picture]], 
     ibot, count = cfg.loss.ibot, cfg.crops.global_count
     grid = tuple(side // cfg.model.patch_size for side in views.crops[0][0].shape[-2:])
     crops = count * len(views.images)
-    masks = draw_masks(crops, grid, ibot.mask_probability, ibot.mask_ratio, (cfg.seed,))
+    given = (ibot.mask_probability, ibot.mask_ratio)
+    masks = draw_masks(crops, grid, *given, (cfg.seed,), fill=ibot.mask_fill)
     masks = masks.view(count, len(views.images), *grid)
     pictures = []
     for index, of_image in enumerate(views.crops):

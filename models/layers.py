@@ -1,5 +1,6 @@
 """The parts of a transformer block: attention, feed-forward nets, LayerScale, DropPath."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -161,10 +162,12 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Adds a residual branch, in training to a random part of the batch only (DINOv2).
+    """Adds a residual branch to x; in training each sample skips it with probability `rate`.
 
-    Of b samples, max(⌊b (1 - rate)⌋, 1) go through the branch and get it times b over their number,
-    so the expectation is the full sum; the others are not computed, which saves the time.
+    Of b samples, ⌈b (1 - rate)⌉ drawn ones go through the branch, so the others cost no time
+    (DINOv2). The last of them counts so often that b (1 - rate) samples count on average. DINOv2's
+    code rounds down, and drops half of 2 samples at a rate of 0.1. What counts is divided by
+    1 - rate, so the expectation is the full sum.
     """
 
     def __init__(self, rate: float):
@@ -177,33 +180,29 @@ class DropPath(nn.Module):
         """x + branch(x, shapes); of a packed x with `shapes`, a random part of each group."""
         if not self.training or self.rate == 0.0:
             return x + branch(x, shapes)
-        if shapes is not None:
-            return self._forward_packed(x, branch, shapes)
-        subset, scale = self._draw(len(x), x.device)
-        residual = branch(x.index_select(0, subset), None).to(x.dtype)
-        return torch.index_add(x, 0, subset, residual, alpha=scale)
-
-    def _forward_packed(self, x: Tensor, branch: Callable[..., Tensor], shapes: Shapes) -> Tensor:
-        rows, scales, kept_shapes = [], [], []
+        rows, factors, kept_shapes = [], [], []
         first = 0
-        for samples, tokens in shapes:
-            subset, scale = self._draw(samples, x.device)
+        for samples, tokens in shapes or [(len(x), 1)]:
+            subset, factor = self._draw(samples, x)
             starts = first + tokens * subset[:, None]
             rows.append((starts + torch.arange(tokens, device=x.device)).flatten())
-            scales.append(scale)
+            factors.append(factor[:, None].expand(-1, tokens).flatten())
             kept_shapes.append((len(subset), tokens))
             first += samples * tokens
-        residual = branch(x.index_select(0, torch.cat(rows)), kept_shapes).to(x.dtype)
-        residuals = residual.split([len(group) for group in rows])
-        x = x.clone()
-        for group, part, scale in zip(rows, residuals, scales, strict=True):
-            x.index_add_(0, group, part, alpha=scale)
-        return x
+        rows, factors = torch.cat(rows), torch.cat(factors)
+        residual = branch(x.index_select(0, rows), shapes and kept_shapes).to(x.dtype)
+        return x.index_add(0, rows, residual * factors.view(-1, *[1] * (x.dim() - 1)))
 
-    def _draw(self, samples: int, device: torch.device) -> tuple[Tensor, float]:
-        """The samples that go through the branch, and the factor of their branch."""
-        kept = max(int(samples * (1 - self.rate)), 1)
-        return torch.randperm(samples, device=device)[:kept], samples / kept
+    def _draw(self, samples: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples that go through the branch, and the factors of their branches.
+
+        Their number is fixed: torch.compile needs one shape, and no device has to be waited for.
+        """
+        expected = samples * (1 - self.rate)
+        kept = max(math.ceil(expected - 1e-6), 1)
+        factors = x.new_full((kept,), 1 / (1 - self.rate))
+        factors[-1:] *= torch.rand(1, device=x.device) < expected - (kept - 1)
+        return torch.randperm(samples, device=x.device)[:kept], factors
 
 
 def init_module(module: nn.Module) -> None:

@@ -141,14 +141,27 @@ def test_the_peak_of_a_processor_is_what_a_large_product_reaches():
     assert peak > 1e8 and "products" in source and (a @ a).shape == (256, 256)
 
 
-def test_timed_crops_are_the_crops(tiny):
-    stage = bench.chosen_stage(load_config(None, tiny), None)
+SIZES = [{"share": 0.5, "global_size": 32, "local_size": 16}]
+SIZES += [{"share": 0.5, "global_size": 40, "local_size": 24}]
+
+
+@pytest.mark.parametrize("mix", [[], [f"crops.mix={json.dumps(SIZES)}"]])
+def test_timed_crops_are_the_crops_of_every_size(mix, tiny):
+    stage = bench.chosen_stage(load_config(None, [*tiny, *mix]), None)
     plain, timed = (stage_loader(stage, 0, 8, CPU).dataset for _ in range(2))
-    clock = bench.time_crops(timed)
-    assert torch.equal(plain[3].global_crops, timed[3].global_crops) and clock.seconds > 0
-    before = clock.seconds
+    clocks, sizes = bench.time_crops(timed), set()
+
+    def seconds() -> float:
+        return sum(clock.seconds for clock in clocks)
+
+    for step in range(8):
+        before, crops = seconds(), timed[step].global_crops
+        assert torch.equal(plain[step].global_crops, crops) and seconds() > before
+        sizes.add(crops.shape[-1])
+    assert sizes == ({32, 40} if mix else {32})
+    before = seconds()
     draw(torch.Generator(), 2), plain[4]
-    assert clock.seconds == before
+    assert seconds() == before
 
 
 # ----------------------------------------------------------------- memory
@@ -257,7 +270,7 @@ def test_a_mistake_is_one_sentence(tiny, arguments, words):
 
 def test_students_are_measured_together_and_each_alone(tiny, tmp_path, capsys):
     train.main([*tiny, "total_steps=2"])
-    students = {"small": {"model": {"embed_dim": 16}}, "other": {"model": {"depth": 1}}}
+    students = {"small": {"model": {"embed_dim": 16}}, 16: {"model": {"depth": 1}}}
     distill = {"distill": {"teacher": str(tmp_path / "run"), "students": students}}
     (tmp_path / "distill.yaml").write_text(yaml.safe_dump(distill))
     capsys.readouterr()
@@ -272,7 +285,7 @@ def test_students_are_measured_together_and_each_alone(tiny, tmp_path, capsys):
     )
     result = result_of(capsys)
     assert (
-        result["own_ms"].keys() == students.keys()
+        result["own_ms"].keys() == {"small", "16"}
         and min(result["own_ms"].values()) > 0 < result["shared_ms"]
     )
     parts = result["shared_ms"] + sum(result["own_ms"].values())

@@ -16,6 +16,7 @@ from data.distillation import CropAdapter, rank_share, with_masks
 from data.masking import MaskSpec
 from engine.cli import StoppedEarly
 from engine.config import DistillTrainConfig, load_config
+from engine.health import health
 from engine.logger import read_metrics
 from engine.optim import build_schedules
 from engine.stages import plan_stages
@@ -394,14 +395,34 @@ def test_a_sight_resizes_and_normalises_as_its_own_network_wants():
     assert same(images) is images
 
 
-def test_masks_of_a_student_are_those_that_the_loader_draws(tiny):
-    cfg = load_config(None, tiny)
+@pytest.mark.parametrize("fill", [True, False])
+def test_masks_of_a_student_are_those_that_the_loader_draws(tiny, fill):
+    cfg = load_config(None, [*tiny, f"loss.ibot.mask_fill={str(fill).lower()}"])
     (stage,) = plan_stages(cfg, 4, build_schedules)
     loaded = next(iter(stage_loader(stage, 2, 8, torch.device("cpu"))))
-    spec = MaskSpec((4, 4), cfg.loss.ibot.mask_probability, cfg.loss.ibot.mask_ratio)
+    spec = MaskSpec((4, 4), cfg.loss.ibot.mask_probability, cfg.loss.ibot.mask_ratio, fill)
     unmasked = replace(loaded, masks=None)
     drawn = with_masks(unmasked, spec, cfg.seed, 2, rank_share(8), 8)
     assert torch.equal(drawn.masks, loaded.masks) and drawn.masks.any()
+
+
+@pytest.mark.parametrize("weight, prototypes", [(1, 32), (0, 24)])
+def test_health_is_that_of_the_targets_that_are_trained_on(
+    weight, prototypes, shared, teacher, monkeypatch
+):
+    """In train.py and distill.py alike: of iBOT's prototypes where the DINO term is off."""
+    seen = []
+
+    def spied(probs, *features):
+        seen.append(probs.shape[-1])
+        return health(probs, *features)
+
+    for script in ("train", "engine.student_run"):
+        monkeypatch.setattr(f"{script}.health", spied)
+    keys = [f"loss.dino.weight={weight}", "total_steps=1", "log_every=1"]
+    distill.main([*shared[:-1], *NARROW, "distill.match=heads", *keys, shared[-1]])
+    train.main([*shared[:-2], *keys, f"{shared[-1]}-train"])
+    assert len(seen) >= 2 and set(seen) == {prototypes}
 
 
 # ----------------------------------------------------------------- losses and heads
@@ -525,7 +546,7 @@ def test_a_mistake_among_the_students_is_one_sentence(shared, overrides, words):
             "loss.dino.prototypes is 64, .* are 32; set loss.dino.prototypes=32",
         ),
         (["loss.ibot.prototypes=null"], "loss.ibot.prototypes is null, .* are 24"),
-        (["distill.teacher=random:vit_nano?patch_size=8", "distill.match=heads"], "brings none"),
+        (["distill.teacher=random:vit_nano?patch_size=8", "distill.match=heads"], "has none"),
         (["distill.teacher=timm:vit_smal_patch16_224"], "vit_small_patch16_224"),
         (
             ["distill.teacher=runs/quickstart"],

@@ -369,7 +369,7 @@ def test_init_starts_from_weights_heads_and_normalisation_of_a_run(tiny, tmp_pat
         )
         assert all(torch.equal(first[key], second[key]) for key in first)
     assert load_config(str(tmp_path / "second" / "config.yaml"), []).data.mean == [0.1, 0.2, 0.3]
-    assert "head tensors come along" in capsys.readouterr().err
+    assert "head tensors are loaded" in capsys.readouterr().err
     train.main(
         [
             *tiny,

@@ -296,6 +296,67 @@ def test_guidance_without_any_marks_is_refused(tiny, images):
         train.main([*tiny[:-1], f"data.train={images}", "crops.guided=0.5", tiny[-1]])
 
 
+def write_marks(folder, images, kind: str) -> str:
+    """DATA of images of which some or none are marked; returns the spec."""
+    rows = {
+        "two boxes": "file,x0,y0,x1,y1\n3.png,1,2,10.5,20\n7.png,5,5,9,9\n",
+        "one mask, one empty": "file,mask\n3.png,full.png\n7.png,empty.png\n",
+        "every box": "file,x0,y0,x1,y1\n" + "".join(f"{k}.png,1,1,5,5\n" for k in range(12)),
+    }
+    if kind == "half of a mixture":
+        (folder / "mix.yaml").write_text(f"[{{data: {images}}}, {{data: 'scenes?size=12'}}]")
+        return f"mix:{folder / 'mix.yaml'}"
+    if kind not in rows:
+        return str(images)
+    for name, file, value in (("full", "3.png", 1), ("empty", "7.png", 0)):
+        Image.new("L", Image.open(images / file).size, value).save(folder / f"{name}.png")
+    (folder / "m.csv").write_text(rows[kind])
+    return f"{images}?marks={folder / 'm.csv'}"
+
+
+UNMARKED = (
+    "crops.guided: {} images looked at have no boxes and no masks; their crops are not guided"
+)
+
+
+@pytest.mark.parametrize(
+    "kind, unmarked",
+    [
+        ("two boxes", "10 of 12"),
+        ("one mask, one empty", "11 of 12"),
+        ("every box", None),
+        ("half of a mixture", "12 of 24"),
+    ],
+)
+def test_training_says_once_how_many_images_guide_no_crop(
+    kind, unmarked, tiny, images, tmp_path, capsys
+):
+    keys = [f"data.train={write_marks(tmp_path, images, kind)}", "crops.guided=0.5"]
+    train.main([*tiny[:-1], *keys, tiny[-1]])
+    said = capsys.readouterr().err
+    assert said.count("crops.guided") == (unmarked is not None)
+    assert unmarked is None or UNMARKED.format(unmarked) in said
+
+
+@pytest.mark.parametrize(
+    "kind, unmarked", [("none", "12 of 12"), ("two boxes", "10 of 12"), ("every box", None)]
+)
+def test_pictures_of_guided_crops_say_once_how_many_images_guide_none(
+    kind, unmarked, images, tmp_path, capsys
+):
+    arguments = [
+        "--images",
+        write_marks(tmp_path, images, kind),
+        "--output",
+        f"{tmp_path / 'c.png'}",
+    ]
+    small = ["crops.global_size=16", "crops.local_size=16", "crops.local_count=1"]
+    visualize.main(["crops", *arguments, "--count", "12", *small, "crops.guided=1"])
+    said = capsys.readouterr().err
+    assert said.count("crops.guided") == (unmarked is not None)
+    assert unmarked is None or UNMARKED.format(unmarked) in said
+
+
 # ----------------------------------------------------------------- in a run
 
 

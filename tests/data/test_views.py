@@ -12,6 +12,12 @@ from torchvision.transforms.v2 import functional as V
 from data import augment
 from data.augment import POLICIES, AugmentPolicy, CropSpec, MultiCrop, crop_boxes, draw, photometric
 from data.masking import block_mask, draw_masks
+from engine.config import load_config
+from engine.optim import build_schedules
+from engine.stages import plan_stages
+from engine.views import stage_loader
+from evals.photographs import load_images
+from evals.views import hide_in_crops, make_views
 
 PLAIN = AugmentPolicy(flip=0, jitter=0, grayscale=0, blur=(0, 0, 0), solarize=0)
 
@@ -239,6 +245,28 @@ def test_block_masks_hide_exactly_the_count(grid):
         assert block_mask(grid, count, rng, fill=False).sum() <= count
     with pytest.raises(ValueError, match=f"cannot hide {total + 1} patches"):
         block_mask(grid, total + 1, rng)
+
+
+@pytest.mark.parametrize("ratio", [(0.1, 0.5), (0.6, 0.9)])
+def test_masks_of_a_run_are_filled_or_short_as_the_key_says(ratio, tiny):
+    """In training and in `visualize.py masks`; DINOv2 leaves masks short, DINOv3 fills them."""
+    keys = ["crops.global_size=48", "model.patch_size=6", f"loss.ibot.mask_ratio={list(ratio)}"]
+    keys += ["loss.ibot.mask_probability=1"]
+    wanted = [int(64 * edge) for edge in np.linspace(*ratio, 17)[1:]]  # of 16 crops
+    drawn = {}
+    for fill in ("true", "false"):
+        cfg = load_config(None, [*tiny, *keys, f"loss.ibot.mask_fill={fill}"])
+        (stage,) = plan_stages(cfg, 4, build_schedules)
+        batch = next(iter(stage_loader(stage, 0, 6, torch.device("cpu"))))
+        views = make_views(cfg, list(load_images(["scenes?size=8"], 3, 8)))
+        drawn[fill] = [
+            sorted(m.flatten(1).sum(1).tolist())
+            for m in (batch.masks, hide_in_crops(cfg, views)[1])
+        ]
+    assert drawn["true"] == [wanted, wanted]
+    for counts in drawn["false"]:
+        assert counts != wanted
+        assert all(short <= full for short, full in zip(counts, wanted, strict=True))
 
 
 def test_masks_are_blocks_not_noise():

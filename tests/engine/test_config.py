@@ -29,6 +29,7 @@ def test_every_shipped_configuration_loads_and_opens_with_a_command(path):
         and f"--config configs/{path.name}" in header
         or f"--config {path.name}" in header
     )
+    assert max(map(len, path.read_text().splitlines())) <= 100
 
 
 def test_the_last_override_wins_over_file_and_base(tmp_path):

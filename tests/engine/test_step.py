@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine import distributed
 from engine.cli import RunFailed
 from engine.config import OptimConfig
 from engine.optim import make_optimizer, parameter_groups
@@ -36,14 +37,31 @@ class Rows(types.SimpleNamespace):
         return [Rows(x=self.x[k : k + micro], images=self.images[k : k + micro]) for k in starts]
 
 
-def step_of(student, micro_batch=6, half=False, clip=CLIP) -> OptimizationStep:
+class Head(nn.Sequential):
+    def __init__(self):
+        super().__init__()
+        self.mlp, self.last_layer = nn.Linear(3, 3), nn.Linear(3, 2, bias=False)
+
+
+class HeadedStudent(Student):
+    """Its head ends in a last layer, as a projection head does."""
+
+    def __init__(self):
+        super().__init__()
+        self.dino_head = Head()
+
+
+def step_of(
+    student, micro_batch=6, half=False, clip=CLIP, per="module", frozen_until=0
+) -> OptimizationStep:
     optimizer = make_optimizer(parameter_groups(student), (0.9, 0.999))
     teacher = copy.deepcopy(student).requires_grad_(False)
     scaler = torch.amp.GradScaler("cpu", enabled=half)
-    settings = OptimConfig(clip_grad=clip)
-    precision = (nullcontext, scaler)
+    settings = OptimConfig(clip_grad=clip, clip_per=per)
     return OptimizationStep(
-        student, teacher, optimizer, precision, settings, micro_batch=micro_batch
+        *(student, teacher, optimizer, (nullcontext, scaler), settings),
+        micro_batch=micro_batch,
+        frozen_until=frozen_until,
     )
 
 
@@ -92,6 +110,47 @@ def test_the_step_is_that_of_a_plain_loop_however_the_batch_is_divided(batch, mi
     torch.testing.assert_close(weights(update.teacher), ema, rtol=1e-5, atol=1e-6)
 
 
+def dino_step(student, optimizer, frozen) -> None:
+    """main_dino.py: each tensor is clipped alone, then the last layer's gradient is dropped."""
+    for parameter in student.parameters():
+        parameter.grad *= (CLIP / (parameter.grad.norm() + 1e-6)).clamp(max=1)
+    if frozen:
+        student.dino_head.last_layer.weight.grad = None
+    optimizer.step()
+
+
+def dinov2_step(student, optimizer, frozen) -> None:
+    """dinov2/train/train.py: each module is clipped, the last layer has a rate of 0."""
+    for module in student.children():
+        nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+    optimizer.param_groups[1]["lr"] = 0.0 if frozen else LR
+    optimizer.step()
+
+
+@pytest.mark.parametrize("frozen_until", [0, 1, 2, 5])
+@pytest.mark.parametrize("per, authors", [("tensor", dino_step), ("module", dinov2_step)])
+def test_the_last_layer_is_frozen_as_in_the_recipe_of_the_authors(
+    batch, per, authors, frozen_until
+):
+    update = step_of(HeadedStudent(), per=per, frozen_until=frozen_until)
+    plain = HeadedStudent()
+    last = plain.dino_head.last_layer.weight
+    groups = [[p for p in plain.parameters() if p is not last], [last]]
+    adam = torch.optim.AdamW([{"params": group} for group in groups], lr=LR, weight_decay=0.0)
+    for step in range(4):
+        take(update, batch, step)
+        adam.zero_grad()
+        out = plain(batch.x)
+        (out.square().mean() + 0.5 * out.mean()).backward()
+        assert last.grad.norm() > CLIP, "nothing was clipped"
+        authors(plain, adam, step < frozen_until)
+        torch.testing.assert_close(weights(update.student), weights(plain), rtol=1e-5, atol=1e-6)
+    moments = update.optimizer.state[update.student.dino_head.last_layer.weight]
+    theirs = adam.state.get(last) or {"exp_avg": torch.zeros_like(last), "step": torch.tensor(0.0)}
+    torch.testing.assert_close(moments["exp_avg"], theirs["exp_avg"])
+    assert moments["step"] == theirs["step"] == (4 if per == "module" else max(4 - frozen_until, 0))
+
+
 def test_a_step_that_is_not_finite_is_named_and_moves_nothing(batch, capsys):
     update = step_of(Student(), micro_batch=3)
     take(update, batch)
@@ -127,3 +186,19 @@ def test_phases_are_marked_in_their_order(batch):
         pass
     take(update, batch)
     assert marks == ["teacher", *["loss", "backward"] * 2, "optimizer", "ema"]
+
+
+def drawn(monkeypatch, seed, step, rank) -> tuple:
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    distributed.seed_step(seed, step)
+    return tuple(torch.rand(4).tolist())
+
+
+def test_every_step_seed_and_rank_draws_its_own_numbers_and_a_resumed_run_the_same(monkeypatch):
+    """A CPU's generator reads 32 bits of its seed only."""
+    keys = [(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 5000), (1, 0, 0), (7, 0, 0), (2**62, 0, 0)]
+    keys += [(0, 1 << bits, 0) for bits in (12, 16, 20, 21, 28, 31)]
+    keys += [(1 << bits, 3, 0) for bits in (12, 20, 24, 31, 32, 40)]
+    numbers = [drawn(monkeypatch, *key) for key in keys]
+    assert len(set(numbers)) == len(keys)
+    assert [drawn(monkeypatch, *key) for key in keys] == numbers

@@ -447,6 +447,29 @@ def test_drop_path_keeps_the_expectation():
     assert torch.allclose(outputs.mean(0), torch.full((10, 3), 3.0), atol=0.15)
 
 
+@pytest.mark.parametrize("samples", [1, 2, 3, 8, 30])
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.3, 0.4, 0.9])
+def test_drop_path_drops_each_sample_at_its_rate_however_few_there_are(rate, samples):
+    torch.manual_seed(0)
+    drop_path, groups = DropPath(rate).train(), 500
+    alone = [drop_path(torch.zeros(samples, 1), lambda x, _: x + 1)[:, 0] for _ in range(groups)]
+    packed = torch.zeros(groups * samples * 2, 1)  # 500 groups of two tokens a sample
+    together = drop_path(packed, lambda x, _: x + 1, [(samples, 2)] * groups)
+    for added in (torch.stack(alone), together.view(groups, samples, 2)[..., 0]):
+        kept = (added != 0).float()
+        deviation = (rate * (1 - rate) / groups) ** 0.5
+        assert kept.mean(dim=0).tolist() == pytest.approx([1 - rate] * samples, abs=5 * deviation)
+        assert added[added != 0].unique().tolist() == pytest.approx([1 / (1 - rate)])
+        assert kept.sum(dim=1).unique().numel() <= 2  # the count is one of two neighbours
+
+
+def test_torch_compile_takes_drop_path_in_one_graph():
+    drop_path = DropPath(0.3).train()
+    compiled = torch.compile(drop_path, backend="aot_eager", fullgraph=True)
+    added = compiled(torch.zeros(10, 4), lambda x, _: x + 1)
+    assert (added != 0).all(dim=1).sum() == 7
+
+
 def test_drop_path_computes_one_sample_at_least():
     seen = []
     DropPath(0.9).train()(torch.ones(3, 2), lambda kept, _: seen.append(len(kept)) or kept)
@@ -525,6 +548,33 @@ def test_head_compares_normalised_vectors_with_prototypes(last_layer, layers):
 def test_normalised_prototypes_start_at_norm_one(last_layer):
     head = ProjectionHead(8, 20, hidden=16, bottleneck=6, last_layer=last_layer)
     assert torch.allclose(head.last_layer.weight.norm(dim=1), torch.ones(()), atol=1e-6)
+
+
+@pytest.mark.parametrize("bottleneck, prototypes", [(128, 64), (256, 512), (384, 1000)])
+@pytest.mark.parametrize("last_layer", ["weight_norm", "unit_norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_normalised_prototypes_start_and_turn_as_in_dino(last_layer, bottleneck, prototypes):
+    """One step of AdamW turns each row by the same angle as in a layer built as DINO builds it."""
+    torch.manual_seed(0)
+    z = torch.nn.functional.normalize(torch.randn(64, bottleneck), dim=1)
+    labels = torch.arange(64) % prototypes
+    head = ProjectionHead(8, prototypes, 16, bottleneck, last_layer=last_layer)
+    theirs = torch.nn.utils.weight_norm(torch.nn.Linear(bottleneck, prototypes, bias=False))
+    theirs.weight_g.data.fill_(1)
+    theirs.weight_g.requires_grad = last_layer == "weight_norm"
+    norms, angles = [], []
+    for layer in (head.last_layer, theirs):
+        norms.append(layer.weight_v.detach().norm(dim=1))
+        before = layer(torch.eye(bottleneck)).detach().T
+        torch.testing.assert_close(before.norm(dim=1), torch.ones(prototypes))
+        optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-3)
+        torch.nn.functional.cross_entropy(layer(z) / 0.1, labels).backward()
+        optimizer.step()
+        after = layer(torch.eye(bottleneck)).detach().T
+        angles.append(torch.cosine_similarity(before, after).clamp(max=1).acos())
+    for ours, expected in (norms, angles):
+        assert ours.mean().item() == pytest.approx(expected.mean().item(), rel=0.02)
+        assert ours.std().item() == pytest.approx(expected.std().item(), rel=0.35)
 
 
 @pytest.mark.parametrize("last_layer", ["weight_norm", "unit_norm"])

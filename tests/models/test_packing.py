@@ -75,11 +75,10 @@ def test_drop_path_takes_whole_samples_of_each_size_and_keeps_the_expectation():
         out = block(x, [None, None], shapes) - x
         for part, (samples, tokens) in zip(out.split([6 * 17, 9 * 7]), shapes, strict=True):
             kept = part.unflatten(0, (samples, tokens)).abs().amax(-1) > 0
-            assert (kept == kept[:, :1]).all() and kept[
-                :, 0
-            ].sum() == samples // 2  # all tokens of a sample, or none
+            assert (kept == kept[:, :1]).all()  # all tokens of a sample, or none
+            assert kept[:, 0].sum() in (samples // 2, (samples + 1) // 2)
         sums = sums + out.detach()
-    assert seen[-1] == [(3, 17), (4, 7)]
+    assert seen[-1] == [(3, 17), (5, 7)]
     for mean, branch in zip(
         (sums / 400).split([6 * 17, 9 * 7]), whole.split([6 * 17, 9 * 7]), strict=True
     ):
