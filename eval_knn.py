@@ -21,7 +21,6 @@ With --truth FILE.json the file says what should, as for the revisited Oxford an
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,10 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.corruptions import Copies
-from data.sources.specs import ImageData, open_data, open_labelled
-from engine.cli import evaluation_parser, print_result, run_script
+from data.images import Chosen, ImageData
+from data.sources.specs import open_data, open_labelled
+from engine.cli import evaluation_parser, run_script
 from errors import UserError
-from evals.frozen import FrozenModel
+from evals.frozen import FrozenModel, run_evaluation
 from evals.knn import cls_features, knn_accuracy, retrieval_map, whitening
 
 GEM = 4  # exponent of the generalised mean (DINO's copy detection)
@@ -70,8 +70,11 @@ def by_class(train: ImageData, val: ImageData) -> Judge:
     return judge
 
 
-def by_truth(path: Path, level: str, train: ImageData, val: ImageData) -> Judge:
+def by_truth(path: Path, level: str, train: Chosen, val: ImageData) -> Judge:
     """Relevant and ignored images of each query by a file of names, with or without extension.
+
+    Args:
+        train: the readable images of --train; the file may name the others too.
 
     Raises:
         UserError: if the file has another form or names an image that --train lacks.
@@ -86,11 +89,12 @@ def by_truth(path: Path, level: str, train: ImageData, val: ImageData) -> Judge:
         form = '{"query": {"easy": [names], "hard": [names], "junk": [names]}}'
         raise UserError(f"{path} is not {form}") from error
     place = {Path(name).stem: index for index, name in enumerate(names_of(train))}
+    given = {Path(name).stem for name in names_of(train.data)}
     queries = [Path(name).stem for name in names_of(val)]
     if not set(queries) & set(lists):
         raise UserError(f"{path} has no query of --val")
     for query in queries:
-        for name in set().union(*lists.get(query, {}).values()) - place.keys():
+        for name in set().union(*lists.get(query, {}).values()) - given:
             raise UserError(f"{path} names {name!r}, which --train lacks")
 
     def judge(rows: range) -> tuple[Tensor, Tensor]:
@@ -98,8 +102,8 @@ def by_truth(path: Path, level: str, train: ImageData, val: ImageData) -> Judge:
         for number, row in enumerate(rows):
             entry = lists.get(queries[row], {})
             for mask, keys in zip(masks, LEVELS[level], strict=True):
-                named = [place[name] for key in keys for name in entry.get(key, ())]
-                mask[number, named] = True
+                names = {name for key in keys for name in entry.get(key, ())}
+                mask[number, [place[name] for name in names & place.keys()]] = True
         return masks[0], masks[1]
 
     return judge
@@ -109,7 +113,8 @@ def whitener(model: FrozenModel, describe: Callable, data: ImageData | None) -> 
     """PCA whitening learned on the features of `data`; without data, features stay as they are."""
     if data is None:
         return lambda rows: rows
-    return whitening(model.features(describe, model.items(data), "--whiten")[0].to(model.device))
+    found = model.features(describe, model.items(data), "--whiten")
+    return whitening(found.features.to(model.device))
 
 
 def copy_detection(
@@ -119,19 +124,22 @@ def copy_detection(
     describe = partial(copy_features, model.backbone)
     items = model.items(val)
     sets = {"copies": Copies(items), "originals": items, "distractors": model.items(train)}
-    queries, originals, others = (
-        model.features(describe, part, name)[0].to(model.device) for name, part in sets.items()
+    copies, originals, others = (
+        model.features(describe, part, name) for name, part in sets.items()
     )
     white = whitener(model, describe, whiten)
-    queries, database = white(queries), white(torch.cat([originals, others]))
+    database = torch.cat([originals.features, others.features]).to(model.device)
+    queries, database = white(copies.features.to(model.device)), white(database)
 
     def judge(rows: range) -> tuple[Tensor, Tensor]:
         relevant = torch.zeros(len(rows), len(database), dtype=torch.bool)
-        relevant[range(len(rows)), rows] = True
+        wanted = copies.images[rows.start : rows.stop, None]
+        relevant[:, : len(originals.images)] = wanted == originals.images
         return relevant, torch.zeros_like(relevant)
 
     nearest = torch.cat([(part @ database.T).argmax(1) for part in queries.split(256)]).cpu()
-    top1 = float((nearest == torch.arange(len(queries))).double().mean())
+    among = torch.cat([originals.images, torch.full_like(others.images, -1)])
+    top1 = float((among[nearest] == copies.images).double().mean())
     result = retrieval_map(queries, database, judge)
     return {**result, "top1": top1, "database": len(database)}
 
@@ -171,28 +179,29 @@ def open_both(arguments: argparse.Namespace, channels: int) -> tuple[ImageData, 
     return *open_labelled(arguments.train, arguments.val, channels), True
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse(argv)
-    began = time.perf_counter()
-    model = FrozenModel(arguments)
+def evaluate(arguments: argparse.Namespace, model: FrozenModel) -> dict:
     train, val, labelled = open_both(arguments, model.channels)
     whiten = open_data(arguments.whiten, model.channels) if arguments.whiten else None
     result = {"task": "knn" if labelled else "retrieval", "model": arguments.model}
     describe = partial(cls_features, model.backbone, scales=arguments.scales)
     if labelled or arguments.retrieval:
-        database, queries = (
-            [part.to(model.device) for part in model.features(describe, model.items(data), name)]
+        found = [
+            model.features(describe, model.items(data), name)
             for name, data in (("train", train), ("val", val))
+        ]
+        train, val = (
+            Chosen(data, rows.images) for data, rows in zip((train, val), found, strict=True)
         )
+        database, queries = (rows.features.to(model.device) for rows in found)
     if labelled:
         settings = {"ks": arguments.k, "temperature": arguments.temperature}
-        scores = knn_accuracy(*database, *queries, **settings)
+        labels = [rows.labels.to(model.device) for rows in found]
+        scores = knn_accuracy(database, labels[0], queries, labels[1], **settings)
         result["k"] = {str(k): top1 for k, top1 in scores.items()}
         result["top1"] = max(scores.values())
-    result |= {"n_train": len(train), "n_val": len(val)}
     if arguments.retrieval:
         white = whitener(model, describe, whiten)
-        ranked = white(queries[0]), white(database[0])
+        ranked = white(queries), white(database)
         if arguments.truth:
             judges = {level: by_truth(arguments.truth, level, train, val) for level in LEVELS}
             result["retrieval"] = {
@@ -202,7 +211,12 @@ def main(argv: list[str] | None = None) -> None:
             result["retrieval"] = retrieval_map(*ranked, by_class(train, val))
     if arguments.copies:
         result["copies"] = copy_detection(model, train, val, whiten)
-    print_result(result | {"seconds": round(time.perf_counter() - began, 1)}, arguments.output)
+    return result | {"n_train": model.count(train), "n_val": model.count(val)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    run_evaluation(arguments, FrozenModel, partial(evaluate, arguments))
 
 
 if __name__ == "__main__":

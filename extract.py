@@ -20,22 +20,21 @@ import csv
 import math
 import os
 import shutil
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from data.loader import EvalDataset
-from data.pictures import UnreadableImage
-from data.sources.specs import ImageData, open_data
-from engine.cli import evaluation_parser, print_result, run_script
-from engine.logger import notice
+from data.images import ImageData
+from data.sources.specs import open_data
+from engine.cli import evaluation_parser, run_script
+from engine.logger import ESCAPES, notice
 from errors import UserError
-from evals.frozen import FrozenModel, check_least, class_name, progress_bar
+from evals.frozen import FrozenModel, check_least, class_name, progress_bar, run_evaluation
+from evals.reading import read_batches
 from models.features import Features
 
 KINDS = {
@@ -60,47 +59,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    began = time.perf_counter()
-    model = FrozenModel(arguments)
+    run_evaluation(arguments, FrozenModel, partial(extract, arguments))
+
+
+def extract(arguments: argparse.Namespace, model: FrozenModel) -> dict:
     data = open_data(arguments.data, model.channels)
     folder, kinds = arguments.output, dict.fromkeys(arguments.features)
     folder.mkdir(parents=True, exist_ok=True)
     writers = {kind: Writer(folder / f"{kind}.npy", len(data), arguments.dtype) for kind in kinds}
-    rows, bad, grid = write_features(model, data, writers, folder)
-    if not rows:
-        raise UserError(
-            f"none of the {len(data)} images of {arguments.data} could be read; "
-            f"one of them: {bad[0]}"
-        )
+    rows, grid = write_features(model, data, writers, folder)
     shapes = {kind: writer.close() for kind, writer in writers.items()}
-    write_index(folder, data, rows, bad)
+    write_index(folder, data, rows, model.unreadable)
     result = {"task": "extract", "model": arguments.model, "data": arguments.data, "n": len(rows)}
-    result |= {"unreadable": len(bad), "features": shapes, "grid": grid, "dtype": arguments.dtype}
-    print_result(result | {"seconds": round(time.perf_counter() - began, 1)}, folder)
-
-
-class Readable(Dataset):
-    """Items of an `EvalDataset`; in place of one that cannot be read, the reason."""
-
-    def __init__(self, items: EvalDataset):
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
-        try:
-            image, _, index = self.items[index]
-            return image, index
-        except UnreadableImage as error:
-            return str(error)
-
-
-def collate(items: list) -> tuple[Tensor | None, list[int], list[str]]:
-    """Images (B, C, H, W) that could be read, their indices, and the reasons of the others."""
-    good = [item for item in items if not isinstance(item, str)]
-    images = torch.stack([image for image, _ in good]) if good else None
-    return images, [index for _, index in good], [item for item in items if isinstance(item, str)]
+    return result | {"features": shapes, "grid": grid, "dtype": arguments.dtype}
 
 
 class Writer:
@@ -146,24 +117,22 @@ class Writer:
 @torch.inference_mode()
 def write_features(
     model: FrozenModel, data: ImageData, writers: dict[str, Writer], folder: Path
-) -> tuple[list[int], list[str], list[int]]:
-    """Fills the arrays. Returns indices of their rows, why other images are bad, and the grid."""
-    batch_size, workers = model.loading.values()
-    items = Readable(model.items(data))
-    loader = DataLoader(items, batch_size, num_workers=workers, collate_fn=collate)
-    rows, bad, grid = [], [], []
-    for images, indices, unreadable in progress_bar("features", unit="batch")(loader):
-        bad += unreadable
-        if not indices:
+) -> tuple[list[int], list[int]]:
+    """Fills the arrays. Returns the indices of their rows, and the grid of the patches."""
+    rows, grid = [], []
+    progress = progress_bar("features", unit="batch")
+    for batch in read_batches(model.items(data), **model.loading, progress=progress):
+        if batch is None:
             continue
+        images, _, indices = batch
         features = model.backbone(images.to(model.device))
         if not rows:
             check_space(folder, writers, features, len(data))
         for kind, writer in writers.items():
             writer.append(KINDS[kind](features))
-        rows += indices
+        rows += indices.tolist()
         grid = list(features.grid)
-    return rows, bad, grid
+    return rows, grid
 
 
 def check_space(folder: Path, writers: dict[str, Writer], features: Features, images: int) -> None:
@@ -184,7 +153,7 @@ def check_space(folder: Path, writers: dict[str, Writer], features: Features, im
     notice(f"{images} images, {size / 1e6:.1f} MB of features")
 
 
-def write_index(folder: Path, data: ImageData, rows: list[int], bad: list[str]) -> None:
+def write_index(folder: Path, data: ImageData, rows: list[int], bad: dict[str, str]) -> None:
     """index.csv, a line for each image with a row, and bad_images.txt for the others."""
     text = {"encoding": "utf-8", "errors": "surrogateescape"}
     with (folder / "index.csv").open("w", newline="", **text) as file:
@@ -197,7 +166,8 @@ def write_index(folder: Path, data: ImageData, rows: list[int], bad: list[str]) 
     listed.unlink(missing_ok=True)  # of an earlier call
     if bad:
         notice(f"{len(bad)} images could not be read; {listed} names them")
-        listed.write_text("".join(f"{line}\n" for line in bad), **text)
+        lines = [f"{name}: {reason}".translate(ESCAPES) for name, reason in bad.items()]
+        listed.write_text("".join(f"{line}\n" for line in lines), **text)
 
 
 if __name__ == "__main__":

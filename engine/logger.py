@@ -18,7 +18,9 @@ from errors import UserError
 def notice(text: str) -> None:
     """One line for the user, on standard error, above a progress bar if there is one."""
     if distributed.is_main():
-        tqdm.write(text, file=sys.stderr)
+        # Names of files may be any bytes.
+        line = text.translate(ESCAPES).encode("utf-8", "backslashreplace").decode()
+        tqdm.write(line, file=sys.stderr)
 
 
 class TensorBoardMirror:

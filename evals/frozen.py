@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,11 +12,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.images import ImageData
-from data.loader import EvalDataset, default_workers
-from engine.cli import preparation
+from data.loader import EvalDataset, loader_workers
+from engine.cli import preparation, print_result
 from engine.distributed import choose_device
 from errors import UserError
-from evals.knn import extract_features
+from evals.knn import FeatureRows, extract_features
 from models.weights.load import load_backbone
 
 
@@ -25,7 +26,8 @@ class FrozenModel:
     Attributes:
         channels: of the images that the backbone takes.
         prepare: arguments of `EvalDataset` after the data.
-        loading: batch_size and workers of a loader.
+        unreadable: name -> reason of the images that could not be read.
+        loading: options of `read_batches`.
     """
 
     def __init__(self, arguments: argparse.Namespace):
@@ -33,21 +35,37 @@ class FrozenModel:
         self.backbone = load_backbone(arguments.model).to(self.device)
         self.channels = self.backbone.in_channels
         self.prepare = preparation(self.backbone.preprocessing, arguments.resize, arguments.size)
-        workers = arguments.workers
-        if workers is None:
-            workers = default_workers(self.device.type)
+        workers = loader_workers(arguments.workers, self.device.type)
+        self.unreadable: dict[str, str] = {}
         self.loading = {"batch_size": arguments.batch_size, "workers": workers}
+        self.loading["unreadable"] = self.unreadable
 
     def items(self, data: ImageData) -> EvalDataset:
         return EvalDataset(data, **self.prepare)
 
+    def count(self, data: ImageData) -> int:
+        """The number of images less those that could not be read so far."""
+        return sum(data.name(index) not in self.unreadable for index in range(len(data)))
+
     def features(
         self, describe: Callable[[Tensor], Tensor], items: Dataset, name: str, **options: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Features (n, ...) and labels (n,) on the host, see `extract_features`."""
+    ) -> FeatureRows:
+        """On the host, see `extract_features`."""
         progress = progress_bar(f"features of {name}", unit="batch")
         options = self.loading | options
         return extract_features(describe, items, self.device, progress=progress, **options)
+
+
+def run_evaluation(
+    arguments: argparse.Namespace,
+    open_model: Callable[[argparse.Namespace], FrozenModel],
+    evaluate: Callable[[Any], dict],
+) -> None:
+    """Prints what `evaluate` returns for the model, with the images left out and the seconds."""
+    began = time.perf_counter()
+    model = open_model(arguments)
+    result = evaluate(model) | {"unreadable": len(model.unreadable)}
+    print_result(result | {"seconds": round(time.perf_counter() - began, 1)}, arguments.output)
 
 
 def progress_bar(name: str, **options: Any) -> Callable:
