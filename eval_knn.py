@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from data.corruptions import Copies
 from data.images import Chosen, ImageData
-from data.sources.specs import open_data, open_labelled
+from data.sources.specs import match_classes, open_data, open_labelled
 from engine.cli import evaluation_parser, run_script
+from engine.logger import say_passed_over
 from errors import UserError
 from evals.frozen import FrozenModel, run_evaluation
 from evals.knn import cls_features, knn_accuracy, retrieval_map, whitening
@@ -171,18 +172,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def open_both(arguments: argparse.Namespace, channels: int) -> tuple[ImageData, ImageData, bool]:
-    """--train and --val, and whether both have labels. Only --truth and --copies need none."""
+    """--train and --val, and whether both have labels. Only --truth and --copies need none, and
+    they look at the images of --val without one, too."""
     if arguments.truth or arguments.copies and not arguments.retrieval:
         train, val = (open_data(spec, channels) for spec in (arguments.train, arguments.val))
-        if train.labels is None or val.labels is None:
-            return train, val, False
+        val.labels = match_classes(train, val)
+        return train, val, val.labels is not None
     return *open_labelled(arguments.train, arguments.val, channels), True
 
 
 def evaluate(arguments: argparse.Namespace, model: FrozenModel) -> dict:
     train, val, labelled = open_both(arguments, model.channels)
-    whiten = open_data(arguments.whiten, model.channels) if arguments.whiten else None
+    say_passed_over(train, val)
     result = {"task": "knn" if labelled else "retrieval", "model": arguments.model}
+    result["left_out"] = val.left_out
+    whiten = open_data(arguments.whiten, model.channels) if arguments.whiten else None
     describe = partial(cls_features, model.backbone, scales=arguments.scales)
     if labelled or arguments.retrieval:
         found = [
@@ -196,7 +200,10 @@ def evaluate(arguments: argparse.Namespace, model: FrozenModel) -> dict:
     if labelled:
         settings = {"ks": arguments.k, "temperature": arguments.temperature}
         labels = [rows.labels.to(model.device) for rows in found]
-        scores = knn_accuracy(database, labels[0], queries, labels[1], **settings)
+        known = labels[1] >= 0
+        result["left_out"] += int((~known).sum())
+        result["n_val"] = int(known.sum())
+        scores = knn_accuracy(database, labels[0], queries[known], labels[1][known], **settings)
         result["k"] = {str(k): top1 for k, top1 in scores.items()}
         result["top1"] = max(scores.values())
     if arguments.retrieval:
@@ -211,7 +218,7 @@ def evaluate(arguments: argparse.Namespace, model: FrozenModel) -> dict:
             result["retrieval"] = retrieval_map(*ranked, by_class(train, val))
     if arguments.copies:
         result["copies"] = copy_detection(model, train, val, whiten)
-    return result | {"n_train": model.count(train), "n_val": model.count(val)}
+    return {"n_train": model.count(train), "n_val": model.count(val)} | result
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -33,8 +33,9 @@ from data.corruptions import CORRUPTIONS, SEVERITIES, Corrupted
 from data.images import Chosen, ImageData
 from data.loader import Views, make_loader
 from data.pictures import UnreadableImage
-from data.sources.specs import match_classes, open_data, open_labelled
+from data.sources.specs import known_images, open_labelled, open_with_labels
 from engine.cli import evaluation_parser, run_script
+from engine.logger import say_passed_over
 from errors import UserError
 from evals.frozen import FrozenModel, check_least, progress_bar, run_evaluation
 from evals.linear import (
@@ -185,18 +186,12 @@ def further_set(probe: Probe, classifier: Callable, train: ImageData, spec: str)
 
     Images of classes that `train` lacks are left out.
     """
-    data = open_data(spec, probe.channels)
-    labels = match_classes(train, data)
-    if labels is None:
-        raise UserError(
-            f"{spec} has no labels; --also needs folders named by class, or a labelled data set"
-        )
-    data.labels = labels
-    known = Chosen(data, np.flatnonzero(labels >= 0))
+    known = known_images(train, open_with_labels(spec, probe.channels), spec)
+    say_passed_over(known)
     classes = torch.from_numpy(np.unique(known.labels))
     rows = probe.rows(probe.items(known), spec)
     top1 = accuracy(classifier, *rows, classes)
-    left_out = len(labels) - len(known)
+    left_out = known.left_out
     return {"top1": top1, "n": len(rows[1]), "left_out": left_out, "classes": len(classes)}
 
 
@@ -243,6 +238,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def evaluate(probe: Probe) -> dict:
     flags = probe.arguments
     every, val = open_labelled(flags.train, flags.val, probe.channels)
+    say_passed_over(every, val)
     train = Chosen(every, training_rows(every.labels, flags.shots, flags.seed))
     classes = int(train.labels.max()) + 1
     val_rows = probe.rows(probe.items(val), "val")
@@ -253,6 +249,7 @@ def evaluate(probe: Probe) -> dict:
         classifier, report = train_grid(probe, train, rows, val_rows, classes)
     result = {"task": "linear", "model": flags.model, "protocol": flags.protocol, **report}
     result |= {"n_train": len(train if rows is None else rows[1]), "n_val": len(val_rows[1])}
+    result["left_out"] = val.left_out
     also = {spec: further_set(probe, classifier, every, spec) for spec in flags.also}
     if also:
         result["also"] = also

@@ -30,12 +30,14 @@ class ImageData(Dataset):
         labels: (n,) int64, -1 where an image has none, or None.
         classes: their names, or None.
         passed_over: a sentence with counts for each kind of thing that is not used.
+        left_out: images that a probe cannot use, see `known_images` of data/sources/specs.py.
     """
 
     title: str
     labels: np.ndarray | None = None
     classes: list[str] | None = None
     passed_over: list[str] | tuple = ()
+    left_out: int = 0
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data.images import ImageData
 from engine import distributed
 from errors import UserError
 
@@ -21,6 +22,12 @@ def notice(text: str) -> None:
         # Names of files may be any bytes.
         line = text.translate(ESCAPES).encode("utf-8", "backslashreplace").decode()
         tqdm.write(line, file=sys.stderr)
+
+
+def say_passed_over(*sets: ImageData) -> None:
+    """What of the files of data sets is not used, a line for each kind, each line once."""
+    for line in dict.fromkeys(line for data in sets for line in data.passed_over):
+        notice(line)
 
 
 class TensorBoardMirror:

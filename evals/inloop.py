@@ -15,6 +15,7 @@ from data.loader import EvalDataset, first_readable, loader_workers
 from data.sources.specs import ImageData, open_labelled
 from engine import distributed
 from engine.config import ProbeConfig, TrainConfig
+from engine.logger import say_passed_over
 from engine.run import TeacherOutputs
 from engine.validation import size_pair
 from engine.views import multi_crop_from
@@ -41,6 +42,7 @@ def teacher_outputs(
     train = val = masks = None
     if cfg.probe.every > 0:
         train, val = open_labelled(cfg.probe.train, cfg.probe.val, cfg.data.channels)
+        say_passed_over(train, val)
         shape = size, teacher.backbone.patch_size, mean, std
         if cfg.probe.patches and has_masks(train, val):
             masks = [Annotated(data, "mask", *shape) for data in (train, val)]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from engine import distributed
+from errors import UserError
 from evals.reading import read_batches
 
 
@@ -118,8 +119,13 @@ def knn_accuracy(
 
     Returns:
         k -> top-1 accuracy as a fraction.
+
+    Raises:
+        UserError: if no image of train has a label.
     """
     labelled = train_labels >= 0
+    if not labelled.any():
+        raise UserError("no image of train that could be read has a label")
     train_features, train_labels = train_features[labelled], train_labels[labelled]
     classes = int(max(train_labels.max(), val_labels.max())) + 1
     ks = sorted(set(ks))

@@ -211,6 +211,8 @@ def _best_head(
     device: torch.device,
 ) -> float:
     rows, labels = (part[train[1] >= 0] for part in train)
+    if not len(rows):
+        raise UserError("no image of train that could be read has a label")
     heads = [Head(1, avgpool, lr) for avgpool in (False, True) for lr in LEARNING_RATES]
     batch_size = min(BATCH_SIZE, len(rows))
     sizes = {"width": rows.shape[1], "pooled": backbone.embed_dim, "classes": int(labels.max()) + 1}

@@ -1,4 +1,4 @@
-"""Images that cannot be read, in every evaluation: left out, counted, and named once."""
+"""Images that an evaluation cannot use: left out, counted, and named once."""
 
 import json
 from collections import Counter
@@ -16,6 +16,7 @@ import extract
 import train
 from data.pictures import UnreadableImage
 from data.scenes.scenes import Scenes
+from errors import UserError
 from evals.patches import mean_locality
 from models.weights.load import load_backbone
 from tests.oracles import painted
@@ -237,3 +238,96 @@ def test_a_missing_mask_guides_nothing_and_is_listed(tiny, tmp_path, marked, on)
     train.main([*tiny, *guided])
     listed = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in listed] == [str(marked / ".masks" / "0.png")]
+
+
+# ----------------------------------------------------------------- images without a known class
+
+
+def add_strays(folder: Path, unlabelled: int, unknown: int) -> None:
+    """Images beside the class folders, and of two classes `ant` and `bee`, sorted first."""
+    for number in range(unlabelled):
+        colours(1, seed=5)[number % 3].save(folder / f"sheet{number}.png")
+    for number in range(unknown):
+        (folder / ("ant", "bee")[number % 2]).mkdir(exist_ok=True)
+        colours(1, seed=6)[0].save(folder / ("ant", "bee")[number % 2] / f"{number}.png")
+
+
+@pytest.mark.parametrize("unlabelled, unknown", [(8, 0), (0, 5), (3, 1)])
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (eval_knn, ["--k", "3"]),
+        (eval_knn, ["--k", "3", "--retrieval", "--batch-size", "5"]),
+        (eval_linear, LOGREG),
+        (eval_linear, ["--steps", "3", "--lr", "0.1", "--protocol", "dino"]),
+    ],
+)
+def test_images_without_a_class_of_train_count_nowhere(
+    capsys, labelled, script, flags, unlabelled, unknown
+):
+    where = ["--model", MODEL, "--train", labelled / "train", "--val", labelled / "val"]
+    whole, said = run(capsys, script, *where, *flags)
+    assert whole["left_out"] == 0 and "left out" not in said
+    add_strays(labelled / "val", unlabelled, unknown)
+    found, said = run(capsys, script, *where, *flags)
+    assert found == whole | {"left_out": unlabelled + unknown}
+    (line,) = said.splitlines()
+    total = 12 + unlabelled + unknown
+    assert line.startswith(f"{labelled}/val: {unlabelled + unknown} of {total} images left out: ")
+    assert (f"{unlabelled} without a label" in line) == (unlabelled > 0)
+    assert (f"{unknown} of classes that train lacks (ant" in line) == (unknown > 0)
+
+
+def test_val_also_and_the_probes_of_a_run_agree(capsys, tiny, tmp_path, labelled):
+    add_strays(labelled / "val", 8, 4)
+    flags = ["--protocol", "logreg", "--also", labelled / "val"]
+    where = ["--model", MODEL, "--train", labelled / "train", "--val", labelled / "val"]
+    found, said = run(capsys, eval_linear, *where, *flags)
+    (also,) = found["also"].values()
+    assert also["top1"] == found["top1"] and also["left_out"] == found["left_out"] == 12
+    assert also["n"] == found["n_val"] == 12
+    probes = ["probe.every=4", "probe.linear=true", "total_steps=1", "guard.action=stop"]
+    probes += [f"probe.train={labelled}/train", f"probe.val={labelled}/val"]
+    train.main([*tiny, *probes, f"data.train={labelled}/train"])
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert record["probe/knn"] > 0.7 and record["probe/linear"] > 0.7  # at most 0.5 of all images
+    assert capsys.readouterr().err.count("12 of 24 images left out") == 1
+
+
+def test_copies_and_truth_keep_images_without_a_class(capsys, labelled):
+    where = ["--model", MODEL, "--train", labelled / "train", "--val", labelled / "val"]
+    add_strays(labelled / "val", 2, 1)
+    found, _ = run(capsys, eval_knn, *where, "--copies", "--k", "3")
+    assert found["copies"]["queries"] == 15
+    assert found["n_val"] == 12 and found["left_out"] == 3
+
+
+@pytest.mark.parametrize("script", [eval_knn, eval_linear, train])
+def test_no_label_to_learn_from_is_one_sentence(tiny, labelled, script):
+    for number in range(3):
+        colours(1)[number].save(labelled / "train" / f"a{number}.png")
+    spec = f"{labelled}/train?size=2"
+    arguments = ["--model", MODEL, "--train", spec, "--val", f"{labelled}/val"]
+    if script is train:
+        arguments = [*tiny, "probe.every=4", f"probe.train={spec}", f"probe.val={labelled}/val"]
+    with pytest.raises(UserError, match=r"train\?size=2 has no labels; a probe needs folders"):
+        script.main(arguments)
+
+
+@pytest.mark.parametrize("script", [eval_knn, eval_linear])
+def test_the_only_labelled_image_is_broken(labelled, script):
+    for number in range(3):
+        colours(1)[number].save(labelled / "train" / f"a{number}.png")
+    break_image(labelled / "train" / "class0" / "00.png", "cut")
+    where = ["--train", f"{labelled}/train?size=4", "--val", f"{labelled}/val"]
+    with pytest.raises(UserError, match="could be read"):
+        script.main(["--model", MODEL, "--device", "cpu", *where])
+
+
+@pytest.mark.parametrize("size, held", [(3, 1), (5, 2), (12, 3)])
+def test_a_size_that_cuts_classes_off_says_so(capsys, labelled, size, held):
+    where = ["--model", MODEL, "--val", labelled / "val"]
+    found, said = run(capsys, eval_knn, *where, "--train", f"{labelled}/train?size={size}")
+    cut = f"train?size={size}: the first {size} images are of {held} of 3 classes"
+    assert (cut in said) == (held < 3)
+    assert found["left_out"] == 4 * (3 - held) and found["n_val"] == 4 * held
