@@ -31,6 +31,7 @@ from data.loader import first_readable
 from data.sources.specs import open_data
 from engine import distributed
 from engine.cli import evaluation_parser, run_script
+from engine.logger import say_passed_over
 from errors import UserError
 from evals.dense import SEGMENTATION, Recipe, linear_segmentation
 from evals.depth import DEPTH, linear_depth
@@ -63,6 +64,7 @@ def evaluate(model: "DenseModel") -> dict:
     train = open_data(flags.train, model.channels) if flags.train else None
     val = open_data(flags.val, model.channels)
     for data in filter(None, (train, val)):
+        say_passed_over(data)
         first_readable(data, 1)  # one that does not fit is reported here, not by a loader process
     if train is not None and flags.task in ("correspondence", "tracking"):
         print(f"{flags.task} fits nothing: --train is not used", file=sys.stderr)

@@ -31,7 +31,7 @@ from torch import Tensor
 from data.images import ImageData
 from data.sources.specs import open_data
 from engine.cli import evaluation_parser, run_script
-from engine.logger import ESCAPES, notice
+from engine.logger import ESCAPES, notice, say_passed_over
 from errors import UserError
 from evals.frozen import FrozenModel, check_least, class_name, progress_bar, run_evaluation
 from evals.reading import read_batches
@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def extract(arguments: argparse.Namespace, model: FrozenModel) -> dict:
     data = open_data(arguments.data, model.channels)
+    say_passed_over(data)
     folder, kinds = arguments.output, dict.fromkeys(arguments.features)
     folder.mkdir(parents=True, exist_ok=True)
     writers = {kind: Writer(folder / f"{kind}.npy", len(data), arguments.dtype) for kind in kinds}

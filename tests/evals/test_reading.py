@@ -115,18 +115,19 @@ def test_a_set_without_a_readable_image_is_one_sentence(labelled):
 @pytest.fixture
 def marked(tmp_path) -> Path:
     """Six images, their halves of two classes, with masks and with boxes."""
-    (tmp_path / ".masks").mkdir()
+    root = tmp_path / "marked"
+    (root / ".masks").mkdir(parents=True)
     rows, boxes = ["file,mask"], ["file,x0,y0,x1,y1"]
     for number, picture in enumerate(colours(2)):
         mask = np.zeros((20, 26), np.uint8)
         mask[:, 13:] = 1 + number % 2
-        picture.save(tmp_path / f"{number}.png")
-        Image.fromarray(mask).save(tmp_path / ".masks" / f"{number}.png")
+        picture.save(root / f"{number}.png")
+        Image.fromarray(mask).save(root / ".masks" / f"{number}.png")
         rows.append(f"{number}.png,.masks/{number}.png")
         boxes.append(f"{number}.png,13,0,26,20")
-    (tmp_path / "marks.csv").write_text("\n".join(rows))
-    (tmp_path / "boxes.csv").write_text("\n".join(boxes))
-    return tmp_path
+    (root / "marks.csv").write_text("\n".join(rows))
+    (root / "boxes.csv").write_text("\n".join(boxes))
+    return root
 
 
 @pytest.mark.parametrize(
@@ -331,3 +332,25 @@ def test_a_size_that_cuts_classes_off_says_so(capsys, labelled, size, held):
     cut = f"train?size={size}: the first {size} images are of {held} of 3 classes"
     assert (cut in said) == (held < 3)
     assert found["left_out"] == 4 * (3 - held) and found["n_val"] == 4 * held
+
+
+@pytest.mark.parametrize("script", [eval_knn, eval_dense, extract, train])
+def test_what_a_folder_holds_besides_is_one_line(capsys, tiny, tmp_path, marked, labelled, script):
+    (marked / "notes.txt").write_text("x")
+    with (marked / "marks.csv").open("a") as file:
+        file.write("\n9.png,.masks/9.png\n8.png,.masks/8.png")
+    spec = f"{marked}?marks=marks.csv"
+    if script is eval_dense:
+        arguments = ["localization", "--model", MODEL, "--val", spec]
+    elif script is extract:
+        arguments = ["--model", MODEL, "--data", spec, "--output", str(tmp_path / "out")]
+    elif script is eval_knn:
+        arguments = ["--model", MODEL, "--train", spec, "--val", spec, "--copies"]
+    else:
+        (labelled / "val" / "x.heic").write_text("x")
+        probes = [f"probe.train={labelled}/train", f"probe.val={labelled}/val", "probe.every=4"]
+        arguments = [*tiny, f"data.train={spec}", *probes, "crops.guided=1"]
+    script.main(arguments)
+    said = capsys.readouterr().err
+    assert said.count("2 of 8 marked files match no image") == 1
+    assert said.count("unknown extensions") == (2 if script is train else 1)
