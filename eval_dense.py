@@ -15,7 +15,6 @@ linear head on --train. localization chooses TokenCut's threshold on --train, if
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,7 +30,7 @@ from data.loader import first_readable
 from data.sources.specs import open_data
 from engine import distributed
 from engine.cli import evaluation_parser, run_script
-from engine.logger import say_passed_over
+from engine.logger import notice, say_passed_over
 from errors import UserError
 from evals.dense import SEGMENTATION, Recipe, linear_segmentation
 from evals.depth import DEPTH, linear_depth
@@ -67,7 +66,7 @@ def evaluate(model: "DenseModel") -> dict:
         say_passed_over(data)
         first_readable(data, 1)  # one that does not fit is reported here, not by a loader process
     if train is not None and flags.task in ("correspondence", "tracking"):
-        print(f"{flags.task} fits nothing: --train is not used", file=sys.stderr)
+        notice(f"{flags.task} fits nothing: --train is not used")
         train = None
     result = {"task": flags.task, "model": flags.model, **TASKS[flags.task](model, train, val)}
     counts = {} if train is None else {"n_train": model.count(train)}

@@ -32,11 +32,12 @@ from torch import Tensor, nn
 from data.corruptions import Copies
 from data.images import Chosen, ImageData
 from data.sources.specs import match_classes, open_data, open_labelled
+from engine import distributed
 from engine.cli import evaluation_parser, run_script
 from engine.logger import say_passed_over
 from errors import UserError
 from evals.frozen import FrozenModel, run_evaluation
-from evals.knn import cls_features, knn_accuracy, retrieval_map, whitening
+from evals.knn import FeatureRows, cls_features, knn_accuracy, retrieval_map, whitening
 
 GEM = 4  # exponent of the generalised mean (DINO's copy detection)
 # Level of difficulty -> keys of the truth to look for, and those to ignore.
@@ -110,25 +111,26 @@ def by_truth(path: Path, level: str, train: Chosen, val: ImageData) -> Judge:
     return judge
 
 
-def whitener(model: FrozenModel, describe: Callable, data: ImageData | None) -> Callable:
-    """PCA whitening learned on the features of `data`; without data, features stay as they are."""
-    if data is None:
-        return lambda rows: rows
-    found = model.features(describe, model.items(data), "--whiten")
-    return whitening(found.features.to(model.device))
+def whitener(model: FrozenModel, rows: FeatureRows | None) -> Callable:
+    """PCA whitening learned on features; without them, features stay as they are."""
+    return (lambda rows: rows) if rows is None else whitening(rows.features.to(model.device))
 
 
-def copy_detection(
+def copy_sets(
     model: FrozenModel, train: ImageData, val: ImageData, whiten: ImageData | None
-) -> dict:
-    """Edited copies of `val` look for their originals among `val` and the distractors `train`."""
-    describe = partial(copy_features, model.backbone)
-    items = model.items(val)
+) -> dict[str, FeatureRows]:
+    """Features of edited copies of `val`, of `val`, the distractors `train`, and `whiten`."""
+    describe, items = partial(copy_features, model.backbone), model.items(val)
     sets = {"copies": Copies(items), "originals": items, "distractors": model.items(train)}
-    copies, originals, others = (
-        model.features(describe, part, name) for name, part in sets.items()
-    )
-    white = whitener(model, describe, whiten)
+    if whiten is not None:
+        sets["--whiten"] = model.items(whiten)
+    return {name: model.features(describe, part, name) for name, part in sets.items()}
+
+
+def copy_detection(model: FrozenModel, sets: dict[str, FeatureRows]) -> dict:
+    """The copies look for their originals among these and the distractors."""
+    copies, originals, others = (sets[name] for name in ("copies", "originals", "distractors"))
+    white = whitener(model, sets.get("--whiten"))
     database = torch.cat([originals.features, others.features]).to(model.device)
     queries, database = white(copies.features.to(model.device)), white(database)
 
@@ -188,37 +190,55 @@ def evaluate(arguments: argparse.Namespace, model: FrozenModel) -> dict:
     result["left_out"] = val.left_out
     whiten = open_data(arguments.whiten, model.channels) if arguments.whiten else None
     describe = partial(cls_features, model.backbone, scales=arguments.scales)
+    found: dict[str, FeatureRows] = {}
     if labelled or arguments.retrieval:
-        found = [
-            model.features(describe, model.items(data), name)
-            for name, data in (("train", train), ("val", val))
-        ]
-        train, val = (
-            Chosen(data, rows.images) for data, rows in zip((train, val), found, strict=True)
-        )
-        database, queries = (rows.features.to(model.device) for rows in found)
+        sets = {"train": train, "val": val}
+        if whiten is not None and arguments.retrieval:
+            sets["--whiten"] = whiten
+        for name, data in sets.items():
+            found[name] = model.features(describe, model.items(data), name)
+    copies = copy_sets(model, train, val, whiten) if arguments.copies else None
+    if not distributed.is_main():
+        return {}
+    if found:
+        train, val = Chosen(train, found["train"].images), Chosen(val, found["val"].images)
     if labelled:
-        settings = {"ks": arguments.k, "temperature": arguments.temperature}
-        labels = [rows.labels.to(model.device) for rows in found]
-        known = labels[1] >= 0
-        result["left_out"] += int((~known).sum())
-        result["n_val"] = int(known.sum())
-        scores = knn_accuracy(database, labels[0], queries[known], labels[1][known], **settings)
-        result["k"] = {str(k): top1 for k, top1 in scores.items()}
-        result["top1"] = max(scores.values())
+        result |= vote(arguments, model.device, found, result["left_out"])
     if arguments.retrieval:
-        white = whitener(model, describe, whiten)
-        ranked = white(queries), white(database)
-        if arguments.truth:
-            judges = {level: by_truth(arguments.truth, level, train, val) for level in LEVELS}
-            result["retrieval"] = {
-                level: retrieval_map(*ranked, judge) for level, judge in judges.items()
-            }
-        else:
-            result["retrieval"] = retrieval_map(*ranked, by_class(train, val))
-    if arguments.copies:
-        result["copies"] = copy_detection(model, train, val, whiten)
+        white = whitener(model, found.get("--whiten"))
+        queries, database = (found[name].features.to(model.device) for name in ("val", "train"))
+        result["retrieval"] = rank(arguments, white(queries), white(database), train, val)
+    if copies:
+        result["copies"] = copy_detection(model, copies)
     return {"n_train": model.count(train), "n_val": model.count(val)} | result
+
+
+def vote(
+    arguments: argparse.Namespace, device: torch.device, found: dict[str, FeatureRows], hidden: int
+) -> dict:
+    """Top-1 of each k on the images of `val` that have a label; `hidden` were left out before."""
+    database, queries = (found[name].features.to(device) for name in ("train", "val"))
+    labels, truth = (found[name].labels.to(device) for name in ("train", "val"))
+    known = truth >= 0
+    settings = {"ks": arguments.k, "temperature": arguments.temperature}
+    scores = knn_accuracy(database, labels, queries[known], truth[known], **settings)
+    count = int(known.sum())
+    result = {"k": {str(k): top1 for k, top1 in scores.items()}, "top1": max(scores.values())}
+    return result | {"n_val": count, "left_out": hidden + len(known) - count}
+
+
+def rank(
+    arguments: argparse.Namespace,
+    queries: Tensor,
+    database: Tensor,
+    train: Chosen,
+    val: ImageData,
+) -> dict:
+    """Mean average precision, by --truth at each level."""
+    if not arguments.truth:
+        return retrieval_map(queries, database, by_class(train, val))
+    judges = {level: by_truth(arguments.truth, level, train, val) for level in LEVELS}
+    return {level: retrieval_map(queries, database, judge) for level, judge in judges.items()}
 
 
 def main(argv: list[str] | None = None) -> None:

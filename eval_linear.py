@@ -34,6 +34,7 @@ from data.images import Chosen, ImageData
 from data.loader import Views, make_loader
 from data.pictures import UnreadableImage
 from data.sources.specs import known_images, open_labelled, open_with_labels
+from engine import distributed
 from engine.cli import evaluation_parser, run_script
 from engine.logger import say_passed_over
 from errors import UserError
@@ -182,7 +183,7 @@ def train_logistic(
 
 
 def further_set(probe: Probe, classifier: Callable, train: ImageData, spec: str) -> dict:
-    """Top-1 on another set, chosen among its own classes.
+    """Top-1 on another set, chosen among its own classes, on rank 0.
 
     Images of classes that `train` lacks are left out.
     """
@@ -243,7 +244,10 @@ def evaluate(probe: Probe) -> dict:
     classes = int(train.labels.max()) + 1
     val_rows = probe.rows(probe.items(val), "val")
     rows = None if flags.stream else probe.rows(probe.items(train), "train")
-    if flags.protocol == "logreg":
+    classifier, report = None, {}
+    if not distributed.is_main():
+        pass  # rank 0 trains
+    elif flags.protocol == "logreg":
         classifier, report = train_logistic(probe, *rows, val_rows, classes)
     else:
         classifier, report = train_grid(probe, train, rows, val_rows, classes)

@@ -30,12 +30,12 @@ from torch import Tensor
 
 from data.images import ImageData
 from data.sources.specs import open_data
+from engine import distributed
 from engine.cli import evaluation_parser, run_script
 from engine.logger import ESCAPES, notice, say_passed_over
 from errors import UserError
 from evals.frozen import FrozenModel, check_least, class_name, progress_bar, run_evaluation
 from evals.reading import read_batches
-from models.features import Features
 
 KINDS = {
     "cls": lambda features: features.cls,
@@ -69,6 +69,8 @@ def extract(arguments: argparse.Namespace, model: FrozenModel) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     writers = {kind: Writer(folder / f"{kind}.npy", len(data), arguments.dtype) for kind in kinds}
     rows, grid = write_features(model, data, writers, folder)
+    if not distributed.is_main():
+        return {}
     shapes = {kind: writer.close() for kind, writer in writers.items()}
     write_index(folder, data, rows, model.unreadable)
     result = {"task": "extract", "model": arguments.model, "data": arguments.data, "n": len(rows)}
@@ -90,7 +92,7 @@ class Writer:
             UserError: if they are not finite in the type of the file.
         """
         with np.errstate(over="ignore"):  # the next statement refuses it
-            values = values.float().cpu().numpy().astype(self.dtype)
+            values = values.numpy().astype(self.dtype)
         if not np.isfinite(values).all():
             raise UserError(
                 f"{self.path.stem} features are not finite in {self.dtype}; "
@@ -119,30 +121,34 @@ class Writer:
 def write_features(
     model: FrozenModel, data: ImageData, writers: dict[str, Writer], folder: Path
 ) -> tuple[list[int], list[int]]:
-    """Fills the arrays. Returns the indices of their rows, and the grid of the patches."""
+    """Fills the arrays, on rank 0. Returns the indices of their rows, and the patches' grid."""
     rows, grid = [], []
     progress = progress_bar("features", unit="batch")
     for batch in read_batches(model.items(data), **model.loading, progress=progress):
-        if batch is None:
-            continue
-        images, _, indices = batch
-        features = model.backbone(images.to(model.device))
-        if not rows:
-            check_space(folder, writers, features, len(data))
-        for kind, writer in writers.items():
-            writer.append(KINDS[kind](features))
-        rows += indices.tolist()
-        grid = list(features.grid)
+        part = None
+        if batch is not None:
+            images, _, indices = batch
+            features = model.backbone(images.to(model.device))
+            values = {kind: KINDS[kind](features).float().cpu() for kind in writers}
+            part, grid = (values, indices.tolist()), list(features.grid)
+        for values, indices in filter(None, distributed.gather_to_main(part)):
+            if not rows:
+                check_space(folder, writers, values, len(data))
+            for kind, writer in writers.items():
+                writer.append(values[kind])
+            rows += indices
     return rows, grid
 
 
-def check_space(folder: Path, writers: dict[str, Writer], features: Features, images: int) -> None:
+def check_space(
+    folder: Path, writers: dict[str, Writer], values: dict[str, Tensor], images: int
+) -> None:
     """Says how large the files will be.
 
     Raises:
         UserError: if they do not fit on the disk.
     """
-    numbers = sum(math.prod(KINDS[kind](features).shape[1:]) for kind in writers)
+    numbers = sum(math.prod(part.shape[1:]) for part in values.values())
     size = numbers * images * np.dtype(next(iter(writers.values())).dtype).itemsize
     free = shutil.disk_usage(folder).free
     if size > free:

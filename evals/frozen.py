@@ -1,23 +1,29 @@
 """What the evaluation scripts share: a frozen model with the flags of `evaluation_parser`."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.images import ImageData
 from data.loader import EvalDataset, loader_workers
+from engine import distributed
 from engine.cli import preparation, print_result
-from engine.distributed import choose_device
+from engine.distributed import choose_device, has_fast_bf16
+from engine.launch import ranks_here
 from errors import UserError
 from evals.knn import FeatureRows, extract_features
 from models.weights.load import load_backbone
+
+PATIENCE = 24 * 3600.0  # seconds that ranks wait for rank 0, which trains the heads
 
 
 class FrozenModel:
@@ -33,9 +39,11 @@ class FrozenModel:
     def __init__(self, arguments: argparse.Namespace):
         self.device = choose_device(arguments.device)
         self.backbone = load_backbone(arguments.model).to(self.device)
+        in_bf16(self.backbone, arguments.precision, self.device)
         self.channels = self.backbone.in_channels
         self.prepare = preparation(self.backbone.preprocessing, arguments.resize, arguments.size)
-        workers = loader_workers(arguments.workers, self.device.type)
+        ranks = ranks_here(os.environ, distributed.world_size())
+        workers = loader_workers(arguments.workers, self.device.type, ranks)
         self.unreadable: dict[str, str] = {}
         self.loading = {"batch_size": arguments.batch_size, "workers": workers}
         self.loading["unreadable"] = self.unreadable
@@ -56,21 +64,42 @@ class FrozenModel:
         return extract_features(describe, items, self.device, progress=progress, **options)
 
 
+def in_bf16(backbone: nn.Module, precision: str, device: torch.device) -> None:
+    """Lets a backbone compute under bf16 autocast, on its own functions; "auto": on CUDA.
+
+    What it returns is float32 wherever its last operation is a norm.
+    """
+    wanted = precision == "auto" and device.type == "cuda" and has_fast_bf16(device)
+    if precision == "bf16" or wanted:
+        autocast = torch.autocast(device.type, torch.bfloat16)
+        for name in ("forward", "intermediate", "attention"):
+            if hasattr(backbone, name):
+                setattr(backbone, name, autocast(getattr(backbone, name)))
+
+
 def run_evaluation(
     arguments: argparse.Namespace,
     open_model: Callable[[argparse.Namespace], FrozenModel],
     evaluate: Callable[[Any], dict],
 ) -> None:
-    """Prints what `evaluate` returns for the model, with the images left out and the seconds."""
+    """Prints what `evaluate` returns for the model, with the images left out and the seconds.
+
+    The ranks of a launcher share the images; rank 0 prints.
+    """
     began = time.perf_counter()
-    model = open_model(arguments)
-    result = evaluate(model) | {"unreadable": len(model.unreadable)}
-    print_result(result | {"seconds": round(time.perf_counter() - began, 1)}, arguments.output)
+    with distributed.process_group(choose_device(arguments.device), PATIENCE):
+        model = open_model(arguments)
+        result = evaluate(model) | {"unreadable": len(model.unreadable)}
+        if distributed.is_main():
+            result["seconds"] = round(time.perf_counter() - began, 1)
+            print_result(result, arguments.output)
+        distributed.barrier()
 
 
 def progress_bar(name: str, **options: Any) -> Callable:
-    """tqdm with that description; it draws only on a terminal."""
-    return partial(tqdm, desc=name, disable=not sys.stderr.isatty(), **options)
+    """tqdm with that description; it draws only on a terminal, and on rank 0."""
+    hidden = not sys.stderr.isatty() or not distributed.is_main()
+    return partial(tqdm, desc=name, disable=hidden, **options)
 
 
 def class_name(data: ImageData, index: int) -> str:

@@ -1,5 +1,6 @@
 """Probes, pictures and exports of the teacher during training."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from data.loader import EvalDataset, first_readable, loader_workers
 from data.sources.specs import ImageData, open_labelled
 from engine import distributed
 from engine.config import ProbeConfig, TrainConfig
+from engine.launch import ranks_here
 from engine.logger import say_passed_over
 from engine.run import TeacherOutputs
 from engine.validation import size_pair
@@ -37,7 +39,8 @@ def teacher_outputs(
     size = size_pair(cfg.crops.global_size)
     mean, std = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
     prepare = partial(EvalDataset, resize=max(size), size=size, mean=mean, std=std)
-    workers = loader_workers(cfg.data.workers, device.type, distributed.world_size())
+    ranks = ranks_here(os.environ, distributed.world_size())
+    workers = loader_workers(cfg.data.workers, device.type, ranks)
     reading: dict[str, Any] = {"workers": workers, "unreadable": {}}
     train = val = masks = None
     if cfg.probe.every > 0:

@@ -170,7 +170,10 @@ def accuracy(
     allowed: Tensor | None = None,
     chunk: int = 1024,
 ) -> float:
-    """Top-1 as a fraction; the choice is among the `allowed` classes (k,) if they are given."""
+    """Top-1 as a fraction; the choice is among the `allowed` classes (k,) if they are given.
+
+    0 without rows, as ranks other than 0 have them.
+    """
     correct = 0
     for begin in range(0, len(rows), chunk):
         logits = classifier(rows[begin : begin + chunk].float())
@@ -179,7 +182,7 @@ def accuracy(
             allowed_logits[:, allowed] = logits[:, allowed]
             logits = allowed_logits
         correct += int((logits.argmax(1).cpu() == labels[begin : begin + chunk].cpu()).sum())
-    return correct / len(rows)
+    return correct / max(1, len(rows))
 
 
 def linear_probe(

@@ -384,7 +384,7 @@ def test_a_strip_too_long_to_draw_is_named_and_left_out(tmp_path, capsys, photog
     arguments = [
         task,
         "--model",
-        "random:vit_nano?depth=1&patch_size=16&image_size=32",
+        MODELS[3],
         "--output",
         tmp_path / "picture.png",
         "--images",
@@ -505,6 +505,6 @@ def test_mistakes_are_said_in_one_sentence(tmp_path, arguments, message):
 
 def test_a_strip_that_would_become_millions_of_pixels_is_refused(tmp_path):
     Image.fromarray(np.zeros((1, 2000), np.uint8)).save(tmp_path / "strip.png")
-    with pytest.raises(ValueError, match="strip.png is 2000 x 1 pixels"):
+    with pytest.raises(ValueError, match="strip.png: 2000 x 1 pixels"):
         images, output = str(tmp_path / "strip.png"), str(tmp_path / "x.png")
         main(["pca", "--model", "pixels", "--images", images, "--output", output])
