@@ -62,8 +62,9 @@ def evaluate(model: "DenseModel") -> dict:
     flags = model.flags
     train = open_data(flags.train, model.channels) if flags.train else None
     val = open_data(flags.val, model.channels)
-    for data in filter(None, (train, val)):
-        say_passed_over(data)
+    sets = [val] if train is None else [train, val]
+    say_passed_over(*sets)
+    for data in sets:
         first_readable(data, 1)  # one that does not fit is reported here, not by a loader process
     if train is not None and flags.task in ("correspondence", "tracking"):
         notice(f"{flags.task} fits nothing: --train is not used")

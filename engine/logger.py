@@ -24,10 +24,11 @@ def notice(text: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
-def say_passed_over(*sets: ImageData) -> None:
-    """What of the files of data sets is not used, a line for each kind, each line once."""
+def say_passed_over(*sets: ImageData, said: Sequence[str] = ()) -> None:
+    """What of the files of data sets is not used: each line once, without those `said` before."""
     for line in dict.fromkeys(line for data in sets for line in data.passed_over):
-        notice(line)
+        if line not in said:
+            notice(line)
 
 
 class TensorBoardMirror:

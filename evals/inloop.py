@@ -45,7 +45,7 @@ def teacher_outputs(
     train = val = masks = None
     if cfg.probe.every > 0:
         train, val = open_labelled(cfg.probe.train, cfg.probe.val, cfg.data.channels)
-        say_passed_over(train, val)
+        say_passed_over(train, val, said=images.passed_over)
         shape = size, teacher.backbone.patch_size, mean, std
         if cfg.probe.patches and has_masks(train, val):
             masks = [Annotated(data, "mask", *shape) for data in (train, val)]

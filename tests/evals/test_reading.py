@@ -354,3 +354,31 @@ def test_what_a_folder_holds_besides_is_one_line(capsys, tiny, tmp_path, marked,
     said = capsys.readouterr().err
     assert said.count("2 of 8 marked files match no image") == 1
     assert said.count("unknown extensions") == (2 if script is train else 1)
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (eval_knn, ["--k", "1", "--copies"]),
+        (eval_linear, ["--steps", "2"]),
+        (eval_dense, ["localization"]),
+        (extract, ["--features", "cls", "patches"]),
+    ],
+)
+def test_forward_passes_in_bf16_are_close_to_float32(
+    capsys, labelled, marked, tmp_path, script, flags
+):
+    model = "random:vit_nano?embed_dim=32&depth=2&num_heads=2&patch_size=8&image_size=16"
+    data = ["--train", labelled / "train", "--val", labelled / "val"]
+    if script is eval_dense:
+        data = ["--val", f"{marked}?marks=marks.csv"]
+    if script is extract:
+        data = ["--data", labelled / "val"]
+    found = {}
+    for precision in ("auto", "fp32", "bf16"):
+        where = ["--precision", precision, "--output", tmp_path / precision]
+        found[precision], _ = run(capsys, script, *flags, "--model", model, *data, *where)
+    assert found["auto"] == found["fp32"] and found["bf16"].keys() == found["fp32"].keys()
+    if script is extract:
+        exact, low = (np.load(tmp_path / name / "cls.npy") for name in ("fp32", "bf16"))
+        assert 0 < np.abs(exact - low).max() < 0.1
