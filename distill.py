@@ -32,6 +32,7 @@ from data.sources.specs import ImageData, open_data
 from engine import distributed
 from engine.cli import config_parser, run_script
 from engine.config import DistillTrainConfig, length_in_steps, load_config
+from engine.logger import say_passed_over
 from engine.optim import build_schedules
 from engine.stages import Stage, plan_stages
 from engine.student_run import StopRequest, StudentRun, end_step, write_config
@@ -65,6 +66,7 @@ def distill(cfg: DistillTrainConfig, device: torch.device) -> None:
     teacher = open_teacher(cfg).to(device)
     heads = uses_heads(cfg, teacher)
     images = open_data(cfg.data.train, cfg.data.channels)
+    say_passed_over(images)
     stages = plan_stages(cfg, length_in_steps(cfg, len(images)), build_schedules)
     check_stages(stages, distributed.world_size())
     adapt = teacher_crop_adapter(cfg, teacher, device)

@@ -15,25 +15,30 @@ linear head on --train. localization chooses TokenCut's threshold on --train, if
 """
 
 import argparse
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from operator import itemgetter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.data import Dataset
 
 from data.annotated import Annotated, clip, kinds_of, pair
 from data.images import ImageData
+from data.loader import first_readable
 from data.sources.specs import open_data
-from engine.cli import evaluation_parser, print_result, run_script
+from engine import distributed
+from engine.cli import evaluation_parser, run_script
+from engine.logger import notice, say_passed_over
 from errors import UserError
 from evals.dense import SEGMENTATION, Recipe, linear_segmentation
 from evals.depth import DEPTH, linear_depth
-from evals.frozen import FrozenModel, progress_bar
+from evals.frozen import FrozenModel, progress_bar, run_evaluation
 from evals.localization import localize, read_truth
 from evals.matching import match_keypoints, match_views, track
 from evals.patches import LastLayers, Sliding, extract_patches, patch_knn_segmentation
+from evals.reading import in_order, read_batches
 
 SCALES = (0.75, 1.0, 1.25, 1.5)  # of --multi-scale; each also mirrored
 HELP = {
@@ -50,20 +55,23 @@ POSITIVE = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse(argv)
-    began = time.perf_counter()
-    model = DenseModel(arguments)
-    train = open_data(arguments.train, model.channels) if arguments.train else None
-    val = open_data(arguments.val, model.channels)
-    for data in filter(None, (train, val)):
-        data.image(0)  # an image that does not fit is reported here, not by a loader process
-    if train is not None and arguments.task in ("correspondence", "tracking"):
-        print(f"{arguments.task} fits nothing: --train is not used", file=sys.stderr)
+    run_evaluation(parse(argv), DenseModel, evaluate)
+
+
+def evaluate(model: "DenseModel") -> dict:
+    flags = model.flags
+    train = open_data(flags.train, model.channels) if flags.train else None
+    val = open_data(flags.val, model.channels)
+    sets = [val] if train is None else [train, val]
+    say_passed_over(*sets)
+    for data in sets:
+        first_readable(data, 1)  # one that does not fit is reported here, not by a loader process
+    if train is not None and flags.task in ("correspondence", "tracking"):
+        notice(f"{flags.task} fits nothing: --train is not used")
         train = None
-    scores = TASKS[arguments.task](model, train, val)
-    counts = {"n_val": len(val)} if train is None else {"n_train": len(train), "n_val": len(val)}
-    result = {"task": arguments.task, "model": arguments.model, **scores, **counts}
-    print_result(result | {"seconds": round(time.perf_counter() - began, 1)}, arguments.output)
+    result = {"task": flags.task, "model": flags.model, **TASKS[flags.task](model, train, val)}
+    counts = {} if train is None else {"n_train": model.count(train)}
+    return result | counts | {"n_val": model.count(val)}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -128,6 +136,19 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
     return arguments
 
 
+class Made(Dataset):
+    """Item i is `make(i)`, such as a pair or a clip of a data set."""
+
+    def __init__(self, data: ImageData, make: Callable[[int], tuple]):
+        self.data, self.make = data, make
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.make(index)
+
+
 class DenseModel(FrozenModel):
     """A frozen model with the flags of a task.
 
@@ -164,6 +185,11 @@ class DenseModel(FrozenModel):
         return [
             self.annotated(data, kind, scale, flip) for scale in SCALES for flip in (False, True)
         ]
+
+    def made(self, data: ImageData, make: Callable[[int], tuple]) -> Iterator[tuple]:
+        """`make(i)` of this rank's images that can be read."""
+        options = self.loading | {"batch_size": 1, "collate": itemgetter(0)}
+        return filter(None, read_batches(Made(data, make), **options))
 
     def probe_linear(
         self,
@@ -206,44 +232,45 @@ def match(model: DenseModel, train: None, val: ImageData) -> dict:
         )
     result = {"recall": None, "keypoints": None}
     if "pair" in kinds:
-        views = progress_bar("views", total=len(val))(read_views(model.annotated(val, ())))
+        views = model.made(val, partial(prepared_pair, model.annotated(val, ())))
         result |= match_views(model.windowed, views, model.device, thresholds)
     if "keypoints" in kinds:
         images, items = model.annotated(val, "keypoints"), []
         for item in extract_patches(model.windowed, images, model.device, **model.loading):
             shape = tuple(val.image(item.index).shape[-2:])
             scale = torch.tensor([shape[1], shape[0], 1.0])
-            items.append((item.tokens, item.grid, item.target.float() / scale, shape))
-        labels = [-1] * len(val) if val.labels is None else val.labels.tolist()
-        result["keypoints"] = match_keypoints(items, labels, thresholds)
+            label = -1 if val.labels is None else int(val.labels[item.index])
+            found = item.tokens.cpu(), item.grid, item.target.float() / scale, shape
+            items.append((item.index, (label, found)))
+        items = in_order(items, distributed.gather_to_main)
+        labels, found = [label for label, _ in items], [one for _, one in items]
+        result["keypoints"] = match_keypoints(found, labels, thresholds)
     return result
 
 
-def read_views(images: Annotated) -> Iterator[tuple]:
-    """Pairs as `match_views` takes them, points as shares of width and height."""
-    for index in range(len(images)):
-        image_a, image_b, points_a, points_b, visible = pair(images.data, index)
-        points = []
-        for image, pixels in ((image_a, points_a), (image_b, points_b)):
-            size = torch.tensor([image.shape[-1], image.shape[-2]])
-            points.append(torch.as_tensor(pixels) / size)
-        prepared = images.prepare(image_a), images.prepare(image_b)
-        yield *prepared, *points, torch.as_tensor(visible), tuple(image_b.shape[-2:])
+def prepared_pair(images: Annotated, index: int) -> tuple:
+    """A pair as `match_views` takes it, points as shares of width and height."""
+    image_a, image_b, points_a, points_b, visible = pair(images.data, index)
+    points = []
+    for image, pixels in ((image_a, points_a), (image_b, points_b)):
+        size = torch.tensor([image.shape[-1], image.shape[-2]])
+        points.append(torch.as_tensor(pixels) / size)
+    prepared = images.prepare(image_a), images.prepare(image_b)
+    return *prepared, *points, torch.as_tensor(visible), tuple(image_b.shape[-2:])
+
+
+def prepared_clip(images: Annotated, index: int) -> tuple:
+    """A clip as `track` takes it."""
+    frames, instances = clip(images.data, index)
+    return index, [images.prepare(frame) for frame in frames], torch.as_tensor(instances)
 
 
 def track_clips(model: DenseModel, train: None, val: ImageData) -> dict:
     clip(val, 0)  # data without clips is refused before anything runs
-    images = model.annotated(val, ())
-
-    def clips() -> Iterator[tuple[list[Tensor], Tensor]]:
-        for index in range(len(val)):
-            frames, instances = clip(val, index)
-            yield [images.prepare(frame) for frame in frames], torch.as_tensor(instances)
-
+    clips = model.made(val, partial(prepared_clip, model.annotated(val, ())))
     names = ("context", "radius", "top", "temperature")
     options = {name: getattr(model.flags, name) for name in names}
-    bar = progress_bar("clips", total=len(val))
-    return track(model.windowed, bar(clips()), model.device, **options)
+    return track(model.windowed, clips, model.device, **options)
 
 
 def find_objects(model: DenseModel, train: ImageData | None, val: ImageData) -> dict:

@@ -21,7 +21,6 @@ With --truth FILE.json the file says what should, as for the revisited Oxford an
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,11 +30,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.corruptions import Copies
-from data.sources.specs import ImageData, open_data, open_labelled
-from engine.cli import evaluation_parser, print_result, run_script
+from data.images import Chosen, ImageData
+from data.sources.specs import match_classes, open_data, open_labelled
+from engine import distributed
+from engine.cli import evaluation_parser, run_script
+from engine.logger import say_passed_over
 from errors import UserError
-from evals.frozen import FrozenModel
-from evals.knn import cls_features, knn_accuracy, retrieval_map, whitening
+from evals.frozen import FrozenModel, run_evaluation
+from evals.knn import FeatureRows, cls_features, knn_accuracy, retrieval_map, whitening
 
 GEM = 4  # exponent of the generalised mean (DINO's copy detection)
 # Level of difficulty -> keys of the truth to look for, and those to ignore.
@@ -70,8 +72,11 @@ def by_class(train: ImageData, val: ImageData) -> Judge:
     return judge
 
 
-def by_truth(path: Path, level: str, train: ImageData, val: ImageData) -> Judge:
+def by_truth(path: Path, level: str, train: Chosen, val: ImageData) -> Judge:
     """Relevant and ignored images of each query by a file of names, with or without extension.
+
+    Args:
+        train: the readable images of --train; the file may name the others too.
 
     Raises:
         UserError: if the file has another form or names an image that --train lacks.
@@ -86,11 +91,12 @@ def by_truth(path: Path, level: str, train: ImageData, val: ImageData) -> Judge:
         form = '{"query": {"easy": [names], "hard": [names], "junk": [names]}}'
         raise UserError(f"{path} is not {form}") from error
     place = {Path(name).stem: index for index, name in enumerate(names_of(train))}
+    given = {Path(name).stem for name in names_of(train.data)}
     queries = [Path(name).stem for name in names_of(val)]
     if not set(queries) & set(lists):
         raise UserError(f"{path} has no query of --val")
     for query in queries:
-        for name in set().union(*lists.get(query, {}).values()) - place.keys():
+        for name in set().union(*lists.get(query, {}).values()) - given:
             raise UserError(f"{path} names {name!r}, which --train lacks")
 
     def judge(rows: range) -> tuple[Tensor, Tensor]:
@@ -98,40 +104,45 @@ def by_truth(path: Path, level: str, train: ImageData, val: ImageData) -> Judge:
         for number, row in enumerate(rows):
             entry = lists.get(queries[row], {})
             for mask, keys in zip(masks, LEVELS[level], strict=True):
-                named = [place[name] for key in keys for name in entry.get(key, ())]
-                mask[number, named] = True
+                names = {name for key in keys for name in entry.get(key, ())}
+                mask[number, [place[name] for name in names & place.keys()]] = True
         return masks[0], masks[1]
 
     return judge
 
 
-def whitener(model: FrozenModel, describe: Callable, data: ImageData | None) -> Callable:
-    """PCA whitening learned on the features of `data`; without data, features stay as they are."""
-    if data is None:
-        return lambda rows: rows
-    return whitening(model.features(describe, model.items(data), "--whiten")[0].to(model.device))
+def whitener(model: FrozenModel, rows: FeatureRows | None) -> Callable:
+    """PCA whitening learned on features; without them, features stay as they are."""
+    return (lambda rows: rows) if rows is None else whitening(rows.features.to(model.device))
 
 
-def copy_detection(
+def copy_sets(
     model: FrozenModel, train: ImageData, val: ImageData, whiten: ImageData | None
-) -> dict:
-    """Edited copies of `val` look for their originals among `val` and the distractors `train`."""
-    describe = partial(copy_features, model.backbone)
-    items = model.items(val)
+) -> dict[str, FeatureRows]:
+    """Features of edited copies of `val`, of `val`, the distractors `train`, and `whiten`."""
+    describe, items = partial(copy_features, model.backbone), model.items(val)
     sets = {"copies": Copies(items), "originals": items, "distractors": model.items(train)}
-    queries, originals, others = (
-        model.features(describe, part, name)[0].to(model.device) for name, part in sets.items()
-    )
-    white = whitener(model, describe, whiten)
-    queries, database = white(queries), white(torch.cat([originals, others]))
+    if whiten is not None:
+        sets["--whiten"] = model.items(whiten)
+    return {name: model.features(describe, part, name) for name, part in sets.items()}
+
+
+def copy_detection(model: FrozenModel, sets: dict[str, FeatureRows]) -> dict:
+    """The copies look for their originals among these and the distractors."""
+    copies, originals, others = (sets[name] for name in ("copies", "originals", "distractors"))
+    white = whitener(model, sets.get("--whiten"))
+    database = torch.cat([originals.features, others.features]).to(model.device)
+    queries, database = white(copies.features.to(model.device)), white(database)
 
     def judge(rows: range) -> tuple[Tensor, Tensor]:
         relevant = torch.zeros(len(rows), len(database), dtype=torch.bool)
-        relevant[range(len(rows)), rows] = True
+        wanted = copies.images[rows.start : rows.stop, None]
+        relevant[:, : len(originals.images)] = wanted == originals.images
         return relevant, torch.zeros_like(relevant)
 
     nearest = torch.cat([(part @ database.T).argmax(1) for part in queries.split(256)]).cpu()
-    top1 = float((nearest == torch.arange(len(queries))).double().mean())
+    among = torch.cat([originals.images, torch.full_like(others.images, -1)])
+    top1 = float((among[nearest] == copies.images).double().mean())
     result = retrieval_map(queries, database, judge)
     return {**result, "top1": top1, "database": len(database)}
 
@@ -163,46 +174,76 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def open_both(arguments: argparse.Namespace, channels: int) -> tuple[ImageData, ImageData, bool]:
-    """--train and --val, and whether both have labels. Only --truth and --copies need none."""
+    """--train and --val, and whether both have labels. Only --truth and --copies need none, and
+    they look at the images of --val without one, too."""
     if arguments.truth or arguments.copies and not arguments.retrieval:
         train, val = (open_data(spec, channels) for spec in (arguments.train, arguments.val))
-        if train.labels is None or val.labels is None:
-            return train, val, False
+        val.labels = match_classes(train, val)
+        return train, val, val.labels is not None
     return *open_labelled(arguments.train, arguments.val, channels), True
+
+
+def evaluate(arguments: argparse.Namespace, model: FrozenModel) -> dict:
+    train, val, labelled = open_both(arguments, model.channels)
+    say_passed_over(train, val)
+    result = {"task": "knn" if labelled else "retrieval", "model": arguments.model}
+    result["left_out"] = val.left_out
+    whiten = open_data(arguments.whiten, model.channels) if arguments.whiten else None
+    describe = partial(cls_features, model.backbone, scales=arguments.scales)
+    found: dict[str, FeatureRows] = {}
+    if labelled or arguments.retrieval:
+        sets = {"train": train, "val": val}
+        if whiten is not None and arguments.retrieval:
+            sets["--whiten"] = whiten
+        for name, data in sets.items():
+            found[name] = model.features(describe, model.items(data), name)
+    copies = copy_sets(model, train, val, whiten) if arguments.copies else None
+    if not distributed.is_main():
+        return {}
+    if found:
+        train, val = Chosen(train, found["train"].images), Chosen(val, found["val"].images)
+    if labelled:
+        result |= vote(arguments, model.device, found, result["left_out"])
+    if arguments.retrieval:
+        white = whitener(model, found.get("--whiten"))
+        queries, database = (found[name].features.to(model.device) for name in ("val", "train"))
+        result["retrieval"] = rank(arguments, white(queries), white(database), train, val)
+    if copies:
+        result["copies"] = copy_detection(model, copies)
+    return {"n_train": model.count(train), "n_val": model.count(val)} | result
+
+
+def vote(
+    arguments: argparse.Namespace, device: torch.device, found: dict[str, FeatureRows], hidden: int
+) -> dict:
+    """Top-1 of each k on the images of `val` that have a label; `hidden` were left out before."""
+    database, queries = (found[name].features.to(device) for name in ("train", "val"))
+    labels, truth = (found[name].labels.to(device) for name in ("train", "val"))
+    known = truth >= 0
+    settings = {"ks": arguments.k, "temperature": arguments.temperature}
+    scores = knn_accuracy(database, labels, queries[known], truth[known], **settings)
+    count = int(known.sum())
+    result = {"k": {str(k): top1 for k, top1 in scores.items()}, "top1": max(scores.values())}
+    return result | {"n_val": count, "left_out": hidden + len(known) - count}
+
+
+def rank(
+    arguments: argparse.Namespace,
+    queries: Tensor,
+    database: Tensor,
+    train: Chosen,
+    val: ImageData,
+) -> dict:
+    """Mean average precision, by --truth at each level."""
+    if not arguments.truth:
+        return retrieval_map(queries, database, by_class(train, val))
+    judges = {level: by_truth(arguments.truth, level, train, val) for level in LEVELS}
+    return {level: retrieval_map(queries, database, judge) for level, judge in judges.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    began = time.perf_counter()
-    model = FrozenModel(arguments)
-    train, val, labelled = open_both(arguments, model.channels)
-    whiten = open_data(arguments.whiten, model.channels) if arguments.whiten else None
-    result = {"task": "knn" if labelled else "retrieval", "model": arguments.model}
-    describe = partial(cls_features, model.backbone, scales=arguments.scales)
-    if labelled or arguments.retrieval:
-        database, queries = (
-            [part.to(model.device) for part in model.features(describe, model.items(data), name)]
-            for name, data in (("train", train), ("val", val))
-        )
-    if labelled:
-        settings = {"ks": arguments.k, "temperature": arguments.temperature}
-        scores = knn_accuracy(*database, *queries, **settings)
-        result["k"] = {str(k): top1 for k, top1 in scores.items()}
-        result["top1"] = max(scores.values())
-    result |= {"n_train": len(train), "n_val": len(val)}
-    if arguments.retrieval:
-        white = whitener(model, describe, whiten)
-        ranked = white(queries[0]), white(database[0])
-        if arguments.truth:
-            judges = {level: by_truth(arguments.truth, level, train, val) for level in LEVELS}
-            result["retrieval"] = {
-                level: retrieval_map(*ranked, judge) for level, judge in judges.items()
-            }
-        else:
-            result["retrieval"] = retrieval_map(*ranked, by_class(train, val))
-    if arguments.copies:
-        result["copies"] = copy_detection(model, train, val, whiten)
-    print_result(result | {"seconds": round(time.perf_counter() - began, 1)}, arguments.output)
+    run_evaluation(arguments, FrozenModel, partial(evaluate, arguments))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ on few images is optimistic: --also judges the chosen head on sets that took no 
 import argparse
 import itertools
 import os
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -31,11 +30,15 @@ from torch.utils.data import Dataset
 
 from data.augment import POLICIES, CropSpec, MultiCrop
 from data.corruptions import CORRUPTIONS, SEVERITIES, Corrupted
+from data.images import Chosen, ImageData
 from data.loader import Views, make_loader
-from data.sources.specs import ImageData, match_classes, open_data, open_labelled
-from engine.cli import evaluation_parser, print_result, run_script
+from data.pictures import UnreadableImage
+from data.sources.specs import known_images, open_labelled, open_with_labels
+from engine import distributed
+from engine.cli import evaluation_parser, run_script
+from engine.logger import say_passed_over
 from errors import UserError
-from evals.frozen import FrozenModel, check_least, progress_bar
+from evals.frozen import FrozenModel, check_least, progress_bar, run_evaluation
 from evals.linear import (
     BATCH_SIZE,
     LEARNING_RATES,
@@ -49,26 +52,10 @@ from evals.linear import (
     fit_heads,
     logistic_probe,
 )
+from evals.reading import note_unreadable
 
 DINO_BATCH, DINO_EPOCHS, DINO_LR = 1024, 100, 0.001
 LARGE = 1 << 32  # bytes of float32 features from which on they are kept in float16
-
-
-class Chosen(ImageData):
-    """Some images of a data set."""
-
-    def __init__(self, data: ImageData, rows: np.ndarray):
-        self.data, self.rows = data, rows
-        self.labels, self.classes = data.labels[rows], data.classes
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def image(self, index: int) -> Tensor:
-        return self.data.image(int(self.rows[index]))
-
-    def name(self, index: int) -> str:
-        return self.data.name(int(self.rows[index]))
 
 
 def training_rows(labels: np.ndarray, shots: int | None, seed: int) -> np.ndarray:
@@ -110,7 +97,7 @@ class Probe(FrozenModel):
         return describe(self.backbone, images, self.blocks)
 
     def rows(self, items: Dataset, name: str) -> tuple[Tensor, Tensor]:
-        """Features (n, width) and labels (n,) on the host.
+        """Features (n, width) and labels (n,) of the images that could be read, on the host.
 
         Raises:
             UserError: if they take more than four fifths of the memory.
@@ -125,7 +112,7 @@ class Probe(FrozenModel):
                     f"the features of {len(items)} images of {name} take {size / 2**30:.0f} GiB "
                     "of memory; give --stream"
                 )
-        return self.features(self._describe, items, name, dtype=dtype)
+        return self.features(self._describe, items, name, dtype=dtype)[:2]
 
     def stream(self, train: ImageData, batch: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows and labels of random crops of 8 to 100 % of the area and flips, epoch by epoch."""
@@ -133,23 +120,32 @@ class Probe(FrozenModel):
         statistics = self.prepare["mean"], self.prepare["std"]
         views = Views(MultiCrop(crop, None, POLICIES["crops_only"], *statistics))
         options = {"seed": self.arguments.seed, "stop_step": steps}
-        options |= self.loading | {"batch_size": batch}
+        options |= {"workers": self.loading["workers"], "batch_size": batch}
         labels = torch.from_numpy(train.labels)
         for batch in make_loader(train, [views], device=self.device.type, **options):
+            note_unreadable([UnreadableImage(*bad) for bad in batch.bad], self.unreadable)
             parts = batch.global_crops.split(self.loading["batch_size"])  # images a forward pass
             rows = torch.cat([self._describe(part.to(self.device)) for part in parts])
             yield rows, labels[batch.images].to(self.device)
 
 
 def train_grid(
-    probe: Probe, train: ImageData, val: tuple[Tensor, Tensor], classes: int
+    probe: Probe,
+    train: ImageData,
+    rows: tuple[Tensor, Tensor] | None,
+    val: tuple[Tensor, Tensor],
+    classes: int,
 ) -> tuple[Callable, dict]:
-    """Trains every head. Returns the classifier of the best one on `val` and its report."""
+    """Trains every head on `rows`, or on crops of `train` where they are None.
+
+    Returns:
+        The classifier of the best one on `val` and its report.
+    """
     flags = probe.arguments
-    is_dino = flags.protocol == "dino"
-    batch_size = min(DINO_BATCH if is_dino else BATCH_SIZE, len(train))
+    is_dino, images = flags.protocol == "dino", len(train if rows is None else rows[1])
+    batch_size = min(DINO_BATCH if is_dino else BATCH_SIZE, images)
     length = {"epochs": DINO_EPOCHS, "most": None} if is_dino else {}
-    steps = flags.steps or default_steps(len(train), batch_size, **length)
+    steps = flags.steps or default_steps(images, batch_size, **length)
     grid = HeadGrid(
         probe.heads,
         width=probe.width,
@@ -159,10 +155,9 @@ def train_grid(
         device=probe.device,
         seed=flags.seed,
     )
-    if flags.stream:
+    if rows is None:
         batches = probe.stream(train, batch_size, steps)
     else:
-        rows = probe.rows(probe.items(train), "train")
         batches = cached_batches(*rows, batch_size, probe.device, flags.seed)
     fit_heads(grid, progress_bar("heads", unit="step", total=steps)(batches), steps)
     scores = grid.accuracies(*val)
@@ -173,11 +168,10 @@ def train_grid(
 
 
 def train_logistic(
-    probe: Probe, train: ImageData, val: tuple[Tensor, Tensor], classes: int
+    probe: Probe, rows: Tensor, labels: Tensor, val: tuple[Tensor, Tensor], classes: int
 ) -> tuple[Callable, dict]:
     """The same for logistic regression, whose strength is chosen without `val`."""
     cls = probe.width - probe.backbone.embed_dim
-    rows, labels = probe.rows(probe.items(train), "train")
     options = {"seed": probe.arguments.seed, "progress": progress_bar("strengths")}
     fitted, best, held_out = logistic_probe(rows[:, :cls], labels, classes, **options)
     cells = [{"C": strength, "held_out": value} for strength, value in held_out.items()]
@@ -189,22 +183,17 @@ def train_logistic(
 
 
 def further_set(probe: Probe, classifier: Callable, train: ImageData, spec: str) -> dict:
-    """Top-1 on another set, chosen among its own classes.
+    """Top-1 on another set, chosen among its own classes, on rank 0.
 
     Images of classes that `train` lacks are left out.
     """
-    data = open_data(spec, probe.channels)
-    labels = match_classes(train, data)
-    if labels is None:
-        raise UserError(
-            f"{spec} has no labels; --also needs folders named by class, or a labelled data set"
-        )
-    data.labels = labels
-    known = Chosen(data, np.flatnonzero(labels >= 0))
+    known = known_images(train, open_with_labels(spec, probe.channels), spec)
+    say_passed_over(known)
     classes = torch.from_numpy(np.unique(known.labels))
-    top1 = accuracy(classifier, *probe.rows(probe.items(known), spec), classes)
-    left_out = len(labels) - len(known)
-    return {"top1": top1, "n": len(known), "left_out": left_out, "classes": len(classes)}
+    rows = probe.rows(probe.items(known), spec)
+    top1 = accuracy(classifier, *rows, classes)
+    left_out = known.left_out
+    return {"top1": top1, "n": len(rows[1]), "left_out": left_out, "classes": len(classes)}
 
 
 def corruption_errors(probe: Probe, classifier: Callable, val: ImageData) -> dict:
@@ -247,24 +236,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse(argv)
-    began = time.perf_counter()
-    probe = Probe(arguments)
-    every, val = open_labelled(arguments.train, arguments.val, probe.channels)
-    train = Chosen(every, training_rows(every.labels, arguments.shots, arguments.seed))
+def evaluate(probe: Probe) -> dict:
+    flags = probe.arguments
+    every, val = open_labelled(flags.train, flags.val, probe.channels)
+    say_passed_over(every, val)
+    train = Chosen(every, training_rows(every.labels, flags.shots, flags.seed))
     classes = int(train.labels.max()) + 1
     val_rows = probe.rows(probe.items(val), "val")
-    fit = train_logistic if arguments.protocol == "logreg" else train_grid
-    classifier, report = fit(probe, train, val_rows, classes)
-    result = {"task": "linear", "model": arguments.model, "protocol": arguments.protocol, **report}
-    result |= {"n_train": len(train), "n_val": len(val)}
-    also = {spec: further_set(probe, classifier, every, spec) for spec in arguments.also}
+    rows = None if flags.stream else probe.rows(probe.items(train), "train")
+    classifier, report = None, {}
+    if not distributed.is_main():
+        pass  # rank 0 trains
+    elif flags.protocol == "logreg":
+        classifier, report = train_logistic(probe, *rows, val_rows, classes)
+    else:
+        classifier, report = train_grid(probe, train, rows, val_rows, classes)
+    result = {"task": "linear", "model": flags.model, "protocol": flags.protocol, **report}
+    result |= {"n_train": len(train if rows is None else rows[1]), "n_val": len(val_rows[1])}
+    result["left_out"] = val.left_out
+    also = {spec: further_set(probe, classifier, every, spec) for spec in flags.also}
     if also:
         result["also"] = also
-    if arguments.corruptions:
+    if flags.corruptions:
         result["corruptions"] = corruption_errors(probe, classifier, val)
-    print_result(result | {"seconds": round(time.perf_counter() - began, 1)}, arguments.output)
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_evaluation(parse(argv), Probe, evaluate)
 
 
 if __name__ == "__main__":

@@ -20,23 +20,22 @@ import csv
 import math
 import os
 import shutil
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from data.loader import EvalDataset
-from data.pictures import UnreadableImage
-from data.sources.specs import ImageData, open_data
-from engine.cli import evaluation_parser, print_result, run_script
-from engine.logger import notice
+from data.images import ImageData
+from data.sources.specs import open_data
+from engine import distributed
+from engine.cli import evaluation_parser, run_script
+from engine.logger import ESCAPES, notice, say_passed_over
 from errors import UserError
-from evals.frozen import FrozenModel, check_least, class_name, progress_bar
-from models.features import Features
+from evals.frozen import FrozenModel, check_least, class_name, progress_bar, run_evaluation
+from evals.reading import read_batches
 
 KINDS = {
     "cls": lambda features: features.cls,
@@ -60,47 +59,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    began = time.perf_counter()
-    model = FrozenModel(arguments)
+    run_evaluation(arguments, FrozenModel, partial(extract, arguments))
+
+
+def extract(arguments: argparse.Namespace, model: FrozenModel) -> dict:
     data = open_data(arguments.data, model.channels)
+    say_passed_over(data)
     folder, kinds = arguments.output, dict.fromkeys(arguments.features)
     folder.mkdir(parents=True, exist_ok=True)
     writers = {kind: Writer(folder / f"{kind}.npy", len(data), arguments.dtype) for kind in kinds}
-    rows, bad, grid = write_features(model, data, writers, folder)
-    if not rows:
-        raise UserError(
-            f"none of the {len(data)} images of {arguments.data} could be read; "
-            f"one of them: {bad[0]}"
-        )
+    rows, grid = write_features(model, data, writers, folder)
+    if not distributed.is_main():
+        return {}
     shapes = {kind: writer.close() for kind, writer in writers.items()}
-    write_index(folder, data, rows, bad)
+    write_index(folder, data, rows, model.unreadable)
     result = {"task": "extract", "model": arguments.model, "data": arguments.data, "n": len(rows)}
-    result |= {"unreadable": len(bad), "features": shapes, "grid": grid, "dtype": arguments.dtype}
-    print_result(result | {"seconds": round(time.perf_counter() - began, 1)}, folder)
-
-
-class Readable(Dataset):
-    """Items of an `EvalDataset`; in place of one that cannot be read, the reason."""
-
-    def __init__(self, items: EvalDataset):
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
-        try:
-            image, _, index = self.items[index]
-            return image, index
-        except UnreadableImage as error:
-            return str(error)
-
-
-def collate(items: list) -> tuple[Tensor | None, list[int], list[str]]:
-    """Images (B, C, H, W) that could be read, their indices, and the reasons of the others."""
-    good = [item for item in items if not isinstance(item, str)]
-    images = torch.stack([image for image, _ in good]) if good else None
-    return images, [index for _, index in good], [item for item in items if isinstance(item, str)]
+    return result | {"features": shapes, "grid": grid, "dtype": arguments.dtype}
 
 
 class Writer:
@@ -118,7 +92,7 @@ class Writer:
             UserError: if they are not finite in the type of the file.
         """
         with np.errstate(over="ignore"):  # the next statement refuses it
-            values = values.float().cpu().numpy().astype(self.dtype)
+            values = values.numpy().astype(self.dtype)
         if not np.isfinite(values).all():
             raise UserError(
                 f"{self.path.stem} features are not finite in {self.dtype}; "
@@ -146,33 +120,35 @@ class Writer:
 @torch.inference_mode()
 def write_features(
     model: FrozenModel, data: ImageData, writers: dict[str, Writer], folder: Path
-) -> tuple[list[int], list[str], list[int]]:
-    """Fills the arrays. Returns indices of their rows, why other images are bad, and the grid."""
-    batch_size, workers = model.loading.values()
-    items = Readable(model.items(data))
-    loader = DataLoader(items, batch_size, num_workers=workers, collate_fn=collate)
-    rows, bad, grid = [], [], []
-    for images, indices, unreadable in progress_bar("features", unit="batch")(loader):
-        bad += unreadable
-        if not indices:
-            continue
-        features = model.backbone(images.to(model.device))
-        if not rows:
-            check_space(folder, writers, features, len(data))
-        for kind, writer in writers.items():
-            writer.append(KINDS[kind](features))
-        rows += indices
-        grid = list(features.grid)
-    return rows, bad, grid
+) -> tuple[list[int], list[int]]:
+    """Fills the arrays, on rank 0. Returns the indices of their rows, and the patches' grid."""
+    rows, grid = [], []
+    progress = progress_bar("features", unit="batch")
+    for batch in read_batches(model.items(data), **model.loading, progress=progress):
+        part = None
+        if batch is not None:
+            images, _, indices = batch
+            features = model.backbone(images.to(model.device))
+            values = {kind: KINDS[kind](features).float().cpu() for kind in writers}
+            part, grid = (values, indices.tolist()), list(features.grid)
+        for values, indices in filter(None, distributed.gather_to_main(part)):
+            if not rows:
+                check_space(folder, writers, values, len(data))
+            for kind, writer in writers.items():
+                writer.append(values[kind])
+            rows += indices
+    return rows, grid
 
 
-def check_space(folder: Path, writers: dict[str, Writer], features: Features, images: int) -> None:
+def check_space(
+    folder: Path, writers: dict[str, Writer], values: dict[str, Tensor], images: int
+) -> None:
     """Says how large the files will be.
 
     Raises:
         UserError: if they do not fit on the disk.
     """
-    numbers = sum(math.prod(KINDS[kind](features).shape[1:]) for kind in writers)
+    numbers = sum(math.prod(part.shape[1:]) for part in values.values())
     size = numbers * images * np.dtype(next(iter(writers.values())).dtype).itemsize
     free = shutil.disk_usage(folder).free
     if size > free:
@@ -184,7 +160,7 @@ def check_space(folder: Path, writers: dict[str, Writer], features: Features, im
     notice(f"{images} images, {size / 1e6:.1f} MB of features")
 
 
-def write_index(folder: Path, data: ImageData, rows: list[int], bad: list[str]) -> None:
+def write_index(folder: Path, data: ImageData, rows: list[int], bad: dict[str, str]) -> None:
     """index.csv, a line for each image with a row, and bad_images.txt for the others."""
     text = {"encoding": "utf-8", "errors": "surrogateescape"}
     with (folder / "index.csv").open("w", newline="", **text) as file:
@@ -197,7 +173,8 @@ def write_index(folder: Path, data: ImageData, rows: list[int], bad: list[str]) 
     listed.unlink(missing_ok=True)  # of an earlier call
     if bad:
         notice(f"{len(bad)} images could not be read; {listed} names them")
-        listed.write_text("".join(f"{line}\n" for line in bad), **text)
+        lines = [f"{name}: {reason}".translate(ESCAPES) for name, reason in bad.items()]
+        listed.write_text("".join(f"{line}\n" for line in lines), **text)
 
 
 if __name__ == "__main__":

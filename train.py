@@ -27,7 +27,7 @@ from engine.cli import config_parser, run_script
 from engine.config import LossConfig, TrainConfig, load_config
 from engine.gram import build_gram_teacher
 from engine.health import health, warn_of_same_pictures
-from engine.logger import notice
+from engine.logger import notice, say_passed_over
 from engine.run import Run
 from engine.stages import Stage
 from engine.start import build_student, load_init, plan_run
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(cfg: TrainConfig, device: torch.device) -> None:
     cfg, initial = load_init(cfg)
     images = open_data(cfg.data.train, cfg.data.channels)
+    say_passed_over(images)
     stages = plan_run(cfg, len(images))
     run = Run(cfg, stages, device, cfg.time_limit)
     if not run.open():

@@ -1,6 +1,7 @@
 """Data with annotations for dense probes: whole images at the model's size, their annotations at
 full size."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.images import ImageData, NoAnnotations
+from data.images import ImageData, first_annotations
 from data.pictures import UnreadableImage
 from data.pixels import normalize, resize, to_unit
 from errors import UserError
@@ -34,7 +35,8 @@ class Annotated(Dataset):
 
     Raises:
         UserError: if the data has no such annotation (asked of its first image).
-        UnreadableImage: from an item of more than MAX_PATCHES patches.
+        UnreadableImage: from an item whose image or annotation cannot be read, or that has more
+            than MAX_PATCHES patches.
     """
 
     def __init__(
@@ -55,7 +57,8 @@ class Annotated(Dataset):
         self.size, self.multiple, self.ignore, self.flip = size, multiple, ignore, flip
         self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
         if self.kinds:
-            self.annotations(0)
+            with contextlib.suppress(UnreadableImage):
+                self.annotations(0)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -70,7 +73,10 @@ class Annotated(Dataset):
                 f"{before} pixels become {height} x {width}, more than {MAX_PATCHES} patches; "
                 "a strip is cut into pieces first",
             )
-        return self.prepare(image), self.annotations(index), index
+        try:
+            return self.prepare(image), self.annotations(index), index
+        except UnreadableImage as error:  # of a file beside the image
+            raise UnreadableImage(self.data.name(index), f"its annotation {error}") from error
 
     def prepare(self, image: Tensor) -> Tensor:
         """(C, H, W) in the stored type -> (C, h, w) normalised."""
@@ -101,10 +107,7 @@ def target_size(shape: Sequence[int], size: int | Sequence[int], multiple: int) 
 
 def kinds_of(data: ImageData) -> list[str]:
     """Which annotations the first image has; "pair" and "clip" where the data has those."""
-    try:
-        found = list(data.annotations(0))
-    except NoAnnotations:
-        found = []
+    found = list(first_annotations(data))
     return found + [method for method in ("pair", "clip") if hasattr(data, method)]
 
 
@@ -135,7 +138,4 @@ def _require(data: ImageData, method: str, words: str) -> None:
 
 def has_masks(*sets: ImageData) -> bool:
     """Whether images of all these come with segmentation masks."""
-    try:
-        return all("mask" in data.annotations(0) for data in sets)
-    except NoAnnotations:
-        return False
+    return all("mask" in first_annotations(data) for data in sets)

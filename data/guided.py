@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.images import ImageData, NoAnnotations
+from data.images import ImageData, NoAnnotations, first_annotations
 from data.pictures import read_image
 from data.sources.tables import LINE
 from errors import UserError
@@ -141,7 +141,7 @@ def require_marks(data: ImageData, spec: str) -> None:
         UserError: if no source of the data has boxes or masks.
     """
     for source in getattr(data, "sources", [data]):
-        if {"boxes", "mask"} & annotations_of(source, 0).keys():
+        if {"boxes", "mask"} & first_annotations(source).keys():
             return
     raise UserError(
         f"crops.guided is set, but {spec} has neither boxes nor masks; "

@@ -1,9 +1,12 @@
 """The small class behind every kind of data, and labels from names."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data.pictures import UnreadableImage
 from errors import UserError
 
 # What a data set may call the split that is asked for, best first.
@@ -27,12 +30,14 @@ class ImageData(Dataset):
         labels: (n,) int64, -1 where an image has none, or None.
         classes: their names, or None.
         passed_over: a sentence with counts for each kind of thing that is not used.
+        left_out: images that a probe cannot use, see `known_images` of data/sources/specs.py.
     """
 
     title: str
     labels: np.ndarray | None = None
     classes: list[str] | None = None
     passed_over: list[str] | tuple = ()
+    left_out: int = 0
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -51,6 +56,39 @@ class ImageData(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.image(index), -1 if self.labels is None else int(self.labels[index])
+
+
+class Chosen(ImageData):
+    """Some images of a data set."""
+
+    def __init__(self, data: ImageData, rows: Sequence[int]):
+        self.data, self.rows = data, np.asarray(rows, dtype=np.int64)
+        self.labels = None if data.labels is None else data.labels[self.rows]
+        self.classes, self.passed_over = data.classes, data.passed_over
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, index: int) -> Tensor:
+        return self.data.image(int(self.rows[index]))
+
+    def name(self, index: int) -> str:
+        return self.data.name(int(self.rows[index]))
+
+    def annotations(self, index: int) -> dict:
+        return self.data.annotations(int(self.rows[index]))
+
+
+def first_annotations(data: ImageData) -> dict:
+    """Those of the first image whose annotations can be read; empty where it has none."""
+    for index in range(len(data)):
+        try:
+            return data.annotations(index)
+        except UnreadableImage:
+            continue
+        except NoAnnotations:
+            break
+    return {}
 
 
 def number_classes(names: list[str | None]) -> tuple[np.ndarray | None, list[str] | None]:

@@ -6,6 +6,8 @@ and takes its random numbers from a generator seeded by (seed, p). Nothing else 
 resumes by naming a step.
 """
 
+import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -182,7 +184,7 @@ class StepDataset(Dataset):
         images: list[int] = []
         bad: dict[str, str] = {}
         pixels = self._read(self.indices(step), images, bad)
-        targets = self._targets(views, first, images)
+        targets = self._targets(views, first, images, bad)
         if self.on_device:
             buffer, cuts = pack(multi_crop, pixels, tables, targets)
             u = torch.stack(tables, 1)
@@ -234,16 +236,25 @@ class StepDataset(Dataset):
         hashed = np.random.SeedSequence([self.seed, VIEWS, position]).generate_state(1)
         return draw(torch.Generator().manual_seed(int(hashed[0])), crops)
 
-    def _targets(self, views: Views, first: int, images: list[int]) -> Iterator[Tensor] | None:
+    def _targets(
+        self, views: Views, first: int, images: list[int], bad: dict[str, str]
+    ) -> Iterator[Tensor] | None:
         """Places that the crops of each image must show. `images` fills while the images are
-        read, each before its targets are asked for."""
+        read, each before its targets are asked for. Marks that cannot be read are added to `bad`
+        and guide nothing."""
         if views.guidance is None:
             return None
         counts = views.multi_crop.globals, views.multi_crop.crops
-        return (
-            views.guidance.targets(self.data, images[number], first + place, self.seed, *counts)
-            for number, place in enumerate(self.block)
-        )
+
+        def target(number: int, place: int) -> Tensor:
+            given = self.data, images[number], first + place, self.seed
+            try:
+                return views.guidance.targets(*given, *counts)
+            except UnreadableImage as error:
+                bad[error.name] = error.reason
+                return torch.full((counts[1], 2), math.nan)
+
+        return itertools.starmap(target, enumerate(self.block))
 
 
 def step_masks(
@@ -268,14 +279,15 @@ def step_masks(
     )
 
 
-def default_workers(device: str, ranks: int = 1) -> int:
-    """Loader processes of a rank: on a GPU machine its share of the cores, at most 16.
+def loader_workers(asked: int | None, device: str, ranks: int = 1) -> int:
+    """Loader processes of a rank: as `asked`; by default, on a GPU machine, its share of the
+    cores, at most 16.
 
     0 where the CPU trains: there is no more work to spread, and threads that wait for a core held
     by a loader cost more than the overlap gains.
     """
-    if device != "cuda":
-        return 0
+    if asked is not None or device != "cuda":
+        return asked or 0
     allowed = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if allowed else os.cpu_count() or 1
     return min(16, cores // ranks)
@@ -302,9 +314,9 @@ def make_loader(
     A worker makes whole batches, with one thread. torch's global random state is not touched.
 
     Args:
-        workers: processes; None = `default_workers` for the `device` that the batches go to.
+        workers: processes; None = `loader_workers` for the `device` that the batches go to.
     """
-    workers = default_workers(device, world_size) if workers is None else workers
+    workers = loader_workers(workers, device, world_size)
     steps = StepDataset(
         data,
         views,

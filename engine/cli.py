@@ -140,6 +140,10 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=64, help="images a forward pass")
     workers = "loader processes; by default by the number of cores"
     parser.add_argument("--workers", type=int, help=workers)
+    precision = "of the forward passes: auto is bf16 on CUDA, else fp32"
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help=precision
+    )
     resize = "short side in pixels before the centre crop; by default the model's own"
     parser.add_argument("--resize", type=int, help=resize)
     size = "centre crop in pixels, one number or height width; by default the model's own"

@@ -240,6 +240,21 @@ def gather_objects(item: Any) -> list[Any]:
     return items
 
 
+def gather_to_main(item: Any) -> list[Any]:
+    """Every rank's `item` on rank 0, in the order of ranks; nothing on the others."""
+    if not active():
+        return [item]
+    items: list[Any] | None = [None] * world_size() if is_main() else None
+    main = 0 if _group is None else dist.get_global_rank(_group, 0)
+    dist.gather_object(item, items, main, group=_group)
+    return items or []
+
+
+def from_main(item: Any) -> Any:
+    """Rank 0's `item`, on every rank."""
+    return gather_objects(item if is_main() else None)[0]
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:

@@ -45,3 +45,11 @@ def read_launch(environment: Mapping[str, str]) -> dict[str, str]:
     launch["MASTER_ADDR"] = environment.get("MASTER_ADDR", address)
     launch["MASTER_PORT"] = environment.get("MASTER_PORT", str(port))
     return launch
+
+
+def ranks_here(environment: Mapping[str, str], ranks: int) -> int:
+    """How many of the ranks run on this machine, by torchrun or Open MPI; otherwise all of them."""
+    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        if name in environment:
+            return min(ranks, int(environment[name]))
+    return ranks

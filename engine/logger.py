@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data.images import ImageData
 from engine import distributed
 from errors import UserError
 
@@ -18,7 +19,16 @@ from errors import UserError
 def notice(text: str) -> None:
     """One line for the user, on standard error, above a progress bar if there is one."""
     if distributed.is_main():
-        tqdm.write(text, file=sys.stderr)
+        # Names of files may be any bytes.
+        line = text.translate(ESCAPES).encode("utf-8", "backslashreplace").decode()
+        tqdm.write(line, file=sys.stderr)
+
+
+def say_passed_over(*sets: ImageData, said: Sequence[str] = ()) -> None:
+    """What of the files of data sets is not used: each line once, without those `said` before."""
+    for line in dict.fromkeys(line for data in sets for line in data.passed_over):
+        if line not in said:
+            notice(line)
 
 
 class TensorBoardMirror:

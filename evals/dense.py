@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from engine import distributed
 from errors import UserError
 from evals.patches import (
     CLASSES,
@@ -28,6 +29,7 @@ from evals.patches import (
     pooled_classes,
     upsample,
 )
+from evals.reading import in_order
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,11 @@ SEGMENTATION = Recipe(
 class FrozenPatches:
     """Patch tokens of a data set: computed once and kept, or at each draw if they do not fit.
 
+    Ranks share the work. Rank 0 keeps the tokens and draws.
+
     Args:
-        summary: computed of each target; `summaries` holds them in the data's order.
+        summary: computed of each target; `summaries` holds them, in the data's order, of the
+            images that could be read, whose indices are `indices`.
         limit: bytes of memory for the tokens.
         options: of `extract_patches`.
     """
@@ -80,28 +85,34 @@ class FrozenPatches:
         self.data, self.device = data, device
         self.progress = options.get("progress", iter)
         self.extract = partial(extract_patches, backbone, device=device, **options)
-        self.kept: list[Patches] | None = []
-        self.summaries, used = [], 0
+        kept: list[tuple[int, Patches]] | None = []
+        summaries, used, dim = [], 0, 0
         for item in self.extract(data, batch_size=batch_size):
-            self.dim = item.tokens.shape[1]
-            self.summaries.append(summary(item.target))
+            dim = item.tokens.shape[1]
+            summaries.append((item.index, (item.index, summary(item.target))))
             used += item.tokens.nbytes
             if used > limit:
-                self.kept = None
-            if self.kept is not None:
-                self.kept.append(item._replace(tokens=item.tokens.cpu()))
+                kept = None
+            if kept is not None:
+                kept.append((item.index, item._replace(tokens=item.tokens.cpu())))
+        self.indices, self.summaries = zip(*in_order(summaries), strict=True)
+        totals = distributed.gather_objects((used, dim))
+        self.dim = max(dim for _, dim in totals)
+        fits = sum(used for used, _ in totals) <= limit
+        self.kept = in_order(kept, distributed.gather_to_main) if fits else None
 
     def draws(self, steps: int, batch_size: int, seed: int) -> Iterator[list[Patches]]:
         """`steps` batches, epoch after epoch in a new order; a batch may span two epochs."""
         generator = torch.Generator().manual_seed(seed)
-        images, count = len(self.data), steps * batch_size
+        images, count = len(self.indices), steps * batch_size
         epochs = range(math.ceil(count / images))
         order = torch.cat([torch.randperm(images, generator=generator) for _ in epochs])
         order = order[:count].tolist()
         if self.kept is None:
-            items = self.extract(Subset(self.data, order), batch_size=batch_size)
+            drawn = Subset(self.data, [self.indices[number] for number in order])
+            items = self.extract(drawn, batch_size=batch_size, shared=False)
         else:
-            items = (self.kept[index] for index in order)
+            items = (self.kept[number] for number in order)
         for _ in range(steps):
             yield list(islice(items, batch_size))
 
@@ -135,6 +146,8 @@ def train_heads(
 ) -> dict[float, nn.Module]:
     """One trained head for each learning rate, in eval mode; all get the same batches and pixels.
 
+    Rank 0 trains them for all ranks.
+
     Scores are enlarged bilinearly to the target's full size. Of each image `recipe.points` random
     pixels enter the loss.
 
@@ -142,6 +155,22 @@ def train_heads(
         loss: of values (P, K) and targets (P,) of all the batch's pixels, and the share of the
             training that is done.
     """
+    heads, device = None, patches.device
+    if distributed.is_main():
+        heads = _fit_heads(patches, build, loss, recipe, steps, seed)
+    heads = distributed.from_main(heads)
+    return {lr: head.to(device) for lr, head in heads.items()}
+
+
+def _fit_heads(
+    patches: FrozenPatches,
+    build: Callable[[], nn.Module],
+    loss: Callable[[Tensor, Tensor, float], Tensor],
+    recipe: Recipe,
+    steps: int,
+    seed: int,
+) -> dict[float, nn.Module]:
+    """As `train_heads`, on the host."""
     device = patches.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -165,7 +194,7 @@ def train_heads(
                 loss(values, targets, step / steps).backward()
                 nn.utils.clip_grad_norm_(head.parameters(), recipe.clip)
                 optimizers[lr].step()
-    return {lr: head.eval() for lr, head in heads.items()}
+    return {lr: head.eval().cpu() for lr, head in heads.items()}
 
 
 def schedule(done: float, recipe: Recipe) -> float:
@@ -235,7 +264,7 @@ def linear_segmentation(
             out.
         vals: the same images at one or several sizes, or mirrored where `flip` is set; class
             probabilities are averaged.
-        options: batch_size, workers and progress of `extract_patches`.
+        options: of `extract_patches`.
 
     Returns:
         {"miou", "pixel_accuracy", "iou": [each class], "lr": {rate: miou}, "limit": mIoU of the
@@ -248,7 +277,7 @@ def linear_segmentation(
     classes = max(patches.summaries) + 1
     if classes < 1:
         raise UserError("no pixel of the training masks has a class")
-    steps = recipe.steps(len(train)) if steps is None else steps
+    steps = recipe.steps(len(patches.indices)) if steps is None else steps
     build = partial(LinearHead, patches.dim, classes, dropout=0.1)
     heads = train_heads(patches, build, segmentation_loss, recipe, steps, seed)
     # No head predicts a class of val that train lacks, but that class counts.
@@ -263,6 +292,7 @@ def linear_segmentation(
             scores = predict(head, variants, flips, activation)
             counts[lr] += confusion(scores.argmax(dim=0), mask)
         counts["limit"] += confusion(pooled_classes(mask, variants[0].grid), mask)
+    counts = {name: distributed.all_reduce_sum(count) for name, count in counts.items()}
     scores = {name: mean_iou(count) for name, count in counts.items()}
     best = max(heads, key=lambda lr: scores[lr][0])
     accuracy = float(counts[best].diag().sum() / counts[best].sum())

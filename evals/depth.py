@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from errors import UserError
 from evals.dense import FrozenPatches, LinearHead, Recipe, predict, train_heads
 from evals.patches import extract_patches, upsample
+from evals.reading import in_order
 
 # DINOv3's file for NYUv2. Published is 3e-4; the larger ones are ours, for short runs.
 DEPTH = Recipe(
@@ -69,30 +70,30 @@ def linear_depth(
         raise UserError("no pixel of the training depth is above 0")
     lows, highs, means = zip(*known, strict=True)
     low, high = span or (min(lows), max(highs))
-    steps = recipe.steps(len(train)) if steps is None else steps
+    steps = recipe.steps(len(patches.indices)) if steps is None else steps
     build = partial(DepthHead, patches.dim, low, high)
     loss = partial(sig_loss, begin=min(0.1, 100 / steps))
     heads = train_heads(patches, build, loss, recipe, steps, seed)
-    errors, flips = {}, [val.flip for val in vals]
+    found, flips = [], [val.flip for val in vals]
     streams = [extract_patches(backbone, val, device, **options) for val in vals]
     for variants in zip(*streams, strict=True):
         depth = variants[0].target.to(device)
         if is_depth(depth).any():
-            for lr, head in heads.items():
-                guess = predict(head, variants, flips, torch.clone)[0].clamp(low, high)
-                errors.setdefault(lr, []).append(depth_errors(guess, depth))
-            limit = pooled_depth(depth, variants[0].grid)
             constant = torch.full_like(depth, sum(means) / len(means))
-            errors.setdefault("limit", []).append(depth_errors(limit, depth))
-            errors.setdefault("constant", []).append(depth_errors(constant, depth))
-    if not errors:
+            guesses = {"limit": pooled_depth(depth, variants[0].grid), "constant": constant}
+            for lr, head in heads.items():
+                guesses[lr] = predict(head, variants, flips, torch.clone)[0].clamp(low, high)
+            errors = {name: depth_errors(guess, depth) for name, guess in guesses.items()}
+            found.append((variants[0].index, errors))
+    if not (found := in_order(found)):
         raise UserError("no pixel of the validation depth is above 0")
-    images = len(errors["limit"])
-    rmse = {name: sum(error for error, _ in rows) / images for name, rows in errors.items()}
-    delta = {name: sum(share for _, share in rows) / images for name, rows in errors.items()}
+    rmse, delta = (
+        {name: sum(of_image[name][k] for of_image in found) / len(found) for name in found[0]}
+        for k in range(2)
+    )
     best = min(heads, key=rmse.get)
-    rates = {f"{lr:g}": rmse[lr] for lr in heads}
-    result = {"rmse": rmse[best], "delta1": delta[best], "lr": rates}
+    result = {"rmse": rmse[best], "delta1": delta[best]}
+    result["lr"] = {f"{lr:g}": rmse[lr] for lr in heads}
     result["limit"] = {"rmse": rmse["limit"], "delta1": delta["limit"]}
     return result | {"constant": rmse["constant"], "span": [low, high], "steps": steps}
 

@@ -1,8 +1,10 @@
 """Probes, pictures and exports of the teacher during training."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +12,12 @@ from torch.utils.data import Dataset
 
 from data.annotated import Annotated, has_masks
 from data.augment import channel_statistics
-from data.loader import EvalDataset, first_readable
+from data.loader import EvalDataset, first_readable, loader_workers
 from data.sources.specs import ImageData, open_labelled
+from engine import distributed
 from engine.config import ProbeConfig, TrainConfig
+from engine.launch import ranks_here
+from engine.logger import say_passed_over
 from engine.run import TeacherOutputs
 from engine.validation import size_pair
 from engine.views import multi_crop_from
@@ -34,13 +39,16 @@ def teacher_outputs(
     size = size_pair(cfg.crops.global_size)
     mean, std = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
     prepare = partial(EvalDataset, resize=max(size), size=size, mean=mean, std=std)
+    ranks = ranks_here(os.environ, distributed.world_size())
+    workers = loader_workers(cfg.data.workers, device.type, ranks)
+    reading: dict[str, Any] = {"workers": workers, "unreadable": {}}
     train = val = masks = None
     if cfg.probe.every > 0:
         train, val = open_labelled(cfg.probe.train, cfg.probe.val, cfg.data.channels)
+        say_passed_over(train, val, said=images.passed_over)
+        shape = size, teacher.backbone.patch_size, mean, std
         if cfg.probe.patches and has_masks(train, val):
-            patch = teacher.backbone.patch_size
-            options = {"kind": "mask", "size": size, "multiple": patch, "mean": mean, "std": std}
-            masks = [Annotated(data, **options) for data in (train, val)]
+            masks = [Annotated(data, "mask", *shape) for data in (train, val)]
 
     def export() -> Callable[[Path], None]:
         preprocessing = Preprocessing(size, max(size), mean, std)
@@ -57,11 +65,10 @@ def teacher_outputs(
 
     def probe() -> dict[str, float]:
         labelled = prepare(train), prepare(val)
-        return probe_teacher(cfg.probe, teacher.backbone, *labelled, masks, device)
+        return probe_teacher(cfg.probe, teacher.backbone, *labelled, masks, device, **reading)
 
-    def locality(backbone: nn.Module) -> float:
-        return mean_locality(backbone, prepare(images), device)
-
+    locality = partial(mean_locality, data=prepare(images), device=device)
+    locality = partial(locality, unreadable=reading["unreadable"])
     return TeacherOutputs(export, report, None if train is None else probe, locality, draw_curves)
 
 
@@ -72,6 +79,9 @@ def probe_teacher(
     val: Dataset,
     masks: Sequence[Dataset] | None,
     device: torch.device,
+    *,
+    workers: int = 0,
+    unreadable: dict[str, str],
 ) -> dict[str, float]:
     """Fields of metrics.jsonl; all ranks together. The run's random state stays as it is.
 
@@ -79,16 +89,20 @@ def probe_teacher(
         which: says what is measured.
         train, val: items (image normalised, label, index).
         masks: the same images with masks, or None where there are none.
+        workers, unreadable: of `read_batches`; how many could not be read so far is a value too.
     """
-    values = {}
+    values, reading = {}, {"workers": workers, "unreadable": unreadable}
     if which.knn:
-        values["probe/knn"] = knn_probe(backbone, train, val, device)
+        values["probe/knn"] = knn_probe(backbone, train, val, device, **reading)
     if which.linear:
-        values["probe/linear"] = linear_probe(backbone, train, val, device)
+        values["probe/linear"] = linear_probe(backbone, train, val, device, **reading)
     if which.patches:
-        values["probe/locality"] = mean_locality(backbone, val, device)
+        values["probe/locality"] = mean_locality(backbone, val, device, unreadable=unreadable)
         if masks:
-            values["probe/miou"] = patch_knn_segmentation(backbone, *masks, device)["miou"]
+            found = patch_knn_segmentation(backbone, *masks, device, **reading)
+            values["probe/miou"] = found["miou"]
+    if unreadable:
+        values["probe/unreadable"] = len(unreadable)
     return values
 
 

@@ -1,15 +1,25 @@
 """Features of frozen models, their weighted k-NN vote, and rankings by similarity."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 from engine import distributed
+from errors import UserError
+from evals.reading import read_batches
+
+
+class FeatureRows(NamedTuple):
+    """Features of the images that could be read, in the data's order, on the host."""
+
+    features: Tensor  # (n, ...)
+    labels: Tensor  # (n,)
+    images: Tensor  # (n,) indices into the data
 
 
 def extract_features(
@@ -17,44 +27,51 @@ def extract_features(
     data: Dataset,
     device: torch.device,
     *,
-    batch_size: int = 64,
-    workers: int = 0,
     dtype: torch.dtype = torch.float32,
-    progress: Callable[[Iterable], Iterator] = iter,
-) -> tuple[Tensor, Tensor]:
-    """Features of every image by `describe`. Ranks share the work and each gets all of it.
+    **options: Any,
+) -> FeatureRows:
+    """Features of every image by `describe`. Ranks share the work; the others than 0 get no rows.
 
     The global random state is neither read nor changed.
 
     Args:
         describe: normalised images (B, C, H, W) on `device` -> features (B, ...).
-        data: items (image (C, H, W) normalised, label, index).
+        data: items (image (C, H, W) normalised, label, index in the data).
         dtype: of the features that are kept.
+        options: batch_size, workers, unreadable and progress of `read_batches`.
 
-    Returns:
-        features (n, ...) and labels (n,), in the data's order, on the host.
+    Raises:
+        UserError: if no image can be read.
     """
-    rank, world = distributed.rank(), distributed.world_size()
-    part = Subset(data, range(rank, len(data), world))
-    generator = torch.Generator().manual_seed(0)
-    loader = DataLoader(part, batch_size, num_workers=workers, generator=generator)
-    features, labels, filled = None, torch.empty(len(part), dtype=torch.int64), 0
-    for images, label, _ in progress(loader):
+    features, labels = None, torch.empty(len(data), dtype=torch.int64)
+    read = torch.zeros(len(data), dtype=torch.bool)
+    for batch in read_batches(data, **options):
+        if batch is None:
+            continue
+        images, label, index = batch
         with torch.inference_mode():  # no longer than this: the result may be trained on
-            values = describe(images.to(device))
+            values = describe(images.to(device)).to("cpu", dtype)
         if features is None:  # filled in place: a list of batches would have to be copied
-            features = torch.empty(len(part), *values.shape[1:], dtype=dtype)
-        rows = slice(filled, filled + len(values))
-        features[rows], labels[rows] = values, label
-        filled = rows.stop
-    if world == 1:
-        return features, labels
-    parts = [pair for pair in distributed.gather_objects((features, labels)) if pair[0] is not None]
-    whole = [part.new_empty(len(data), *part.shape[1:]) for part in parts[0]]
-    for k, pair in enumerate(parts):
-        for column, values in zip(whole, pair, strict=True):
-            column[k::world] = values
-    return tuple(whole)
+            features = torch.empty(len(data), *values.shape[1:], dtype=dtype)
+        features[index], labels[index], read[index] = values, label, True
+    return _join_ranks(features, labels, read)
+
+
+def _join_ranks(features: Tensor | None, labels: Tensor, read: Tensor) -> FeatureRows:
+    """The rows that `read` marks, of all ranks, on rank 0."""
+    part, main = None, distributed.is_main()
+    if features is not None and not main:
+        part = read.nonzero()[:, 0], features[read], labels[read]
+    parts = [part for part in distributed.gather_to_main(part) if part is not None]
+    if not main:
+        return FeatureRows(torch.empty(0), labels[:0], labels[:0])
+    for rows, values, truth in parts:
+        if features is None:
+            features = values.new_empty(len(read), *values.shape[1:])
+        features[rows], labels[rows], read[rows] = values, truth, True
+    if not read.all():
+        features, labels = features[read], labels[read]
+    return FeatureRows(features, labels, read.nonzero()[:, 0])
 
 
 def cls_features(backbone: nn.Module, images: Tensor, scales: Sequence[float] = (1.0,)) -> Tensor:
@@ -73,10 +90,10 @@ def extract_cls(
 ) -> tuple[Tensor, Tensor]:
     """L2-normalised CLS features (n, D) and labels (n,) of every image, on `device`.
 
-    Float32, whatever the training precision. For the items and options see `extract_features`.
+    Float32, whatever the training precision; on rank 0, see `extract_features`.
     """
-    features, labels = extract_features(partial(cls_features, backbone), data, device, **options)
-    return features.to(device), labels.to(device)
+    found = extract_features(partial(cls_features, backbone), data, device, **options)
+    return found.features.to(device), found.labels.to(device)
 
 
 @torch.inference_mode()
@@ -102,8 +119,13 @@ def knn_accuracy(
 
     Returns:
         k -> top-1 accuracy as a fraction.
+
+    Raises:
+        UserError: if no image of train has a label.
     """
     labelled = train_labels >= 0
+    if not labelled.any():
+        raise UserError("no image of train that could be read has a label")
     train_features, train_labels = train_features[labelled], train_labels[labelled]
     classes = int(max(train_labels.max(), val_labels.max())) + 1
     ks = sorted(set(ks))
@@ -220,8 +242,17 @@ def whitening(features: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def knn_probe(
-    backbone: nn.Module, train: Dataset, val: Dataset, device: torch.device, k: int = 20
+    backbone: nn.Module,
+    train: Dataset,
+    val: Dataset,
+    device: torch.device,
+    k: int = 20,
+    **options: Any,
 ) -> float:
-    """Top-1 accuracy on `val` by the k nearest of `train`; items as of `extract_features`."""
-    train_features, val_features = (extract_cls(backbone, data, device) for data in (train, val))
-    return knn_accuracy(*train_features, *val_features, ks=(k,))[k]
+    """Top-1 accuracy on `val` by the k nearest of `train`, on all ranks.
+
+    For the items and options see `extract_features`.
+    """
+    sets = [extract_cls(backbone, data, device, **options) for data in (train, val)]
+    score = knn_accuracy(*sets[0], *sets[1], ks=(k,))[k] if distributed.is_main() else None
+    return distributed.from_main(score)

@@ -10,12 +10,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from engine import distributed
 from errors import UserError
 from evals.knn import extract_features
 
@@ -168,7 +170,10 @@ def accuracy(
     allowed: Tensor | None = None,
     chunk: int = 1024,
 ) -> float:
-    """Top-1 as a fraction; the choice is among the `allowed` classes (k,) if they are given."""
+    """Top-1 as a fraction; the choice is among the `allowed` classes (k,) if they are given.
+
+    0 without rows, as ranks other than 0 have them.
+    """
     correct = 0
     for begin in range(0, len(rows), chunk):
         logits = classifier(rows[begin : begin + chunk].float())
@@ -177,11 +182,13 @@ def accuracy(
             allowed_logits[:, allowed] = logits[:, allowed]
             logits = allowed_logits
         correct += int((logits.argmax(1).cpu() == labels[begin : begin + chunk].cpu()).sum())
-    return correct / len(rows)
+    return correct / max(1, len(rows))
 
 
-def linear_probe(backbone: nn.Module, train: Dataset, val: Dataset, device: torch.device) -> float:
-    """Top-1 on `val` of the best head on the last block.
+def linear_probe(
+    backbone: nn.Module, train: Dataset, val: Dataset, device: torch.device, **options: Any
+) -> float:
+    """Top-1 on `val` of the best head on the last block, on all ranks.
 
     The grid is over learning rates, with and without the mean patch. For use in a training loop:
     the global random state does not change, and ranks share the forward passes.
@@ -189,18 +196,33 @@ def linear_probe(backbone: nn.Module, train: Dataset, val: Dataset, device: torc
     Args:
         train, val: items (image (C, H, W) normalised, label, index). An image of train with label
             -1 is left out; one of val is never right.
+        options: of `extract_features`.
     """
     row_of = partial(describe, backbone)
-    rows, labels = extract_features(row_of, train, device)
-    rows, labels = rows[labels >= 0], labels[labels >= 0]
-    val_rows, val_labels = extract_features(row_of, val, device)
+    rows, labels, _ = extract_features(row_of, train, device, **options)
+    val_rows, val_labels, _ = extract_features(row_of, val, device, **options)
+    top1 = None
+    if distributed.is_main():
+        top1 = _best_head(backbone, (rows, labels), (val_rows, val_labels), device)
+    return distributed.from_main(top1)
+
+
+def _best_head(
+    backbone: nn.Module,
+    train: tuple[Tensor, Tensor],
+    val: tuple[Tensor, Tensor],
+    device: torch.device,
+) -> float:
+    rows, labels = (part[train[1] >= 0] for part in train)
+    if not len(rows):
+        raise UserError("no image of train that could be read has a label")
     heads = [Head(1, avgpool, lr) for avgpool in (False, True) for lr in LEARNING_RATES]
     batch_size = min(BATCH_SIZE, len(rows))
     sizes = {"width": rows.shape[1], "pooled": backbone.embed_dim, "classes": int(labels.max()) + 1}
     grid = HeadGrid(heads, **sizes, batch_size=batch_size, device=device)
     batches = cached_batches(rows, labels, batch_size, device)
     fit_heads(grid, batches, default_steps(len(rows), batch_size))
-    return max(grid.accuracies(val_rows, val_labels).values())
+    return max(grid.accuracies(*val).values())
 
 
 # Logistic regression.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from errors import UserError
 from evals.patches import Patches
+from evals.reading import in_order
 
 TAUS = tuple(round(0.05 * k, 2) for k in range(9))  # TokenCut's threshold as DINOv3 sweeps it
 # Of an image: its graph takes half a gigabyte in float64, its eigenvectors minutes.
@@ -204,7 +205,8 @@ def localize(
 
     Args:
         items: patch tokens of each image, attention of CLS to patches (heads, h, w) or None where
-            the backbone has no attention, and the truth; images without objects are left out.
+            the backbone has no attention, and the truth; images without objects are left out. Each
+            rank gives those of its own images.
 
     Returns:
         {"attention": {"corloc", "box_iou", "mask_iou", "pointing"} or None, "lost": {...},
@@ -213,28 +215,31 @@ def localize(
     Raises:
         UserError: if no image has an object.
     """
-    rows: dict[Any, list[dict[str, float]]] = {}
-    count = 0
+    found: list[tuple[int, dict[Any, dict[str, float]]]] = []
     for patches, attention, truth in items:
-        if truth is None:
-            continue
-        count += 1
-        cuts = zip(taus, by_tokencut(patches.tokens, patches.grid, taus), strict=True)
-        found: dict[Any, Found] = {("tokencut", f"{tau:g}"): cut for tau, cut in cuts}
-        found["lost"] = by_lost(patches.tokens, patches.grid)
-        if attention is not None:
-            found["attention"] = by_attention(attention)
-        scores = {name: score(one, truth) for name, one in found.items()}
-        scores |= {("centre", f"{share:g}"): one for share, one in centred_scores(truth).items()}
-        for name, one in scores.items():
-            rows.setdefault(name, []).append(one)
-    if not count:
+        if truth is not None:
+            found.append((patches.index, _all_scores(patches, attention, truth, taus)))
+    images = in_order(found)
+    if not images:
         raise UserError("no image has an object in its annotations")
     means = {
-        name: {key: sum(one[key] for one in found) / count for key in found[0]}
-        for name, found in rows.items()
+        name: {key: sum(one[name][key] for one in images) / len(images) for key in scores}
+        for name, scores in images[0].items()
     }
     result: dict[str, Any] = {"attention": means.get("attention"), "lost": means["lost"]}
     for group in ("tokencut", "centre"):
         result[group] = {name[1]: value for name, value in means.items() if name[0] == group}
-    return result | {"n_images": count}
+    return result | {"n_images": len(images)}
+
+
+def _all_scores(
+    patches: Patches, attention: Tensor | None, truth: Truth, taus: Sequence[float]
+) -> dict[Any, dict[str, float]]:
+    """`score` of one image by each method, (method, setting) where it has settings."""
+    cuts = zip(taus, by_tokencut(patches.tokens, patches.grid, taus), strict=True)
+    found: dict[Any, Found] = {("tokencut", f"{tau:g}"): cut for tau, cut in cuts}
+    found["lost"] = by_lost(patches.tokens, patches.grid)
+    if attention is not None:
+        found["attention"] = by_attention(attention)
+    scores = {name: score(one, truth) for name, one in found.items()}
+    return scores | {("centre", f"{share:g}"): one for share, one in centred_scores(truth).items()}

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import distributed
 from errors import UserError
 from evals.patches import tokens_of, upsample
+from evals.reading import in_order
 
 Grid = tuple[int, int]  # (h, w) in patches
 
@@ -100,7 +102,8 @@ def match_views(
 
     Args:
         views: (image_a, image_b) normalised (C, h, w), points_a and points_b (P, 2) as shares of
-            width and height, visible (P,) bool, and the (height, width) in pixels of view b.
+            width and height, visible (P,) bool, and the (height, width) in pixels of view b. Ranks
+            share them.
         thresholds: distances in b as shares of its longer side.
 
     Returns:
@@ -116,6 +119,7 @@ def match_views(
             found = tokens_of(backbone, [image_a.to(device), image_b.to(device)])
             points = points_a[visible], points_b[visible]
             errors.append(point_errors(*found, *points, shape, max(shape)))
+    errors = sum(distributed.gather_objects(errors), [])
     if not errors:
         raise UserError("no point is visible in both views")
     return recalls(errors, thresholds)
@@ -233,7 +237,7 @@ def to_objects(labels: Tensor, grid: Grid, size: Sequence[int]) -> Tensor:
 @torch.inference_mode()
 def track(
     backbone: nn.Module,
-    clips: Iterable[tuple[list[Tensor], Tensor]],
+    clips: Iterable[tuple[int, list[Tensor], Tensor]],
     device: torch.device,
     *,
     radius: float | None = None,
@@ -244,8 +248,8 @@ def track(
     The first frame is given and the last is not counted, as in DAVIS; of two frames, the last is.
 
     Args:
-        clips: frames, normalised (C, h, w) of one size, and their instances (T, H, W), 0 is the
-            background.
+        clips: number, frames, normalised (C, h, w) of one size, and their instances (T, H, W), 0
+            is the background. Ranks share them.
         radius: in patches; None is 0.4 of the grid's short side, which is DINOv3's 12 at 480 pixels
             and patches of 16.
         options: of `propagate`.
@@ -257,8 +261,8 @@ def track(
     Raises:
         UserError: if a clip has one frame, or no first frame has an object.
     """
-    scores: dict[str, list[tuple[float, float]]] = {"found": [], "limit": [], "static": []}
-    for frames, instances in clips:
+    scored: list[tuple[int, dict[str, list[tuple[float, float]]]]] = []
+    for number, frames, instances in clips:
         if len(frames) < 2:
             raise UserError(
                 "a clip has one frame; tracking needs at least two (frames=8 of `scenes`)"
@@ -275,17 +279,21 @@ def track(
         truth = instances[counted]
         static = [pooled[0]] * len(truth)
         guesses = {"found": soft[counted], "limit": pooled[counted], "static": static}
+        scores = {}
         for name, guess in guesses.items():
             masks = [to_objects(labels, grid, instances.shape[1:]).cpu() for labels in guess]
-            scores[name] += score_objects(masks, truth, objects)
-    if not scores["found"]:
+            scores[name] = score_objects(masks, truth, objects)
+        scored.append((number, scores))
+    clips_in_order = in_order(scored)
+    if not clips_in_order:
         raise UserError("no clip has an object in its first frame")
-    means = {
-        name: [_mean(column) for column in zip(*rows, strict=True)] for name, rows in scores.items()
-    }
+    means = {}
+    for name in ("found", "limit", "static"):
+        rows = [row for scores in clips_in_order for row in scores[name]]
+        means[name] = [_mean(column) for column in zip(*rows, strict=True)]
     j, f = means["found"]
     baselines = {name: sum(means[name]) / 2 for name in ("limit", "static")}
-    return {"jf": (j + f) / 2, "j": j, "f": f, **baselines, "n_objects": len(scores["found"])}
+    return {"jf": (j + f) / 2, "j": j, "f": f, **baselines, "n_objects": len(rows)}
 
 
 def score_objects(

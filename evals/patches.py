@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
+from data.pictures import UnreadableImage
 from engine import distributed
 from errors import UserError
+from evals.reading import Readable, in_order, note_unreadable, read_batches
 
 IGNORE = 255  # in masks of bytes: counts neither for nor against
 CLASSES = 256  # that masks may hold; no rank knows beforehand which occur
@@ -29,25 +31,19 @@ class Patches(NamedTuple):
 
 @torch.inference_mode()
 def extract_patches(
-    backbone: nn.Module,
-    data: Dataset,
-    device: torch.device,
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-    progress: Callable[[Iterable], Iterator] = iter,
+    backbone: nn.Module, data: Dataset, device: torch.device, **options: Any
 ) -> Iterator[Patches]:
     """Patch tokens image by image, in the data's order; images may differ in size.
 
+    Ranks share the images: each gets those of its batches.
+
     Args:
-        data: items (image (C, H, W) normalised, target, index).
+        data: items (image (C, H, W) normalised, target, index in the data).
+        options: of `read_batches`.
     """
-    # A generator of its own: the loader would take its seed from torch's global random state.
-    generator = torch.Generator().manual_seed(0)
-    options = {"num_workers": workers, "collate_fn": list, "generator": generator}
-    for items in progress(DataLoader(data, batch_size, **options)):
-        found = tokens_of(backbone, [image.to(device) for image, _, _ in items])
-        for (tokens, grid), (_, target, index) in zip(found, items, strict=True):
+    for items in read_batches(data, collate=list, **options):
+        found = tokens_of(backbone, [image.to(device) for image, _, _ in items or ()])
+        for (tokens, grid), (_, target, index) in zip(found, items or (), strict=True):
             yield Patches(tokens, grid, target, index)
 
 
@@ -235,8 +231,11 @@ class PatchBank(NamedTuple):
     shares: Tensor  # (n, K) shares of the classes in each patch; rows sum to 1
 
 
-def label_patches(items: Iterable[Patches], per_image: int) -> list[PatchBank]:
-    """A bank for each image: at most `per_image` labelled patches, drawn by the image's index."""
+def label_patches(items: Iterable[Patches], per_image: int) -> list[tuple[int, PatchBank]]:
+    """The index and the bank of each image, on the host.
+
+    A bank holds at most `per_image` labelled patches, drawn by the image's index.
+    """
     banks = []
     for item in items:
         counts = class_shares(item.target.to(item.tokens.device), item.grid)
@@ -245,7 +244,8 @@ def label_patches(items: Iterable[Patches], per_image: int) -> list[PatchBank]:
         chosen = known[order[:per_image]].to(item.tokens.device)
         if len(chosen):
             shares = F.normalize(counts[chosen], p=1.0, dim=1)
-            banks.append(PatchBank(F.normalize(item.tokens[chosen], dim=1), shares))
+            bank = PatchBank(F.normalize(item.tokens[chosen], dim=1).cpu(), shares.cpu())
+            banks.append((int(item.index), bank))
     return banks
 
 
@@ -304,16 +304,11 @@ def patch_knn_segmentation(
     Raises:
         UserError: if there is no labelled pixel.
     """
-    rank, world = distributed.rank(), distributed.world_size()
-    part = Subset(train, range(rank, len(train), world))
-    items = extract_patches(backbone, part, device, **options)
-    mine = label_patches(items, max(1, bank // len(train)))
-    mine = [PatchBank(*(tensor.cpu() for tensor in one)) for one in mine]
-    whole = merge_banks(sum(distributed.gather_objects(mine), []))
+    items = extract_patches(backbone, train, device, **options)
+    whole = merge_banks(in_order(label_patches(items, max(1, bank // len(train)))))
     whole = PatchBank(*(tensor.to(device) for tensor in whole))
     counts, limit = torch.zeros(2, CLASSES, CLASSES, dtype=torch.long, device=device)
-    part = Subset(val, range(rank, len(val), world))
-    for item in extract_patches(backbone, part, device, **options):
+    for item in extract_patches(backbone, val, device, **options):
         votes = vote(item.tokens, whole, k, temperature)
         prediction = upsample(votes.T.unflatten(1, item.grid), item.target.shape).argmax(dim=0)
         mask = item.target.to(device)
@@ -371,9 +366,25 @@ def _wins(higher: Tensor, lower: Tensor) -> float:
 
 @torch.inference_mode()
 def mean_locality(
-    backbone: nn.Module, data: Dataset, device: torch.device, images: int = 64
+    backbone: nn.Module,
+    data: Dataset,
+    device: torch.device,
+    images: int = 64,
+    *,
+    unreadable: dict[str, str] | None = None,
 ) -> float:
-    """`patch_locality` over the first `images` of items that begin with a normalised image."""
-    first = (data[index][0] for index in range(min(images, len(data))))
-    values = [patch_locality(backbone(image[None].to(device))) for image in first]
+    """`patch_locality` over the first `images` of items that begin with a normalised image.
+
+    What cannot be read is passed over, see `read_batches`.
+    """
+    values, errors = [], []
+    for index in range(len(data)):
+        item = Readable(data)[index]
+        if isinstance(item, UnreadableImage):
+            errors.append(item)
+            continue
+        values.append(patch_locality(backbone(item[0][None].to(device))))
+        if len(values) == images:
+            break
+    note_unreadable(errors, {} if unreadable is None else unreadable, len(data))
     return sum(values) / len(values)

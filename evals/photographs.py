@@ -68,24 +68,31 @@ def read_photographs(
 ) -> Iterator[Photograph]:
     """One photograph at a time, its short side `size` pixels for the model.
 
-    Pictures are `height` pixels high, or four a patch where that is more.
-
-    Raises:
-        UserError: if an image is too long to draw.
+    Pictures are `height` pixels high, or four a patch where that is more. An image that is too long
+    to draw is named and left out.
     """
     wanted = backbone.preprocessing
     height = max(height, 4 * (size // backbone.patch_size))
-    for _, data, index, image in load_images(specs, len(wanted.mean), count):
+    for _, data, index, image in load_images(specs, len(wanted.mean), count, drawable):
         name, original = data.name(index), tuple(image.shape[-2:])
-        if max(original) > LONGEST * min(original):
-            raise UserError(
-                f"{name} is {original[1]} x {original[0]} pixels; "
-                f"the longest that is drawn is 1 : {LONGEST}"
-            )
         image = fit(image, size, backbone.patch_size, wanted.interpolation)
         image = normalized(image, wanted.mean, wanted.std)
         picture = enlarge(to_picture(image, wanted.mean, wanted.std), height)
         yield Photograph(name, original, image, picture)
+
+
+def drawable(data: ImageData) -> Callable[[int], Tensor]:
+    """Index to image as stored; UnreadableImage for one that is longer than 1 : LONGEST."""
+
+    def image_at(index: int) -> Tensor:
+        image = data.image(index)
+        height, width = image.shape[-2:]
+        if max(height, width) > LONGEST * min(height, width):
+            reason = f"{width} x {height} pixels; the longest that is drawn is 1 : {LONGEST}"
+            raise UnreadableImage(data.name(index), reason)
+        return image
+
+    return image_at
 
 
 def normalized(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -113,6 +113,7 @@ def open_folder(
     reading = {"channels": channels, "window": window, "page": page}
     data = FileImages(root, files, names, reading, size, marked)
     data.passed_over += said
+    data.passed_over += _unmatched_marks(marks, marked, files)
     if unknown:
         kinds = ", ".join(f"{count} {name}" for name, count in sorted(unknown.items()))
         data.passed_over.append(
@@ -138,6 +139,13 @@ def _unmatched(given: str, what: str, left: set[str], count: int) -> list[str]:
     if not left:
         return []
     return [f"{given}: {len(left)} of {count} {what} match no image, such as {min(left)}"]
+
+
+def _unmatched_marks(given: str | None, marks: Marks | None, files: list[str]) -> list[str]:
+    if marks is None:
+        return []
+    named = {*marks.masks, *marks.boxes}
+    return _unmatched(given, "marked files", named - set(files), len(named))
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -176,7 +184,10 @@ def open_list(
         raise FileNotFoundError(f"{str(file)!r} lists no image")
     root = file.parent
     reading = {"channels": channels, "window": window, "page": page}
-    return FileImages(root, files, names, reading, size, _read_marks(root, marks, files))
+    marked = _read_marks(root, marks, files)
+    data = FileImages(root, files, names, reading, size, marked)
+    data.passed_over += _unmatched_marks(marks, marked, files)
+    return data
 
 
 def _beside(root: Path, given: str) -> Path:

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.images import ImageData, class_names
+from data.images import Chosen, ImageData, class_names
 from data.pictures import UnreadableImage, Window
 from data.scenes.scenes import open_scenes
 from data.sources.arrays import is_npz_of_images, open_npz, open_python
@@ -45,7 +45,15 @@ from data.sources.published import open_hub, open_torchvision, torchvision_class
 from data.sources.tar import open_tar
 from errors import UserError
 
-__all__ = ["ImageData", "UnreadableImage", "match_classes", "open_data", "open_labelled"]
+__all__ = [
+    "ImageData",
+    "UnreadableImage",
+    "known_images",
+    "match_classes",
+    "open_data",
+    "open_labelled",
+    "open_with_labels",
+]
 
 
 def open_data(spec: str, channels: int | None = 3) -> ImageData:
@@ -189,20 +197,54 @@ def match_classes(train: ImageData, val: ImageData) -> np.ndarray | None:
     """Labels of `val` as class ids of `train`, matched by name.
 
     Returns:
-        (n,) int64, -1 for images without a class of `train`; None where either has no labels.
+        (n,) int64, -1 for images of a class of which `train` has no image; None where either has
+        no labels.
 
     Raises:
         UserError: if they have no class in common.
     """
     if train.labels is None or val.labels is None:
         return None
-    ids = {name: k for k, name in enumerate(class_names(train))}
-    names = class_names(val)
-    if not ids.keys() & names:
+    known, names = class_names(train), class_names(val)
+    ids = {known[k]: k for k in np.unique(train.labels[train.labels >= 0])}
+    table = np.array([ids.get(name, -1) for name in names] + [-1])  # the last serves label -1
+    labels = table[val.labels]
+    if not (labels >= 0).any():
         first, second = ", ".join(list(ids)[:5]), ", ".join(names[:5])
         raise UserError(f"no class in common: train has {first} ..., val has {second} ...")
-    table = np.array([ids.get(name, -1) for name in names] + [-1])  # the last serves label -1
-    return table[val.labels]
+    return labels
+
+
+def known_images(train: ImageData, data: ImageData, spec: str) -> Chosen:
+    """The images of `data` of a class of `train`, whose ids are their labels.
+
+    `left_out` is the number of the others; a line of `passed_over` says what they are.
+
+    Args:
+        spec: what `data` was opened with.
+
+    Raises:
+        UserError: if they have no class in common.
+    """
+    labels = match_classes(train, data)
+    chosen = Chosen(data, np.flatnonzero(labels >= 0))
+    chosen.labels, chosen.classes = labels[chosen.rows], train.classes
+    chosen.left_out = len(data) - len(chosen)
+    if chosen.left_out:
+        line = f"{spec}: {chosen.left_out} of {len(data)} images left out: "
+        chosen.passed_over = [*data.passed_over, line + _why_left_out(data, labels)]
+    return chosen
+
+
+def _why_left_out(data: ImageData, labels: np.ndarray, most: int = 10) -> str:
+    """How many of the images with `labels` -1 have none, and the classes of the others."""
+    unlabelled, unknown = data.labels < 0, (labels < 0) & (data.labels >= 0)
+    reasons = [f"{unlabelled.sum()} without a label"] if unlabelled.any() else []
+    if unknown.any():
+        names = [class_names(data)[k] for k in np.unique(data.labels[unknown])]
+        listed = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+        reasons.append(f"{unknown.sum()} of classes that train lacks ({listed})")
+    return ", ".join(reasons)
 
 
 LABELS_OF_KINDS = {
@@ -219,16 +261,28 @@ def _labels_of_kind(spec: str) -> str:
     return LABELS_OF_KINDS.get(_parse(spec)[0], "a labelled data set")
 
 
-def open_labelled(train: str, val: str, channels: int | None = 3) -> tuple[ImageData, ImageData]:
-    """Two data sets for a probe; labels of both are class ids of `train`, matched by name.
+def open_with_labels(spec: str, channels: int | None = 3) -> ImageData:
+    """The data of a spec, at least one of whose images has a label.
+
+    Raises:
+        UserError: if none has.
+    """
+    data = open_data(spec, channels)
+    if data.labels is None or not (data.labels >= 0).any():
+        found = "".join(f" ({line})" for line in data.passed_over)
+        raise UserError(f"{spec} has no labels; a probe needs {_labels_of_kind(spec)}{found}")
+    held, classes = len(np.unique(data.labels[data.labels >= 0])), len(class_names(data))
+    if held < classes and "size" in _parse(spec)[2]:
+        line = f"{spec}: the first {len(data)} images are of {held} of {classes} classes"
+        data.passed_over = [*data.passed_over, line]
+    return data
+
+
+def open_labelled(train: str, val: str, channels: int | None = 3) -> tuple[ImageData, Chosen]:
+    """Two data sets for a probe, of `val` the `known_images`.
 
     Raises:
         UserError: if one has no labels, or they have no class in common.
     """
-    both = open_data(train, channels), open_data(val, channels)
-    for spec, data in zip((train, val), both, strict=True):
-        if data.labels is None:
-            found = "".join(f" ({line})" for line in data.passed_over)
-            raise UserError(f"{spec} has no labels; a probe needs {_labels_of_kind(spec)}{found}")
-    both[1].labels = match_classes(*both)
-    return both
+    first, second = open_with_labels(train, channels), open_with_labels(val, channels)
+    return first, known_images(first, second, val)

@@ -378,6 +378,26 @@ def test_images_that_cannot_be_read_are_named_and_left_out(tmp_path, capsys, pho
             run_main(capsys, *arguments, photographs / "0broken.png")
 
 
+@pytest.mark.parametrize("task", ["pca", "attention", "similarity"])
+def test_a_strip_too_long_to_draw_is_named_and_left_out(tmp_path, capsys, photographs, task):
+    Image.new("RGB", (500, 2)).save(photographs / "0strip.png")
+    arguments = [
+        task,
+        "--model",
+        MODELS[3],
+        "--output",
+        tmp_path / "picture.png",
+        "--images",
+    ]
+    main([str(argument) for argument in [*arguments, photographs]])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["images"] == 2
+    (line,) = [line for line in captured.err.splitlines() if "0strip.png" in line]
+    assert "500 x 2" in line
+    with pytest.raises(ValueError, match="0strip.png.*could be read.*1 : 16"):
+        run_main(capsys, *arguments, photographs / "0strip.png")
+
+
 WINDOWED = "--window 512 --model random:vit_nano?embed_dim=32&depth=1&num_heads=2&patch_size=16"
 LARGE = {
     "attention": ["--model", "random:vit_nano?embed_dim=16&depth=1&num_heads=2&patch_size=32"],
@@ -485,6 +505,6 @@ def test_mistakes_are_said_in_one_sentence(tmp_path, arguments, message):
 
 def test_a_strip_that_would_become_millions_of_pixels_is_refused(tmp_path):
     Image.fromarray(np.zeros((1, 2000), np.uint8)).save(tmp_path / "strip.png")
-    with pytest.raises(ValueError, match="strip.png is 2000 x 1 pixels"):
+    with pytest.raises(ValueError, match="strip.png: 2000 x 1 pixels"):
         images, output = str(tmp_path / "strip.png"), str(tmp_path / "x.png")
         main(["pca", "--model", "pixels", "--images", images, "--output", output])

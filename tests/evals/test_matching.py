@@ -173,7 +173,7 @@ def painted_clips(size: int = 15, whole_patches: bool = False):
         if whole_patches:
             instances = torch.stack([instances[0].roll(PATCH * (t % 3), t % 2) for t in range(8)])
             frames = instances.float()[:, None].expand(-1, 3, -1, -1)
-        yield list(frames), instances
+        yield index, list(frames), instances
 
 
 def test_tracking_with_perfect_features_reaches_the_limit_and_chance_features_do_not():

@@ -144,6 +144,8 @@ def test_without_the_new_flags_the_result_is_as_before(capsys):
         "top1",
         "n_train",
         "n_val",
+        "left_out",
+        "unreadable",
         "seconds",
     }
 
