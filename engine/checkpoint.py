@@ -17,9 +17,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from engine import distributed
+from engine import distributed, parallel
 from engine.cli import RunFailed
-from engine.distributed import unwrap
+from engine.parallel import unwrap
 
 
 def training_state(
@@ -149,7 +149,7 @@ class CheckpointWriter:
 
 
 def _refuse_non_finite(weights: dict, step: int) -> None:
-    shards = distributed.local(weights.values())
+    shards = parallel.local(weights.values())
     tensors = [tensor for tensor in shards if tensor.is_floating_point()]
     bad = not torch.isfinite(sum(tensor.float().sum() for tensor in tensors))
     if distributed.any_rank(bad, tensors[0].device):

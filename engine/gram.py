@@ -10,9 +10,9 @@ from torch import nn
 
 from engine import distributed
 from engine.checkpoint import write_atomically
-from engine.distributed import UnshardedTeacher
 from engine.logger import notice
 from engine.optim import span_steps
+from engine.parallel import UnshardedTeacher
 from engine.start import load_initial
 from errors import UserError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from engine import distributed
+from engine import distributed, parallel
 
 if TYPE_CHECKING:
     from engine.config import OptimConfig, TrainConfig
@@ -207,7 +207,7 @@ def clip_gradients(model: nn.Module, max_norm: float | None, per: str) -> Tensor
         whole = [parameter.grad for parameter in child.parameters() if parameter.grad is not None]
         if not whole:
             continue
-        gradients = distributed.local(whole)
+        gradients = parallel.local(whole)
         squares = torch.stack(torch._foreach_norm(gradients)).square()
         if gradients[0] is not whole[0]:  # shards; fully_shard takes all parameters of a module
             distributed.all_reduce_sum(squares)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data.loader import Batch
-from engine import distributed, optim
+from engine import distributed, optim, parallel
 from engine.cli import RunFailed
 from engine.logger import notice
 from models.ssl_model import update_ema
@@ -35,7 +35,7 @@ class OptimizationStep:
     `backward`; then it calls `apply_gradients` and `update_teacher`.
 
     Args:
-        student: as `distributed.wrap` returns it.
+        student: as `parallel.wrap` returns it.
         teacher: follows the student by EMA.
         optimizer: of the student's parameters (`optim.make_optimizer`).
         precision: autocast and loss scaler, from `distributed.choose_precision`.
@@ -61,7 +61,7 @@ class OptimizationStep:
         frozen_until: int = 0,
     ):
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
-        self.model = distributed.unwrap(student)
+        self.model = parallel.unwrap(student)
         self.autocast, self.scaler = precision
         self.clip_grad, self.clip_per = settings.clip_grad, settings.clip_per
         self.micro_batch, self.frozen_until = micro_batch, frozen_until
@@ -87,7 +87,7 @@ class OptimizationStep:
         images = sum(len(part.images) for part in parts)
         for number, (part, target) in enumerate(zip(parts, targets, strict=True), 1):
             self.share = len(part.images) / images
-            with distributed.accumulate(self.student, last=number == len(parts)):
+            with parallel.accumulate(self.student, last=number == len(parts)):
                 yield part, target
 
     def backward(self, losses: dict[str, Tensor], weights: Mapping[str, float]) -> None:
@@ -113,7 +113,7 @@ class OptimizationStep:
         self.mark("optimizer")
 
     def update_teacher(self, ema_momentum: float) -> None:
-        update_ema(self.teacher, self.model, ema_momentum, distributed.local)
+        update_ema(self.teacher, self.model, ema_momentum, parallel.local)
         self.mark("ema")
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from data.sources.specs import ImageData
-from engine import checkpoint, distributed, optim
+from engine import checkpoint, distributed, optim, parallel
 from engine.config import TrainConfig, micro_batch_size
 from engine.health import CollapseWatch
 from engine.run import Run, TeacherOutputs
@@ -43,11 +43,11 @@ class Trainer:
         self.cfg, self.stages, self.device = cfg, stages, device
         self.student = student.to(device)
         self.teacher = make_teacher(self.student)
-        self.unsharded = distributed.UnshardedTeacher(
+        self.unsharded = parallel.UnshardedTeacher(
             self.teacher, cfg.strategy, device, cfg.precision
         )
         compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
-        distributed.prepare(self.student, cfg.checkpointing, compiled)
+        parallel.prepare(self.student, cfg.checkpointing, compiled)
         self.unsharded.place(self.student)
         self.unsharded.place(self.teacher)
         self.centering = centering.to(device)
@@ -89,7 +89,7 @@ class Trainer:
         used = self.student.uses_all(stage.schedules)
         freeze = optim.span_steps(cfg.optim.freeze_last_layer, stage.stop - stage.first)
         return OptimizationStep(
-            distributed.wrap(self.student, cfg.strategy, self.device, all_used=used),
+            parallel.wrap(self.student, cfg.strategy, self.device, all_used=used),
             self.teacher,
             self.optimizer,
             self.precision,

@@ -18,7 +18,7 @@ from data.device import cut_out, pack, resampling, shrink
 from data.loader import Batch, RawBatch, StepDataset, Views, make_loader
 from data.sources.mixture import Mixture
 from data.sources.specs import open_data
-from engine.config import CropsConfig, GramConfig, SizeConfig, load_config
+from engine.config import CropsConfig, GramConfig, IbotConfig, SizeConfig, load_config
 from engine.logger import read_metrics
 from engine.views import stage_loader, views_from
 from tests.data.test_guided import SPOT, Spotted
@@ -257,7 +257,7 @@ def assert_same(a: Batch, b: Batch, within: float = 0.0) -> None:
 
 def natural_views(**gram) -> list[Views]:
     crops = CropsConfig(global_size=32, local_size=16, local_count=3, policy="crops_only")
-    ibot = type("Ibot", (), {"mask_probability": 0.5, "mask_ratio": (0.1, 0.5)})
+    ibot = IbotConfig(mask_probability=0.5, mask_ratio=[0.1, 0.5])
     return views_from(crops, [0.0], [1.0], 8, ibot, GramConfig(**gram) if gram else None)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import distributed
+from engine import distributed, parallel
 from engine.config import load_config
 from engine.launch import read_launch
 from engine.optim import build_schedules
@@ -92,10 +92,10 @@ def test_a_process_takes_the_gpu_of_its_number(name, environment, gpus, device, 
 @pytest.mark.parametrize("precision, gathered", [("auto", True), ("bf16", True), ("fp32", False)])
 def test_fsdp_gathers_in_the_precision_that_computes(precision, gathered, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    policy = distributed.sharding_precision(precision, torch.device("cuda"))
+    policy = parallel.sharding_precision(precision, torch.device("cuda"))
     assert policy.param_dtype == (torch.bfloat16 if gathered else None)
     assert policy.reduce_dtype == (torch.float32 if gathered else None)
-    assert distributed.sharding_precision(precision, torch.device("cpu")).param_dtype is None
+    assert parallel.sharding_precision(precision, torch.device("cpu")).param_dtype is None
 
 
 @pytest.mark.parametrize("strategy", ["none", "ddp", "fsdp"])

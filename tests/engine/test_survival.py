@@ -211,7 +211,7 @@ def test_a_resumed_run_in_fp16_goes_on_with_the_same_scale(tiny, tmp_path, capsy
     half = [*tiny, *constant, "precision=fp16", "checkpoint.every=100"]
     train.main([*half, "total_steps=16", f"output_dir={tmp_path / 'whole'}"])
     said = capsys.readouterr().err
-    assert "before step 2, looking for the scale" in said and "before step 16" not in said, said
+    assert "before step 2, while fp16 lowers" in said and "before step 16" not in said, said
     train.main([*half, "total_steps=13"])
     train.main([*half, "total_steps=16"])
     assert metrics(folder_of(tiny)) == metrics(tmp_path / "whole")
