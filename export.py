@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from engine.cli import print_result, run_script
 from errors import UserError
+from files import read_yaml_file
 from models.features import Preprocessing
 from models.weights.load import find_weights, is_local, load_backbone
 from models.weights.save import FORMATS, write_backbone
@@ -206,7 +207,7 @@ def run_config(spec: str) -> dict[str, Any]:
     path = find_weights(name)
     for folder in list(path.resolve().parents)[:3]:
         if (folder / "config.yaml").is_file():
-            return yaml.safe_load((folder / "config.yaml").read_text()) or {}
+            return read_yaml_file(folder / "config.yaml") or {}
     return {}
 
 

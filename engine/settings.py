@@ -20,6 +20,7 @@ import yaml
 
 from engine.keys import all_keys, dotted, is_union, notes, sections_of, suggestion
 from errors import UserError
+from files import parse_yaml, read_yaml_file
 
 if TYPE_CHECKING:
     from engine.config import TrainConfig
@@ -65,10 +66,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[dict]:
     """
     if path.resolve() in above:
         raise UserError(f"{path} is its own base, by way of {', '.join(map(str, above))}")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no text, or `2020-99-99`
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml_file(path) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values")
     bases = values.pop("base", None) or []
@@ -86,8 +84,8 @@ def parse_override(argument: str) -> dict:
     if not equals or not key:
         raise UserError(f"cannot read {argument!r}: write key=value, such as optim.clip_grad=1.0")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        value = parse_yaml(text, argument)
+    except yaml.YAMLError:
         value = text  # DATA specs hold characters that YAML gives a meaning
     for part in reversed(key.split(".")):
         value = {part: value}
