@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from engine.cli import print_result, run_script
+from engine.cli import path_argument, print_result, run_script
 from errors import UserError
 from files import read_yaml_file
 from models.features import Preprocessing
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     model_help = "a run folder, RUN@step, RUN@best, weights, random:vit_small ..."
     add("--model", required=True, help=model_help)
     add("--format", required=True, choices=[*FORMATS, "onnx"])
-    add("--output", required=True, type=Path, help="folder for the files")
+    add("--output", required=True, type=path_argument, help="folder for the files")
     add("--size", type=int, nargs="+", help="onnx: one number, or height and width, in pixels")
     add("--opset", type=int, default=18, help="onnx: version of its operators, from 18 on")
     batch_help = "onnx: any number of images a call, not one"

@@ -5,7 +5,6 @@ keys change speed, logging or length; all others may not change when a run goes 
 """
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import Annotated, Any, Literal
 
 from engine import settings, validation
@@ -13,6 +12,7 @@ from engine.keys import Rule, is_size, is_span, rising, within
 from engine.lengths import length_in_steps, micro_batch_size, with_statistics
 from engine.settings import free, listed, section
 from engine.stages import stage_configs
+from files import expand
 
 __all__ = ["length_in_steps", "load_config", "micro_batch_size", "with_statistics"]
 
@@ -390,10 +390,8 @@ def load_config(
     Raises:
         UserError: one sentence naming the key, what was given and what is allowed.
     """
-    layers = settings.read_yaml(settings.find_config(config)) if config else []
-    layers += map(settings.parse_override, overrides)
-    written = [settings.write_out(schema, layer) for layer in layers]
-    cfg = settings.build(schema, reduce(settings.merge, written, {}))
+    cfg = settings.load(config, overrides, schema)
+    cfg.output_dir = str(expand(cfg.output_dir))
     for number, (_, _, stage) in enumerate(stage_configs(cfg)):
         later = number > 0
         validation.check_gram_teacher(stage, bool(later or cfg.init or stage.init), later)

@@ -11,16 +11,26 @@ import subprocess
 import types
 import typing
 from collections.abc import Callable
-from functools import reduce
+from decimal import Decimal, InvalidOperation
+from functools import partial, reduce
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
-from engine.keys import all_keys, dotted, is_union, notes, sections_of, suggestion
+from engine.keys import (
+    all_keys,
+    declared_type,
+    dotted,
+    is_text,
+    is_union,
+    notes,
+    sections_of,
+    suggestion,
+)
 from errors import UserError
-from files import parse_yaml, read_yaml_file
+from files import expand, parse_yaml, read_yaml_file
 
 if TYPE_CHECKING:
     from engine.config import TrainConfig
@@ -33,6 +43,7 @@ KINDS = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "text"},
     **{list: "a list such as [0.1, 0.5]", dict: "names and their keys", types.NoneType: "null"},
 }
+NULLS = ("", "~", "null", "Null", "NULL")  # in YAML
 Config = TypeVar("Config")  # a dataclass
 
 
@@ -49,16 +60,24 @@ def section(factory: Callable[[], Any], free: bool = False) -> Any:
     return dataclasses.field(default_factory=factory, metadata={"free": free})
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str | Path) -> Path:
     """The file `name`, as a path or in `configs/`."""
-    for path in (Path(name), CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.yaml"):
+    for path in (expand(name), CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.yaml"):
         if path.is_file():
             return path
     known = ", ".join(sorted(path.name for path in CONFIG_FOLDER.glob("*.yaml")))
     raise UserError(f"no configuration {name}: give a path or one of {known}")
 
 
-def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[dict]:
+def load(config: str | Path | None, overrides: list[str], schema: type[Config]) -> Config:
+    """Defaults of the schema, then a file with its bases, then `key=value`; the last one wins."""
+    layers = read_yaml(find_config(config), schema) if config else []
+    layers += [parse_override(override, schema) for override in overrides]
+    written = [write_out(schema, layer) for layer in layers]
+    return build(schema, reduce(merge, written, {}))
+
+
+def read_yaml(path: Path, schema: type, above: tuple[Path, ...] = ()) -> list[dict]:
     """The file's keys after those of its `base:`: layers, the last one wins.
 
     `base:` is a file or a list of files, relative to this one or in `configs/`; `above` are the
@@ -66,28 +85,31 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[dict]:
     """
     if path.resolve() in above:
         raise UserError(f"{path} is its own base, by way of {', '.join(map(str, above))}")
-    values = read_yaml_file(path) or {}
+    values = read_yaml_file(path, partial(is_text, schema)) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values")
     bases = values.pop("base", None) or []
     layers = []
     for base in bases if isinstance(bases, list) else [bases]:
-        beside = path.parent / str(base)
+        beside = path.parent / expand(str(base))
         below = beside if beside.is_file() else find_config(str(base))
-        layers += read_yaml(below, (*above, path.resolve()))
+        layers += read_yaml(below, schema, (*above, path.resolve()))
     return [*layers, values]
 
 
-def parse_override(argument: str) -> dict:
-    """ "a.b=1" as {"a": {"b": 1}}."""
+def parse_override(argument: str, schema: type) -> dict:
+    """ "a.b=1" as {"a": {"b": 1}}; where the schema declares text, the text as it stands."""
     key, equals, text = argument.partition("=")
     if not equals or not key:
         raise UserError(f"cannot read {argument!r}: write key=value, such as optim.clip_grad=1.0")
+    path = tuple(key.split("."))
     try:
-        value = parse_yaml(text, argument)
+        value = parse_yaml(text, argument, partial(is_text, schema), path)
     except yaml.YAMLError:
-        value = text  # DATA specs hold characters that YAML gives a meaning
-    for part in reversed(key.split(".")):
+        value = text  # which the declared type may refuse
+    if declared_type(schema, path) is str:
+        value = None if text in NULLS else text
+    for part in reversed(path):
         value = {part: value}
     return value
 
@@ -169,23 +191,32 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         return [convert(item, options[0], name) for item in value]
     if kind in (bool, dict, types.NoneType) and isinstance(value, kind):
         return value
-    if kind is str and isinstance(value, (str, int, float, Path)) and not isinstance(value, bool):
+    if kind is str and isinstance(value, (str, Path)) and str(value):
         return str(value)
-    number = _finite(value) if kind in (int, float) else None
-    if number is not None and (kind is float or number == int(number)):
-        return kind(number)
-    raise UserError(f"{name} is {value!r}; it must be {KINDS[kind]}")
+    number = _number(value, kind) if kind in (int, float) else None
+    if number is not None:
+        return number
+    raise UserError(f"{name} is {_shown(repr(value))}; it must be {KINDS[kind]}")
 
 
-def _finite(value: Any) -> float | None:
-    """The number that `value` is or spells, or None."""
+def _shown(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def _number(value: Any, kind: type) -> float | None:
+    """The number of a kind that `value` is or spells, or None."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
-        number = float(value)
-    except ValueError:
+        exact = Decimal(value)
+    except InvalidOperation:
         return None
-    return number if math.isfinite(number) else None
+    if not exact.is_finite():
+        return None
+    if kind is float:
+        number = float(exact)
+        return number if math.isfinite(number) else None
+    return int(exact) if abs(exact) < 2**63 and exact == int(exact) else None
 
 
 def check_rules(section: Any, path: str = "") -> None:
@@ -196,7 +227,8 @@ def check_rules(section: Any, path: str = "") -> None:
         for rule in notes(hint)[0]:
             if value is not None and not rule.holds(value):
                 or_null = ", or null" if types.NoneType in typing.get_args(hint) else ""
-                raise UserError(f"{full} is {value}; it must be {rule.words}{or_null}")
+                given = _shown(str(value))
+                raise UserError(f"{full} is {given}; it must be {rule.words}{or_null}")
         for inner in value if isinstance(value, list) else [value]:
             if dataclasses.is_dataclass(inner):
                 check_rules(inner, full)
@@ -235,8 +267,7 @@ def changed_keys(old: Config, new: Config, path: str = "", all_fields: bool = Fa
 
 def refuse_changes(cfg: "TrainConfig", saved: Path) -> None:
     """Raises UserError if `cfg` would change the result of the run that was begun with `saved`."""
-    layers = (write_out(type(cfg), layer) for layer in read_yaml(saved))
-    old = build(type(cfg), reduce(merge, layers, {}))
+    old = load(saved, [], type(cfg))
     changes = changed_keys(old, cfg) + changed_stages(old.stages, cfg.stages)
     if cfg.stages and old.total_steps != cfg.total_steps:
         lengths = f"{old.total_steps} -> {cfg.total_steps}"

@@ -44,6 +44,7 @@ from data.sources.mixture import Mixture, read_mixture
 from data.sources.published import open_hub, open_torchvision, torchvision_classes
 from data.sources.tar import open_tar
 from errors import UserError
+from files import expand
 
 __all__ = [
     "ImageData",
@@ -74,7 +75,7 @@ def open_data(spec: str, channels: int | None = 3) -> ImageData:
 
 
 def _open_mixture(path: str, channels: int | None) -> Mixture:
-    file = Path(path).expanduser()
+    file = expand(path)
     items = read_mixture(file)
     sources = []
     for spec, _, _ in items:
@@ -109,8 +110,9 @@ def _opener(kind: str) -> Callable[..., ImageData]:
 
 def _parse(spec: str) -> tuple[str, str, dict]:
     """(kind, path, options) of a spec, checked against what the kind takes."""
-    body, _, query = (spec, "", "") if Path(spec).expanduser().exists() else spec.partition("?")
-    place = Path(body).expanduser()
+    exists = os.path.exists(os.path.expanduser(os.path.expandvars(spec)))
+    body, _, query = (spec, "", "") if exists else spec.partition("?")
+    place = expand(body)
     if body not in KINDS and place.exists():
         kind, path = _kind_of_file(place), body
     else:
