@@ -42,7 +42,8 @@ Centering = Literal["ema", "sinkhorn", "none"]
 class DataConfig:
     """The images, and the processes that load them."""
 
-    train: str = "scenes?split=train"  # DATA to train on; labels are never used.
+    train: str = free("scenes?split=train")  # DATA to train on; labels are never used.
+    allow_change: bool = free(False)  # Whether a run may go on with other images than before.
     channels: Count = 3  # The model sees so many channels; other images are converted.
     # Mean of each channel; null: that of `init`, else of ImageNet (other channels: its average).
     # Give your own where images are much darker, as in X-rays.

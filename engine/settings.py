@@ -6,6 +6,7 @@ Each error is one sentence that names the key and the allowed values.
 
 import dataclasses
 import math
+import os
 import platform
 import subprocess
 import types
@@ -260,15 +261,41 @@ def changed_keys(old: Config, new: Config, path: str = "", all_fields: bool = Fa
         )
         if dataclasses.is_dataclass(after) and dataclasses.is_dataclass(before):
             changes += changed_keys(before, after, full, all_fields)
-        elif before != after and (all_fields or not item.metadata.get("free")):
+        elif all_fields or not item.metadata.get("free"):
+            if as_place(before) == as_place(after):
+                continue
             changes.append(f"{full} ({before} -> {after})")
     return changes
+
+
+def as_place(value: Any) -> Any:
+    """A text as the absolute path that it may be, so that two spellings of a path are equal."""
+    if not isinstance(value, str):
+        return value
+    return os.path.abspath(os.path.expanduser(os.path.expandvars(value)))
+
+
+def without_free(cls: type, values: Any) -> Any:
+    """A stage's keys without those that a run may change, and its texts as paths."""
+    if isinstance(values, list):
+        return [as_place(value) for value in values]
+    if not isinstance(values, dict):
+        return as_place(values)
+    sections, kept = sections_of(cls), {}
+    frees = {item.name for item in dataclasses.fields(cls) if item.metadata.get("free")}
+    for key, value in values.items():
+        if key in sections and isinstance(value, dict):
+            below = without_free(sections[key], value)
+            kept |= {key: below} if below else {}
+        elif key not in frees:
+            kept[key] = without_free(cls, value)
+    return kept
 
 
 def refuse_changes(cfg: "TrainConfig", saved: Path) -> None:
     """Raises UserError if `cfg` would change the result of the run that was begun with `saved`."""
     old = load(saved, [], type(cfg))
-    changes = changed_keys(old, cfg) + changed_stages(old.stages, cfg.stages)
+    changes = changed_keys(old, cfg) + changed_stages(old.stages, cfg.stages, type(cfg))
     if cfg.stages and old.total_steps != cfg.total_steps:
         lengths = f"{old.total_steps} -> {cfg.total_steps}"
         changes.append(f"total_steps ({lengths}; a run with stages grows by its last stage)")
@@ -278,7 +305,7 @@ def refuse_changes(cfg: "TrainConfig", saved: Path) -> None:
         raise UserError(f"{begun}: {', '.join(changes)}; {remedy}")
 
 
-def changed_stages(old: dict | None, new: dict | None) -> list[str]:
+def changed_stages(old: dict | None, new: dict | None, cls: type) -> list[str]:
     """Forbidden changes of the stages of a run: all but a longer last stage and further stages."""
     if old is None or new is None:
         words = "stages (there were none)" if old is None else "stages (left out)"
@@ -289,7 +316,8 @@ def changed_stages(old: dict | None, new: dict | None) -> list[str]:
     for number, (name, before) in enumerate(old.items(), 1):
         steps, then = before.get("steps"), new[name].get("steps")
         may_grow = number == len(old) and then >= steps
-        if before != new[name] | {"steps": steps} or not (steps == then or may_grow):
+        same = without_free(cls, before) == without_free(cls, new[name] | {"steps": steps})
+        if not same or not (steps == then or may_grow):
             given = f"{before} -> {new[name]}; only the last stage may grow"
             changes.append(f"stages.{name} ({given})")
     return changes

@@ -59,6 +59,9 @@ class FileImages(ImageData):
     def name(self, index: int) -> str:
         return str(self.root / os.fsdecode(self.files[index]))
 
+    def files_below(self) -> list[bytes]:
+        return self.files.tolist()
+
     def annotations(self, index: int) -> dict:
         if self.marks is None:
             return super().annotations(index)

@@ -10,6 +10,7 @@ Within a source no image repeats before all of it was seen. Step s is found with
 the steps before it, so a run resumes by naming a step.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,6 +71,11 @@ class Mixture(ImageData):
     def name(self, index: int) -> str:
         source, number = self._place(index)
         return source.name(number)
+
+    def fingerprint(self) -> str:
+        shares = [self.step_quotas.tolist(), self.quotas.tolist()]
+        parts = [source.fingerprint() for source in self.sources]
+        return hashlib.sha256(repr([shares, parts, self.starts.tolist()]).encode()).hexdigest()[:16]
 
     def annotations(self, index: int) -> dict:
         source, number = self._place(index)

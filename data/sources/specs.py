@@ -71,7 +71,25 @@ def open_data(spec: str, channels: int | None = 3) -> ImageData:
     kind, path, options = _parse(str(spec))
     if not path and kind != "scenes":
         raise UserError(f"{kind!r} needs a path: {kind}:PATH")
-    return _opener(kind)(path, channels, **options)
+    data = _opener(kind)(path, channels, **options)
+    data.origin = _origin(kind, path, options)
+    return data
+
+
+def _origin(kind: str, path: str, options: dict) -> str:
+    """What a spec says of its images, but for where they lie and what their names say already."""
+    parameters = inspect.signature(_opener(kind)).parameters
+    left_out = {"labels", "size", "download"} | ({"split"} if kind in NAMED else set())
+    said = {}
+    for key, value in sorted(options.items()):
+        usual = key in parameters and parameters[key].default == value
+        if key not in left_out and not usual:
+            said[key] = Path(value).name if isinstance(value, str) else value
+    if kind in NAMED:
+        return repr(said)
+    if kind in KINDS:
+        return f"{kind}:{Path(path).name if expand(path).exists() else path}?{said}"
+    return f"{kind}?{said}"
 
 
 def _open_mixture(path: str, channels: int | None) -> Mixture:
@@ -100,6 +118,7 @@ KINDS = {
     "mix": _open_mixture,
     "scenes": open_scenes,
 }
+NAMED = ("folder", "list", "tar")  # kinds whose images have names
 # The kind of a file that exists, by its extension; otherwise it is a list.
 KIND_OF_EXTENSION = {".tar": "tar", ".yaml": "mix", ".yml": "mix"}
 

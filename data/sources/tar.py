@@ -87,6 +87,9 @@ class TarImages(ImageData):
     def name(self, index: int) -> str:
         return f"{self.shards[self.shard[index]]}/{os.fsdecode(self.members[index])}"
 
+    def files_below(self) -> list[bytes]:
+        return list(self.members)
+
 
 def expand_braces(path: str) -> list[Path]:
     """shard-{000..127}.tar is 128 paths; several braces multiply.
