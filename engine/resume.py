@@ -45,7 +45,7 @@ def check_images(cfg: "TrainConfig", images: ImageData) -> None:
     if file.is_file():
         before, now = json.loads(file.read_text()), _content(cfg, images)
     else:
-        old = settings.load(Path(cfg.output_dir) / "config.yaml", [], type(cfg))
+        old = settings.load_saved(Path(cfg.output_dir) / "config.yaml", type(cfg))
         before, now = _specs(old), _specs(cfg)
     changes = [
         _difference(name, before[name], now[name])

@@ -73,9 +73,16 @@ def find_config(name: str | Path) -> Path:
 def load(config: str | Path | None, overrides: list[str], schema: type[Config]) -> Config:
     """Defaults of the schema, then a file with its bases, then `key=value`; the last one wins."""
     layers = read_yaml(find_config(config), schema) if config else []
-    layers += [parse_override(override, schema) for override in overrides]
     written = [write_out(schema, layer) for layer in layers]
-    return build(schema, reduce(merge, written, {}))
+    given = [write_out(schema, parse_override(override, schema)) for override in overrides]
+    return build(schema, reduce(lay_over, [*written, reduce(merge, given, {})], {}))
+
+
+def load_saved(path: Path, schema: type[Config]) -> Config:
+    """The configuration of a run, which may be of an earlier version."""
+    layer = reduce(merge, read_yaml(path, schema), {})
+    model = layer.get("model") or {}
+    return build(schema, lay_over(layer, {"model": {"arch": model["arch"]}} if model else {}))
 
 
 def read_yaml(path: Path, schema: type, above: tuple[Path, ...] = ()) -> list[dict]:
@@ -126,6 +133,15 @@ def merge(below: Any, above: Any) -> Any:
         below = {key: value for key, value in below.items() if key not in ONE_OF}
     both = {key: merge(below[key], above[key]) for key in above if key in below}
     return below | above | both
+
+
+def lay_over(below: dict, above: dict) -> dict:
+    """`merge`; where `above` chooses a model of timm, without the keys of the model below."""
+    model = above.get("model")
+    arch = model.get("arch") if isinstance(model, dict) else None
+    if str(arch).startswith("timm:"):
+        below = {key: value for key, value in below.items() if key != "model"}
+    return merge(below, above)
 
 
 def write_out(cls: type, values: Any, path: str = "") -> dict:
@@ -294,7 +310,7 @@ def without_free(cls: type, values: Any) -> Any:
 
 def refuse_changes(cfg: "TrainConfig", saved: Path) -> None:
     """Raises UserError if `cfg` would change the result of the run that was begun with `saved`."""
-    old = load(saved, [], type(cfg))
+    old = load_saved(saved, type(cfg))
     changes = changed_keys(old, cfg) + changed_stages(old.stages, cfg.stages, type(cfg))
     if cfg.stages and old.total_steps != cfg.total_steps:
         lengths = f"{old.total_steps} -> {cfg.total_steps}"

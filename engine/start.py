@@ -65,7 +65,7 @@ def load_init(cfg: TrainConfig) -> tuple[TrainConfig, nn.Module | None]:
         return cfg, None
     run = Path(cfg.output_dir)
     if has_begun(cfg) and (run / "teacher").is_dir():
-        saved = settings.load(run / "config.yaml", [], type(cfg)).data
+        saved = settings.load_saved(run / "config.yaml", type(cfg)).data
         mean, std = cfg.data.mean or saved.mean, cfg.data.std or saved.std
         data = dataclasses.replace(cfg.data, mean=mean, std=std)
         return dataclasses.replace(cfg, data=data), load_initial(run / "teacher", data.channels)

@@ -18,7 +18,7 @@ from engine.settings import (
     build,
     changed_keys,
     convert,
-    merge,
+    lay_over,
     read_yaml,
     to_dict,
     write_out,
@@ -78,7 +78,7 @@ def _entry(alone: DistillTrainConfig, name: str, keys: Any) -> Entry:
     base = to_dict(alone)
     lengths = {length: base[length] for length in ONE_OF}  # these are the run's
     try:
-        own = build(type(alone), merge(base, write_out(type(alone), keys)) | lengths)
+        own = build(type(alone), lay_over(base, write_out(type(alone), keys)) | lengths)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     for change in changed_keys(alone, own, all_fields=True):

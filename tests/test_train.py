@@ -21,6 +21,7 @@ from engine.stages import plan_stages
 from engine.views import stage_loader
 from models.ssl_model import make_teacher
 from models.weights.load import load_backbone
+from tests.conftest import of_timm
 from tests.processes import run_process
 
 ROOT = Path(__file__).parent.parent
@@ -314,7 +315,7 @@ def test_every_key_of_the_configuration_is_read(tiny, monkeypatch):
             train.train(cfg, torch.device("cpu"))
     every = {(cls.__name__, field.name) for cls in classes for field in dataclasses.fields(cls)}
     passed_whole = {
-        "ModelConfig",
+        "ModelConfig",  # key by key in tests/engine/test_unread_keys.py
         "Schedule",
         "ScheduleConfig",
         "CheckpointConfig",
@@ -394,8 +395,8 @@ def test_init_of_another_backbone_is_refused_with_the_settings_that_differ(tiny)
 
 
 def test_a_convolutional_backbone_trains_without_masks_and_is_refused_with_them(tiny):
-    arch = ["model.arch=timm:resnet10t", "crops.global_size=64", "crops.local_size=32"]
+    call = of_timm(tiny, "resnet10t")
     with pytest.raises(ValueError, match="mask"):
-        train.main([*tiny, *arch])
-    train.main([*tiny, *arch, "loss.ibot.weight=0", "overwrite=true"])
+        train.main(call)
+    train.main([*call, "loss.ibot.weight=0", "overwrite=true"])
     assert len(losses(folder_of(tiny))) == 4
