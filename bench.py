@@ -39,7 +39,7 @@ from engine.logger import memory_gib
 from engine.optim import build_schedules
 from engine.settings import find_config, read_yaml
 from engine.stages import Stage, plan_stages
-from engine.start import build_student, load_init
+from engine.start import build_student, load_init, training_stages
 from engine.student_run import StudentRun
 from engine.students import (
     loaded_stage,
@@ -107,7 +107,7 @@ def chosen_stage(cfg: TrainConfig, name: str | None) -> Stage:
     Raises:
         UserError: if there is no stage of that name.
     """
-    stages = plan_stages(cfg, None if cfg.stages else STEPS, build_schedules)
+    stages = training_stages(cfg, None if cfg.stages else STEPS)
     for stage in stages:
         if name in (None, stage.name):
             return stage

@@ -105,7 +105,7 @@ class CropsConfig:
 class ModelConfig:
     """The backbone. Null: what the preset says."""
 
-    arch: str = "vit_small"  # A preset of models/vit.py, or timm:NAME.
+    arch: str = "vit_small"  # A preset of models/vit.py, or timm:NAME, which reads no key below.
     patch_size: Side = 16  # Smaller is better and slower (quadratic).
     positions: Literal["learned", "rope"] = "learned"  # learned: DINO, DINOv2. rope: DINOv3.
     registers: CountOrZero = 0  # Extra tokens against artefacts in patches; 4 in DINOv3.

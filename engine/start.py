@@ -39,9 +39,25 @@ def plan_run(cfg: TrainConfig, images: ImageData) -> list[Stage]:
             f"strategy {cfg.strategy}: no launcher started several processes, so this one runs "
             "alone; torchrun --nproc_per_node N starts N"
         )
-    stages = plan_stages(cfg, length_in_steps(cfg, len(images)), build_schedules)
+    stages = training_stages(cfg, length_in_steps(cfg, len(images)))
     check_batches(stages)
     check_images(cfg, images)
+    return stages
+
+
+def training_stages(cfg: TrainConfig, total_steps: int | None) -> list[Stage]:
+    """As `plan_stages`, for training from one's own EMA, where iBOT hides patches.
+
+    Raises:
+        UserError: if the architecture cannot hide them.
+    """
+    stages = plan_stages(cfg, total_steps, build_schedules)
+    hides = any("ibot" in stage.schedules for stage in stages)
+    if hides and cfg.model.arch.startswith("timm:"):
+        remedy = "set loss.ibot.weight=0 and leave schedule.ibot out"
+        raise UserError(
+            f"loss.ibot hides patches, but {cfg.model.arch} has no mask token; {remedy}"
+        )
     return stages
 
 

@@ -13,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import bench
 import train
 from engine.config import load_config
 from engine.logger import read_metrics
 from engine.optim import build_schedules
 from engine.stages import plan_stages
 from engine.views import stage_loader
+from errors import UserError
 from models.ssl_model import make_teacher
 from models.weights.load import load_backbone
 from tests.conftest import of_timm
@@ -395,8 +397,16 @@ def test_init_of_another_backbone_is_refused_with_the_settings_that_differ(tiny)
 
 
 def test_a_convolutional_backbone_trains_without_masks_and_is_refused_with_them(tiny):
-    call = of_timm(tiny, "resnet10t")
-    with pytest.raises(ValueError, match="mask"):
-        train.main(call)
-    train.main([*call, "loss.ibot.weight=0", "overwrite=true"])
+    call = [*of_timm(tiny, "resnet10t"), "loss.ibot.weight=0"]
+    masked = ["loss.ibot.weight=1", "schedule.ibot=0.5"]
+    masked += ["stages={a: {steps: 2}, b: {steps: 2, loss: {ibot: {weight: 1}}}}"]
+    for override in masked:
+        for size in (32, 48, 64):  # whether the grid of masks is that of the last map or not
+            said = "loss.ibot hides patches, but timm:resnet10t has no mask token; set loss.ibot"
+            with pytest.raises(UserError, match=said):
+                train.main([*call, override, f"crops.global_size={size}"])
+        with pytest.raises(UserError, match="has no mask token"):
+            bench.main([*call, override, *(["--stage", "b"] if "stages" in override else [])])
+    assert not folder_of(tiny).exists()
+    train.main(call)
     assert len(losses(folder_of(tiny))) == 4
