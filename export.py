@@ -11,6 +11,8 @@ named on standard error and in the card. A model without a counterpart in a form
 
 import argparse
 import importlib.util
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,13 +39,16 @@ USAGE = {
     "onnx": 'onnxruntime.InferenceSession("FOLDER/model.onnx").run(None, {"images": images})  '
     "# (B, C, H, W)",
 }
-# Of the weights that a model may have started from; the first whose name contains the key.
+DINOV3 = (
+    "DINOv3 License (https://ai.meta.com/resources/models-and-libraries/dinov3-license/), "
+    "which binds derived weights too"
+)
+# Of weights that a model may have started from, by a name in a hub (regular expressions).
 LICENSES = {
-    "dinov3": "DINOv3 License (https://ai.meta.com/resources/models-and-libraries/dinov3-license/),"
-    " which binds derived weights too",
-    "dinov2": "Apache-2.0",
-    "dino": "Apache-2.0",
+    r"(hf:)?facebook/dinov3-.*|timm:.*[._]dinov3[._].*": DINOV3,
+    r"(hf:)?facebook/(dinov2|dino)-.*|timm:.*[._]dinov2[._].*|timm:.*\.dino": "Apache-2.0",
 }
+UNKNOWN = "unknown; that of the named weights holds"
 
 
 class Outputs(nn.Module):
@@ -173,10 +178,6 @@ def model_card(spec: str, format: str, backbone: nn.Module, notes: list[str]) ->
     """README.md: how to read the files and prepare images, and what the weights come from."""
     recipe = run_config(spec)
     start = str(recipe.get("init") or ("none" if recipe else spec))
-    known = (text for name, text in LICENSES.items() if name in start.lower())
-    license = next(known, "unknown; that of the named weights holds")
-    if start == "none" or start.startswith("random:"):
-        license = "no other weights, so it is yours to choose"
     data = (recipe.get("data") or {}).get("train", "unknown")
     preprocessing: Preprocessing = backbone.preprocessing
     crop = " x ".join(map(str, preprocessing.size))
@@ -185,7 +186,7 @@ def model_card(spec: str, format: str, backbone: nn.Module, notes: list[str]) ->
         "Architecture": ", ".join(f"{name}={value}" for name, value in backbone.config.items()),
         "Trained on": f"`{data}`",
         "Started from": f"`{start}`",
-        "Licence of the starting weights": license,
+        "Licence of the starting weights": license_of(start),
         "Images": f"values in [0, 1]; short side to {preprocessing.resize} pixels "
         f"({preprocessing.interpolation}), centre crop {crop}, mean {preprocessing.mean}, "
         f"std {preprocessing.std}",
@@ -197,6 +198,35 @@ def model_card(spec: str, format: str, backbone: nn.Module, notes: list[str]) ->
         text = yaml.safe_dump(recipe, sort_keys=False).rstrip()
         card += ["", "Recipe:", "", "```yaml", text, "```"]
     return "\n".join(card) + "\n"
+
+
+def license_of(start: str, followed: tuple[str, ...] = ()) -> str:
+    """The licence of the weights that training started from, from what is known for certain.
+
+    Names in hubs are, and what a run or a config.json says of its own start; a path says nothing.
+    """
+    name = start.partition("?")[0]
+    if name == "none" or name.startswith("random:"):
+        return "no other weights, so it is yours to choose"
+    for pattern, text in LICENSES.items():
+        if re.fullmatch(pattern, name):
+            return text
+    if not is_local(name) or name in followed:
+        return UNKNOWN
+    try:
+        recipe, path = run_config(name), find_weights(name)
+    except (OSError, UserError):  # it is gone
+        return UNKNOWN
+    if recipe:
+        return license_of(str(recipe.get("init") or "none"), (*followed, name))
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    config = json.loads(file.read_text()) if path.is_dir() and file.is_file() else {}
+    origin = str(config.get("_name_or_path", ""))
+    if origin.startswith("facebook/"):
+        return license_of(f"hf:{origin}")
+    kind = str(config.get("model_type", ""))
+    text = DINOV3 if kind.startswith("dinov3") else "Apache-2.0" if "dinov2" in kind else None
+    return f"{text}, if these are Meta's weights: config.json says {kind}" if text else UNKNOWN
 
 
 def run_config(spec: str) -> dict[str, Any]:

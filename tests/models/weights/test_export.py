@@ -1,6 +1,7 @@
 """Export: transformers, timm and onnxruntime compute what our model computes; no tensor is lost."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -365,7 +366,8 @@ def run(tmp_path):
     """What a run leaves, as far as exports look at it."""
     save_backbone(build(MODELS["DINOv3"]), tmp_path / "run" / "teacher", PREPROCESSING)
     recipe = (
-        "# commit 0\ninit: /weights/dinov3_vits16.pth\ndata: {train: 'folder:/scans'}\nseed: 7\n"
+        "# commit 0\ninit: hf:facebook/dinov3-vits16-pretrain-lvd1689m\n"
+        "data: {train: 'folder:/scans'}\nseed: 7\n"
     )
     (tmp_path / "run" / "config.yaml").write_text(recipe)
     return tmp_path / "run"
@@ -381,7 +383,7 @@ def test_exports_end_with_one_line_of_json_and_a_model_card(format, run, tmp_pat
     card = (tmp_path / "out" / "README.md").read_text()
     for part in (
         "folder:/scans",
-        "/weights/dinov3_vits16.pth",
+        "hf:facebook/dinov3-vits16",
         "DINOv3 License",
         "mean (0.1, 0.2, 0.3)",
         "seed: 7",
@@ -391,19 +393,66 @@ def test_exports_end_with_one_line_of_json_and_a_model_card(format, run, tmp_pat
     assert all(note in card for note in result["not_held"])
 
 
-def test_cards_name_the_licence_of_the_weights_that_were_started_from(run):
-    backbone = load_backbone(run)
-    for init, words in [
+def licence(run: Path, init: str) -> str:
+    (run / "config.yaml").write_text(f"init: {init}\n")
+    card = export.model_card(str(run), "hf", load_backbone(run), [])
+    return next(line for line in card.splitlines() if "Licence" in line)
+
+
+@pytest.mark.parametrize(
+    "init, words",
+    [
         ("hf:facebook/dinov2-small", "Apache-2.0"),
+        ("hf:facebook/dino-vits16", "Apache-2.0"),
+        ("hf:facebook/dinov3-vitl16-pretrain-sat493m", "DINOv3 License"),
+        ("timm:vit_small_patch16_dinov3.lvd1689m", "DINOv3 License"),
+        ("timm:convnext_tiny.dinov3_lvd1689m", "DINOv3 License"),
+        ("timm:vit_small_patch14_reg4_dinov2.lvd142m?channels=1", "Apache-2.0"),
+        ("timm:vit_small_patch16_224.dino", "Apache-2.0"),
         ("null", "no other weights"),
+        ("random:vit_nano", "no other weights"),
         ("/my/weights.pth", "unknown"),
-    ]:
-        (run / "config.yaml").write_text(f"init: {init}\n")
-        assert words in next(
-            line
-            for line in export.model_card(str(run), "hf", backbone, []).splitlines()
-            if "Licence" in line
-        )
+        ("/home/nanoDINO/dinov3_study/vits.pth", "unknown"),
+        ("hf:someone/dinov2-of-mine", "unknown"),
+        ("hf:medical/dinov3-x", "unknown"),
+        ("timm:resnet50.a1_in1k", "unknown"),
+        ("timm:vit_base_patch16_dinosaur", "unknown"),
+    ],
+)
+def test_the_licence_is_that_of_a_known_name_and_never_guessed_from_a_path(init, words, run):
+    assert words in licence(run, init)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"model_type": "dinov3_vit"}, "DINOv3 License"),
+        ({"model_type": "dinov2", "_name_or_path": "facebook/dinov2-base"}, ": Apache-2.0"),
+        ({"model_type": "vit", "_name_or_path": "facebook/dino-vitb8"}, ": Apache-2.0"),
+        ({"model_type": "vit", "_name_or_path": "me/dinov3"}, "unknown"),
+        ({"model_type": "dinov2"}, "Apache-2.0, if these are Meta's weights"),
+        ({"model_type": "nanodino"}, "unknown"),
+    ],
+)
+def test_the_licence_of_a_folder_is_what_its_config_says(config, words, run, tmp_path):
+    folder = tmp_path / "dinov3_study" / "dino"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").touch()
+    assert words in licence(run, str(folder))
+
+
+def test_the_licence_passes_from_run_to_run(run, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        (folder / "teacher").mkdir(parents=True)
+        (folder / "teacher/config.json").write_text('{"model_type": "dinov2"}')
+    (second / "config.yaml").write_text(f"init: {first}\n")
+    for init, words in (("hf:facebook/dinov3-x", "DINOv3 License"), ("null", "no other weights")):
+        (first / "config.yaml").write_text(f"init: {init}\n")
+        assert words in licence(run, str(second)), init
+    (first / "config.yaml").write_text(f"init: {second}\n")
+    assert "unknown" in licence(run, str(second))
 
 
 @pytest.mark.parametrize("name", ["DINO", "DINOv3"])
