@@ -34,6 +34,7 @@ from engine.cli import config_parser, run_script
 from engine.config import DistillTrainConfig, length_in_steps, load_config
 from engine.logger import say_passed_over
 from engine.optim import build_schedules
+from engine.parallel import place
 from engine.stages import Stage, plan_stages
 from engine.student_run import StopRequest, StudentRun, end_step, write_config
 from engine.students import (
@@ -63,7 +64,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def distill(cfg: DistillTrainConfig, device: torch.device) -> None:
     entries = student_configs(cfg)
-    teacher = open_teacher(cfg).to(device)
+    teacher = open_teacher(cfg)
+    teacher.backbone = place(teacher.backbone, cfg.strategy, device, cfg.precision)
+    teacher.to(device)
     heads = uses_heads(cfg, teacher)
     images = open_data(cfg.data.train, cfg.data.channels)
     say_passed_over(images)
@@ -99,8 +102,7 @@ def begins(student: StudentRun, images: ImageData) -> bool:
         return False
     cfg = student.cfg
     student.build(build_centering(cfg.loss, student.terms) if student.heads else nn.ModuleDict())
-    ema = student.trainer.unsharded.module
-    outputs = teacher_outputs(cfg, images, ema, student.device)
+    outputs = teacher_outputs(cfg, images, student.trainer.teacher, student.device)
     student.trainer.start(student.run, images, outputs)
     return True
 

@@ -155,9 +155,18 @@ def make_teacher(student: SSLModel) -> SSLModel:
 
 def host_copy(module: nn.Module) -> nn.Module:
     """A copy of the module in the host's memory; the device holds nothing twice."""
-    tensors = [*module.parameters(), *module.buffers()]
-    memo = {id(tensor): tensor.detach().to("cpu", copy=True) for tensor in tensors}
-    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=False) for p in module.parameters()}
+    return _copy_with(module, lambda weight: weight.detach().to("cpu", copy=True))
+
+
+def without_weights(module: nn.Module) -> nn.Module:
+    """A copy of the module with parameters that hold no numbers (on the device "meta")."""
+    return _copy_with(module, lambda weight: weight.detach().to("meta"))
+
+
+def _copy_with(module: nn.Module, copied: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A frozen copy with such parameters; its buffers are in the host's memory."""
+    memo = {id(buffer): buffer.detach().to("cpu", copy=True) for buffer in module.buffers()}
+    memo |= {id(p): nn.Parameter(copied(p), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, memo)
 
 
