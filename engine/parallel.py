@@ -139,25 +139,29 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def wrap(
-    module: nn.Module, strategy: str, device: torch.device, *, all_used: bool = True
-) -> nn.Module:
+def wrap(module: nn.Module, strategy: str, device: torch.device) -> nn.Module:
     """`module` made parallel; itself without a process group, or where it is sharded.
 
     Args:
         strategy: "ddp" averages the gradients over ranks; "none" leaves the module as it is.
-        all_used: whether every parameter takes part in every loss; where not, DDP looks for the
-            unused ones in each step.
     """
     if not active() or strategy != "ddp":
         return module
     devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        module,
-        device_ids=devices,
-        process_group=current_group(),
-        find_unused_parameters=not all_used,
-    )
+    return DistributedDataParallel(module, device_ids=devices, process_group=current_group())
+
+
+def unreached(module: nn.Module, loss: Tensor) -> list[nn.Parameter]:
+    """Parameters that train but get no gradient from this loss."""
+    seen, nodes, reached = set(), [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes.extend(following for following, _ in node.next_functions)
+            if hasattr(node, "variable"):
+                reached.add(node.variable)
+    return [p for p in module.parameters() if p.requires_grad and p not in reached]
 
 
 def unwrap(module: nn.Module) -> nn.Module:

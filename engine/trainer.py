@@ -87,10 +87,9 @@ class Trainer:
 
     def optimization_step(self, stage: Stage) -> OptimizationStep:
         cfg = stage.cfg
-        used = self.student.uses_all(stage.schedules)
         freeze = optim.span_steps(cfg.optim.freeze_last_layer, stage.stop - stage.first)
         return OptimizationStep(
-            parallel.wrap(self.student, cfg.strategy, self.device, all_used=used),
+            parallel.wrap(self.student, cfg.strategy, self.device),
             self.teacher,
             self.optimizer,
             self.precision,

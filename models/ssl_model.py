@@ -48,10 +48,6 @@ class SSLModel(nn.Module):
         self.dino_head = dino_head
         self.ibot_head = ibot_head
 
-    def uses_all(self, terms: Iterable[str]) -> bool:
-        """Whether every parameter takes part in a loss of these terms, which DDP has to know."""
-        return "dino" in terms and ("ibot" in terms or self.ibot_head is None)
-
     def forward(
         self,
         global_crops: Tensor,
