@@ -8,7 +8,6 @@ resumes by naming a step.
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -279,20 +278,6 @@ def step_masks(
     )
 
 
-def loader_workers(asked: int | None, device: str, ranks: int = 1) -> int:
-    """Loader processes of a rank: as `asked`; by default, on a GPU machine, its share of the
-    cores, at most 16.
-
-    0 where the CPU trains: there is no more work to spread, and threads that wait for a core held
-    by a loader cost more than the overlap gains.
-    """
-    if asked is not None or device != "cuda":
-        return asked or 0
-    allowed = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if allowed else os.cpu_count() or 1
-    return min(16, cores // ranks)
-
-
 def make_loader(
     data: ImageData,
     views: Sequence[Views],
@@ -304,7 +289,7 @@ def make_loader(
     shift: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    workers: int | None = 0,
+    workers: int = 0,
     device: str = "cpu",
     on_device: bool = False,
 ) -> DataLoader:
@@ -312,11 +297,7 @@ def make_loader(
 
     `.dataset` is the `StepDataset`; see there for the arguments that are not described here.
     A worker makes whole batches, with one thread. torch's global random state is not touched.
-
-    Args:
-        workers: processes; None = `loader_workers` for the `device` that the batches go to.
     """
-    workers = loader_workers(workers, device, world_size)
     steps = StepDataset(
         data,
         views,

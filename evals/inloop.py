@@ -1,6 +1,5 @@
 """Probes, pictures and exports of the teacher during training."""
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,11 +11,11 @@ from torch.utils.data import Dataset
 
 from data.annotated import Annotated, has_masks
 from data.augment import channel_statistics
-from data.loader import EvalDataset, first_readable, loader_workers
+from data.loader import EvalDataset, first_readable
 from data.sources.specs import ImageData, open_labelled
 from engine import distributed
 from engine.config import ProbeConfig, TrainConfig
-from engine.launch import ranks_here
+from engine.launch import loader_workers
 from engine.logger import say_passed_over
 from engine.parallel import is_sharded
 from engine.run import TeacherOutputs
@@ -43,8 +42,7 @@ def teacher_outputs(
     size = size_pair(cfg.crops.global_size)
     mean, std = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
     prepare = partial(EvalDataset, resize=max(size), size=size, mean=mean, std=std)
-    ranks = ranks_here(os.environ, distributed.world_size())
-    workers = loader_workers(cfg.data.workers, device.type, ranks)
+    workers = loader_workers(cfg.data.workers, device.type, distributed.world_size())
     reading: dict[str, Any] = {"workers": workers, "unreadable": {}}
     if is_sharded(cfg.strategy):
         reading["spare"] = torch.zeros(1, cfg.data.channels, *size, device=device)
