@@ -168,7 +168,7 @@ def student_step(
     for crops, target in update.micro_batches(micro_batches, targets):
         # 2. The student sees every crop, nothing hidden: masks say which patches are compared.
         with update.forward("forward"):
-            out = update.student(crops.global_crops, crops.local_crops, crops.masks, hide=False)
+            out = update.student(crops.global_crops, crops.local_crops, None, crops.masked())
 
         # 3. The loss is a weighted sum of the terms.
         losses = compute_losses(out, target, crops, loss, now)
@@ -215,7 +215,10 @@ def head_targets(
     dino = balance(centering["dino"], logits, teacher_temp)
     ibot = [None] * len(dino)
     if "ibot" in centering and micro_batches[0].masks is not None:
-        chosen = [F.normalize(on_grid(crops, grid)[crops.masks], dim=-1) for crops in micro_batches]
+        chosen = [
+            F.normalize(on_grid(crops, grid).flatten(0, 1)[crops.masked()], dim=-1)
+            for crops in micro_batches
+        ]
         logits = [teacher.patch_head.prototypes(rows) for rows in chosen]
         ibot = balance(centering["ibot"], logits, teacher_temp)
     targets = []

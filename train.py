@@ -123,7 +123,7 @@ def train_step(
     for crops, target in update.micro_batches(micro_batches, targets):
         # 2. The student sees every crop, with patches of the global crops hidden.
         with update.forward("forward"):
-            out = update.student(crops.global_crops, crops.local_crops, crops.masks)
+            out = update.student(crops.global_crops, crops.local_crops, crops.masks, crops.masked())
 
         # 3. The loss is a weighted sum of the terms.
         losses = compute_losses(out, target, crops, loss, now)
@@ -142,7 +142,7 @@ class Targets:
     """What the student should predict, without gradient."""
 
     dino: Tensor  # (G, B, K) probabilities over the prototypes
-    ibot: Tensor | None  # (M, K') probabilities, in the order of masks.flatten().nonzero()
+    ibot: Tensor | None  # (M, K') probabilities, in the order of `Batch.masked`
     gram: Tensor | None  # (G·B, N, D') patches of the Gram teacher
 
     def in_use(self, now: dict[str, float]) -> Tensor:
@@ -159,7 +159,7 @@ def teacher_targets(
     gram_teacher: nn.Module | None = None,
 ) -> list[Targets]:
     """One `Targets` a micro batch, centred and balanced over the whole batch and all ranks."""
-    outs = [teacher(crops.global_crops, masks=crops.masks, hide=False) for crops in micro_batches]
+    outs = [teacher(crops.global_crops, masked=crops.masked()) for crops in micro_batches]
     dino = balance(centering["dino"], [out.global_logits for out in outs], teacher_temp)
     ibot = gram = [None] * len(outs)
     if "ibot" in centering:

@@ -117,7 +117,7 @@ class MatchingStudent(nn.Module):
         global_crops: Tensor,
         local_crops: Tensor | None = None,
         masks: Tensor | None = None,
-        hide: bool = False,
+        masked: Tensor | None = None,
     ) -> MatchingOutput:
         """(G·B, C, H, W) normalised -> `MatchingOutput`.
 

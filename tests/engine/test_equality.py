@@ -39,7 +39,7 @@ def assert_equal(runs: dict[str, list[str]], folder: Path, script: str, steps: i
         assert two[name] == pytest.approx(one[name], rel=1e-5), name
 
 
-def test_ddp_trains_whatever_parameters_take_part(tmp_path):
+def test_ranks_train_whatever_parameters_take_part(tmp_path):
     """DDP waits for the gradients of all parameters: also of those that no term needs."""
     choices = {
         "untied": ["model.untie_cls_norm=true", "model.untie_local_cls_norm=true"],
@@ -55,12 +55,13 @@ def test_ddp_trains_whatever_parameters_take_part(tmp_path):
     runs["ibot"] = own_head
     runs["ibot-gram-later"] = [*own_head, "model.untie_cls_norm=true", *GRAM, "loss.gram.start=1"]
     runs["one-global"] = ["crops.global_count=1", "loss.ibot.weight=0", *choices["untied"]]
+    runs["fsdp"] = ["strategy=fsdp", "loss.ibot.weight=0", *choices["untied"], *choices["alone"]]
     runs["micro"] = [*own_head, *choices["untied"], "micro_batch_size=2"]
     runs = {name: [*SAME, "total_steps=3", *keys] for name, keys in runs.items()}
     assert_equal(runs, tmp_path, "train", 3)
 
 
-def test_ddp_distils_whatever_parameters_take_part(tmp_path):
+def test_ranks_distil_whatever_parameters_take_part(tmp_path):
     base = [*SAME, "total_steps=3", f"distill.teacher={TEACHER}", "loss.ibot.weight=0"]
     untied = ["model.untie_cls_norm=true", "model.untie_local_cls_norm=true"]
     runs = {
