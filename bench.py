@@ -33,13 +33,13 @@ import train
 from data.loader import Batch
 from data.sources.specs import open_data
 from engine import distributed
-from engine.cli import config_parser, print_result, run_script
+from engine.cli import config_parser, path_argument, print_result, run_script
 from engine.config import DistillTrainConfig, TrainConfig, load_config
 from engine.logger import memory_gib
 from engine.optim import build_schedules
 from engine.settings import find_config, read_yaml
 from engine.stages import Stage, plan_stages
-from engine.start import build_student, load_init
+from engine.start import build_student, load_init, training_stages
 from engine.student_run import StudentRun
 from engine.students import (
     loaded_stage,
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("steps", "warmup"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} is {getattr(arguments, name)}; it must be at least 1")
-    layers = read_yaml(find_config(arguments.config)) if arguments.config else []
+    layers = read_yaml(find_config(arguments.config), TrainConfig) if arguments.config else []
     if any("distill" in layer for layer in layers):
         measure_students(arguments)
         return
@@ -88,12 +88,12 @@ def parser() -> argparse.ArgumentParser:
     changes = {"nargs": "+", "metavar": "key=value,..."}
     flags.add_argument("--compare", **changes, help="variants that take turns with the base")
     trace = "trace of two further steps, and a table on standard error"
-    flags.add_argument("--profile", type=Path, metavar="FILE", help=trace)
+    flags.add_argument("--profile", type=path_argument, metavar="FILE", help=trace)
     memory = "memory a GPU, computed for --gpus; runs nothing"
     flags.add_argument("--memory", action="store_true", help=memory)
     gpus = "how many GPUs share the batch and the weights"
     flags.add_argument("--gpus", type=int, nargs="+", default=[1], help=gpus)
-    flags.add_argument("--output", type=Path, help="folder for the result as JSON")
+    flags.add_argument("--output", type=path_argument, help="folder for the result as JSON")
     return flags
 
 
@@ -107,7 +107,7 @@ def chosen_stage(cfg: TrainConfig, name: str | None) -> Stage:
     Raises:
         UserError: if there is no stage of that name.
     """
-    stages = plan_stages(cfg, None if cfg.stages else STEPS, build_schedules)
+    stages = training_stages(cfg, None if cfg.stages else STEPS)
     for stage in stages:
         if name in (None, stage.name):
             return stage

@@ -33,7 +33,7 @@ from data.corruptions import Copies
 from data.images import Chosen, ImageData
 from data.sources.specs import match_classes, open_data, open_labelled
 from engine import distributed
-from engine.cli import evaluation_parser, run_script
+from engine.cli import evaluation_parser, path_argument, run_script
 from engine.logger import say_passed_over
 from errors import UserError
 from evals.frozen import FrozenModel, run_evaluation
@@ -155,7 +155,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
     add("--temperature", type=float, default=0.07, help="of the vote; low favours the nearest")
     add("--retrieval", action="store_true", help="rank --train for each image of --val")
-    add("--truth", type=Path, metavar="FILE.json", help="what --retrieval should find")
+    add("--truth", type=path_argument, metavar="FILE.json", help="what --retrieval should find")
     add("--copies", action="store_true", help="copy detection")
     add("--whiten", metavar="DATA", help="images to learn PCA whitening from; labels not needed")
     add("--scales", type=float, nargs="+", default=[1.0], help="of images; DINO: 1 0.7071 0.5")

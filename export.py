@@ -19,8 +19,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from engine.cli import print_result, run_script
+from engine.cli import path_argument, print_result, run_script
 from errors import UserError
+from files import read_yaml_file
 from models.features import Preprocessing
 from models.weights.load import find_weights, is_local, load_backbone
 from models.weights.save import FORMATS, write_backbone
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     model_help = "a run folder, RUN@step, RUN@best, weights, random:vit_small ..."
     add("--model", required=True, help=model_help)
     add("--format", required=True, choices=[*FORMATS, "onnx"])
-    add("--output", required=True, type=Path, help="folder for the files")
+    add("--output", required=True, type=path_argument, help="folder for the files")
     add("--size", type=int, nargs="+", help="onnx: one number, or height and width, in pixels")
     add("--opset", type=int, default=18, help="onnx: version of its operators, from 18 on")
     batch_help = "onnx: any number of images a call, not one"
@@ -206,7 +207,7 @@ def run_config(spec: str) -> dict[str, Any]:
     path = find_weights(name)
     for folder in list(path.resolve().parents)[:3]:
         if (folder / "config.yaml").is_file():
-            return yaml.safe_load((folder / "config.yaml").read_text()) or {}
+            return read_yaml_file(folder / "config.yaml") or {}
     return {}
 
 

@@ -55,7 +55,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     cfg, initial = load_init(cfg)
     images = open_data(cfg.data.train, cfg.data.channels)
     say_passed_over(images)
-    stages = plan_run(cfg, len(images))
+    stages = plan_run(cfg, images)
     run = Run(cfg, stages, device, cfg.time_limit)
     if not run.open():
         return

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from data.images import ImageData
 from data.loader import EvalDataset
-from engine.cli import preparation, print_result, run_script
+from engine.cli import path_argument, preparation, print_result, run_script
 from engine.config import TrainConfig, load_config
 from engine.distributed import choose_device
 from engine.logger import notice, read_metrics
@@ -72,7 +72,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_window(task)
     add = task.add_argument
     add("--joint", action="store_true", help="one set of colours for all images")
-    add("--basis", type=Path, metavar="FILE", help="colours of FILE, which is written if missing")
+    add(
+        "--basis",
+        type=path_argument,
+        metavar="FILE",
+        help="colours of FILE, which is written if missing",
+    )
     add("--foreground", action="store_true", help="background patches are black")
 
     task = tasks.add_parser("attention", help="attention of CLS, head by head")
@@ -102,11 +107,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         task.add_argument("overrides", nargs="*", metavar="key=value", help=example)
 
     task = tasks.add_parser("curves", help="losses, probes and health over the steps of runs")
-    add = partial(task.add_argument, nargs="+", type=Path, required=True)
+    add = partial(task.add_argument, nargs="+", type=path_argument, required=True)
     add("--runs", metavar="DIR", help="output folders of train.py, overlaid")
 
     for task in tasks.choices.values():
-        task.add_argument("--output", type=Path, required=True, metavar="FILE.png")
+        task.add_argument("--output", type=path_argument, required=True, metavar="FILE.png")
     return parser.parse_args(argv)
 
 

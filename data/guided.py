@@ -20,6 +20,7 @@ from data.images import ImageData, NoAnnotations, first_annotations
 from data.pictures import read_image
 from data.sources.tables import LINE
 from errors import UserError
+from files import expand_listed
 
 # Purposes of random numbers; those below are the loader's and the mixture's.
 GUIDES, MARKED = range(24, 26)
@@ -167,9 +168,9 @@ class Marks:
     def __init__(self, rows: Iterable[dict[str, str]], folder: Path):
         self.folder, self.masks, self.boxes, self.lines = folder, {}, {}, {}
         for row in rows:
-            file = Path(row["file"]).as_posix()
+            file = Path(expand_listed(row["file"])).as_posix()
             if row.get("mask"):
-                self.masks[file] = row["mask"]
+                self.masks[file] = expand_listed(row["mask"])
             else:
                 self.boxes.setdefault(file, []).append(_box(row))
                 self.lines.setdefault(file, []).append(row.get(LINE, "?"))

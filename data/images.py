@@ -1,5 +1,7 @@
 """The small class behind every kind of data, and labels from names."""
 
+import hashlib
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,6 +33,7 @@ class ImageData(Dataset):
         classes: their names, or None.
         passed_over: a sentence with counts for each kind of thing that is not used.
         left_out: images that a probe cannot use, see `known_images` of data/sources/specs.py.
+        origin: what a spec says of its images, but for where they lie.
     """
 
     title: str
@@ -38,6 +41,7 @@ class ImageData(Dataset):
     classes: list[str] | None = None
     passed_over: list[str] | tuple = ()
     left_out: int = 0
+    origin: str = ""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -53,6 +57,20 @@ class ImageData(Dataset):
     def annotations(self, index: int) -> dict:
         """Boxes, masks, depth or keypoints, of the kinds of data that have them."""
         raise NoAnnotations(f"{self.name(index)} has no annotations beyond its class; `scenes` has")
+
+    def files_below(self) -> list[bytes]:
+        """Names of all images relative to where they lie, of the kinds of data that have them."""
+        return []
+
+    def fingerprint(self) -> str:
+        """A hash of `origin` and the names. No pixel is read."""
+        names = self.files_below()
+        # What all names begin with is where they lie, as in a list of absolute paths.
+        start = os.path.commonprefix([min(names), max(names)]) if names else b""
+        start = start.rpartition(b"/")[0]
+        found = hashlib.sha256(self.origin.encode("utf-8", "surrogateescape"))
+        found.update(b"\n".join(name[len(start) :] for name in names))
+        return found.hexdigest()[:16]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.image(index), -1 if self.labels is None else int(self.labels[index])

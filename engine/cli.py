@@ -16,6 +16,7 @@ from engine.config import TrainConfig
 from engine.distributed import RankLost
 from engine.keys import as_markdown, as_text, select
 from errors import UserError
+from files import expand
 from models.features import Preprocessing
 
 DONE, FAILED, MISTAKE, STOPPED = 0, 1, 2, 3
@@ -115,6 +116,14 @@ class ConfigParser(argparse.ArgumentParser):
         return parsed
 
 
+def path_argument(text: str) -> Path:
+    """The type of a flag that names a file or folder: `~` and `$VARIABLES` are replaced."""
+    try:
+        return expand(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def config_parser(description: str, schema: type = TrainConfig) -> argparse.ArgumentParser:
     """`--config NAME key=value ...`, and `--keys` of the configuration `schema`."""
     layout = argparse.RawDescriptionHelpFormatter
@@ -148,7 +157,7 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--resize", type=int, help=resize)
     size = "centre crop in pixels, one number or height width; by default the model's own"
     parser.add_argument("--size", type=int, nargs="+", help=size)
-    parser.add_argument("--output", type=Path, help="folder for the result as JSON")
+    parser.add_argument("--output", type=path_argument, help="folder for the result as JSON")
     return parser
 
 

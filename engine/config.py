@@ -5,7 +5,6 @@ keys change speed, logging or length; all others may not change when a run goes 
 """
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import Annotated, Any, Literal
 
 from engine import settings, validation
@@ -13,6 +12,7 @@ from engine.keys import Rule, is_size, is_span, rising, within
 from engine.lengths import length_in_steps, micro_batch_size, with_statistics
 from engine.settings import free, listed, section
 from engine.stages import stage_configs
+from files import expand
 
 __all__ = ["length_in_steps", "load_config", "micro_batch_size", "with_statistics"]
 
@@ -42,7 +42,8 @@ Centering = Literal["ema", "sinkhorn", "none"]
 class DataConfig:
     """The images, and the processes that load them."""
 
-    train: str = "scenes?split=train"  # DATA to train on; labels are never used.
+    train: str = free("scenes?split=train")  # DATA to train on; labels are never used.
+    allow_change: bool = free(False)  # Whether a run may go on with other images than before.
     channels: Count = 3  # The model sees so many channels; other images are converted.
     # Mean of each channel; null: that of `init`, else of ImageNet (other channels: its average).
     # Give your own where images are much darker, as in X-rays.
@@ -104,7 +105,7 @@ class CropsConfig:
 class ModelConfig:
     """The backbone. Null: what the preset says."""
 
-    arch: str = "vit_small"  # A preset of models/vit.py, or timm:NAME.
+    arch: str = "vit_small"  # A preset of models/vit.py, or timm:NAME, which reads no key below.
     patch_size: Side = 16  # Smaller is better and slower (quadratic).
     positions: Literal["learned", "rope"] = "learned"  # learned: DINO, DINOv2. rope: DINOv3.
     registers: CountOrZero = 0  # Extra tokens against artefacts in patches; 4 in DINOv3.
@@ -390,10 +391,8 @@ def load_config(
     Raises:
         UserError: one sentence naming the key, what was given and what is allowed.
     """
-    layers = settings.read_yaml(settings.find_config(config)) if config else []
-    layers += map(settings.parse_override, overrides)
-    written = [settings.write_out(schema, layer) for layer in layers]
-    cfg = settings.build(schema, reduce(settings.merge, written, {}))
+    cfg = settings.load(config, overrides, schema)
+    cfg.output_dir = str(expand(cfg.output_dir))
     for number, (_, _, stage) in enumerate(stage_configs(cfg)):
         later = number > 0
         validation.check_gram_teacher(stage, bool(later or cfg.init or stage.init), later)

@@ -26,7 +26,8 @@ This page is written by
 python distill.py --keys --markdown > docs/configuration.md
 ```
 
-It has every key of a configuration file and of the command line (`key=value`).
+It has every key of a configuration file and of the command line (`key=value`). A key of type text
+keeps its text: `output_dir=1.10` writes to `1.10`. `~` and `$VARIABLES` in paths are replaced.
 
 Without `--markdown` the same stands in your terminal; `python train.py --keys loss.dino` shows one
 section. Only `distill.py` reads the keys of `distill`; all others are read by `train.py` as well.
@@ -116,6 +117,24 @@ def sections_of(cls: type) -> dict[str, type]:
         if dataclasses.is_dataclass(inner):
             sections[name] = inner
     return sections
+
+
+def declared_type(cls: type, path: tuple[str, ...]) -> Any:
+    """The type of a key, also of a stage or a student, without null; None where there is no key."""
+    for above in (("stages",), ("distill", "students")):
+        if path[: len(above)] == above and len(path) > len(above) + 1:
+            return declared_type(cls, path[len(above) + 1 :])
+    hint = typing.get_type_hints(cls).get(path[0]) if path else None
+    if path[1:]:
+        inner = sections_of(cls).get(path[0])
+        return declared_type(inner, path[1:]) if inner else None
+    options = [option for option in typing.get_args(hint) if option is not types.NoneType]
+    return options[0] if is_union(hint) and len(options) == 1 else hint
+
+
+def is_text(cls: type, path: tuple[str, ...]) -> bool:
+    """Whether the values of a key are text."""
+    return path == ("base",) or declared_type(cls, path) in (str, list[str])
 
 
 def all_keys(cls: type, path: str = "") -> list[str]:

@@ -6,20 +6,32 @@ Each error is one sentence that names the key and the allowed values.
 
 import dataclasses
 import math
+import os
 import platform
 import subprocess
 import types
 import typing
 from collections.abc import Callable
-from functools import reduce
+from decimal import Decimal, InvalidOperation
+from functools import partial, reduce
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
-from engine.keys import all_keys, dotted, is_union, notes, sections_of, suggestion
+from engine.keys import (
+    all_keys,
+    declared_type,
+    dotted,
+    is_text,
+    is_union,
+    notes,
+    sections_of,
+    suggestion,
+)
 from errors import UserError
+from files import expand, parse_yaml, read_yaml_file
 
 if TYPE_CHECKING:
     from engine.config import TrainConfig
@@ -32,6 +44,7 @@ KINDS = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "text"},
     **{list: "a list such as [0.1, 0.5]", dict: "names and their keys", types.NoneType: "null"},
 }
+NULLS = ("", "~", "null", "Null", "NULL")  # in YAML
 Config = TypeVar("Config")  # a dataclass
 
 
@@ -48,16 +61,31 @@ def section(factory: Callable[[], Any], free: bool = False) -> Any:
     return dataclasses.field(default_factory=factory, metadata={"free": free})
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str | Path) -> Path:
     """The file `name`, as a path or in `configs/`."""
-    for path in (Path(name), CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.yaml"):
+    for path in (expand(name), CONFIG_FOLDER / name, CONFIG_FOLDER / f"{name}.yaml"):
         if path.is_file():
             return path
     known = ", ".join(sorted(path.name for path in CONFIG_FOLDER.glob("*.yaml")))
     raise UserError(f"no configuration {name}: give a path or one of {known}")
 
 
-def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[dict]:
+def load(config: str | Path | None, overrides: list[str], schema: type[Config]) -> Config:
+    """Defaults of the schema, then a file with its bases, then `key=value`; the last one wins."""
+    layers = read_yaml(find_config(config), schema) if config else []
+    written = [write_out(schema, layer) for layer in layers]
+    given = [write_out(schema, parse_override(override, schema)) for override in overrides]
+    return build(schema, reduce(lay_over, [*written, reduce(merge, given, {})], {}))
+
+
+def load_saved(path: Path, schema: type[Config]) -> Config:
+    """The configuration of a run, which may be of an earlier version."""
+    layer = reduce(merge, read_yaml(path, schema), {})
+    model = layer.get("model") or {}
+    return build(schema, lay_over(layer, {"model": {"arch": model["arch"]}} if model else {}))
+
+
+def read_yaml(path: Path, schema: type, above: tuple[Path, ...] = ()) -> list[dict]:
     """The file's keys after those of its `base:`: layers, the last one wins.
 
     `base:` is a file or a list of files, relative to this one or in `configs/`; `above` are the
@@ -65,31 +93,31 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[dict]:
     """
     if path.resolve() in above:
         raise UserError(f"{path} is its own base, by way of {', '.join(map(str, above))}")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no text, or `2020-99-99`
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml_file(path, partial(is_text, schema)) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys and values")
     bases = values.pop("base", None) or []
     layers = []
     for base in bases if isinstance(bases, list) else [bases]:
-        beside = path.parent / str(base)
+        beside = path.parent / expand(str(base))
         below = beside if beside.is_file() else find_config(str(base))
-        layers += read_yaml(below, (*above, path.resolve()))
+        layers += read_yaml(below, schema, (*above, path.resolve()))
     return [*layers, values]
 
 
-def parse_override(argument: str) -> dict:
-    """ "a.b=1" as {"a": {"b": 1}}."""
+def parse_override(argument: str, schema: type) -> dict:
+    """ "a.b=1" as {"a": {"b": 1}}; where the schema declares text, the text as it stands."""
     key, equals, text = argument.partition("=")
     if not equals or not key:
         raise UserError(f"cannot read {argument!r}: write key=value, such as optim.clip_grad=1.0")
+    path = tuple(key.split("."))
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        value = text  # DATA specs hold characters that YAML gives a meaning
-    for part in reversed(key.split(".")):
+        value = parse_yaml(text, argument, partial(is_text, schema), path)
+    except yaml.YAMLError:
+        value = text  # which the declared type may refuse
+    if declared_type(schema, path) is str:
+        value = None if text in NULLS else text
+    for part in reversed(path):
         value = {part: value}
     return value
 
@@ -105,6 +133,15 @@ def merge(below: Any, above: Any) -> Any:
         below = {key: value for key, value in below.items() if key not in ONE_OF}
     both = {key: merge(below[key], above[key]) for key in above if key in below}
     return below | above | both
+
+
+def lay_over(below: dict, above: dict) -> dict:
+    """`merge`; where `above` chooses a model of timm, without the keys of the model below."""
+    model = above.get("model")
+    arch = model.get("arch") if isinstance(model, dict) else None
+    if str(arch).startswith("timm:"):
+        below = {key: value for key, value in below.items() if key != "model"}
+    return merge(below, above)
 
 
 def write_out(cls: type, values: Any, path: str = "") -> dict:
@@ -171,23 +208,32 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         return [convert(item, options[0], name) for item in value]
     if kind in (bool, dict, types.NoneType) and isinstance(value, kind):
         return value
-    if kind is str and isinstance(value, (str, int, float, Path)) and not isinstance(value, bool):
+    if kind is str and isinstance(value, (str, Path)) and str(value):
         return str(value)
-    number = _finite(value) if kind in (int, float) else None
-    if number is not None and (kind is float or number == int(number)):
-        return kind(number)
-    raise UserError(f"{name} is {value!r}; it must be {KINDS[kind]}")
+    number = _number(value, kind) if kind in (int, float) else None
+    if number is not None:
+        return number
+    raise UserError(f"{name} is {_shown(repr(value))}; it must be {KINDS[kind]}")
 
 
-def _finite(value: Any) -> float | None:
-    """The number that `value` is or spells, or None."""
+def _shown(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def _number(value: Any, kind: type) -> float | None:
+    """The number of a kind that `value` is or spells, or None."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
-        number = float(value)
-    except ValueError:
+        exact = Decimal(value)
+    except InvalidOperation:
         return None
-    return number if math.isfinite(number) else None
+    if not exact.is_finite():
+        return None
+    if kind is float:
+        number = float(exact)
+        return number if math.isfinite(number) else None
+    return int(exact) if abs(exact) < 2**63 and exact == int(exact) else None
 
 
 def check_rules(section: Any, path: str = "") -> None:
@@ -198,7 +244,8 @@ def check_rules(section: Any, path: str = "") -> None:
         for rule in notes(hint)[0]:
             if value is not None and not rule.holds(value):
                 or_null = ", or null" if types.NoneType in typing.get_args(hint) else ""
-                raise UserError(f"{full} is {value}; it must be {rule.words}{or_null}")
+                given = _shown(str(value))
+                raise UserError(f"{full} is {given}; it must be {rule.words}{or_null}")
         for inner in value if isinstance(value, list) else [value]:
             if dataclasses.is_dataclass(inner):
                 check_rules(inner, full)
@@ -230,16 +277,41 @@ def changed_keys(old: Config, new: Config, path: str = "", all_fields: bool = Fa
         )
         if dataclasses.is_dataclass(after) and dataclasses.is_dataclass(before):
             changes += changed_keys(before, after, full, all_fields)
-        elif before != after and (all_fields or not item.metadata.get("free")):
+        elif all_fields or not item.metadata.get("free"):
+            if as_place(before) == as_place(after):
+                continue
             changes.append(f"{full} ({before} -> {after})")
     return changes
 
 
+def as_place(value: Any) -> Any:
+    """A text as the absolute path that it may be, so that two spellings of a path are equal."""
+    if not isinstance(value, str):
+        return value
+    return os.path.abspath(os.path.expanduser(os.path.expandvars(value)))
+
+
+def without_free(cls: type, values: Any) -> Any:
+    """A stage's keys without those that a run may change, and its texts as paths."""
+    if isinstance(values, list):
+        return [as_place(value) for value in values]
+    if not isinstance(values, dict):
+        return as_place(values)
+    sections, kept = sections_of(cls), {}
+    frees = {item.name for item in dataclasses.fields(cls) if item.metadata.get("free")}
+    for key, value in values.items():
+        if key in sections and isinstance(value, dict):
+            below = without_free(sections[key], value)
+            kept |= {key: below} if below else {}
+        elif key not in frees:
+            kept[key] = without_free(cls, value)
+    return kept
+
+
 def refuse_changes(cfg: "TrainConfig", saved: Path) -> None:
     """Raises UserError if `cfg` would change the result of the run that was begun with `saved`."""
-    layers = (write_out(type(cfg), layer) for layer in read_yaml(saved))
-    old = build(type(cfg), reduce(merge, layers, {}))
-    changes = changed_keys(old, cfg) + changed_stages(old.stages, cfg.stages)
+    old = load_saved(saved, type(cfg))
+    changes = changed_keys(old, cfg) + changed_stages(old.stages, cfg.stages, type(cfg))
     if cfg.stages and old.total_steps != cfg.total_steps:
         lengths = f"{old.total_steps} -> {cfg.total_steps}"
         changes.append(f"total_steps ({lengths}; a run with stages grows by its last stage)")
@@ -249,7 +321,7 @@ def refuse_changes(cfg: "TrainConfig", saved: Path) -> None:
         raise UserError(f"{begun}: {', '.join(changes)}; {remedy}")
 
 
-def changed_stages(old: dict | None, new: dict | None) -> list[str]:
+def changed_stages(old: dict | None, new: dict | None, cls: type) -> list[str]:
     """Forbidden changes of the stages of a run: all but a longer last stage and further stages."""
     if old is None or new is None:
         words = "stages (there were none)" if old is None else "stages (left out)"
@@ -260,7 +332,8 @@ def changed_stages(old: dict | None, new: dict | None) -> list[str]:
     for number, (name, before) in enumerate(old.items(), 1):
         steps, then = before.get("steps"), new[name].get("steps")
         may_grow = number == len(old) and then >= steps
-        if before != new[name] | {"steps": steps} or not (steps == then or may_grow):
+        same = without_free(cls, before) == without_free(cls, new[name] | {"steps": steps})
+        if not same or not (steps == then or may_grow):
             given = f"{before} -> {new[name]}; only the last stage may grow"
             changes.append(f"stages.{name} ({given})")
     return changes

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.optim import span_steps
-from engine.settings import build, changed_keys, merge, to_dict, write_out
+from engine.settings import build, changed_keys, convert, merge, to_dict, write_out
 from errors import UserError
 
 if TYPE_CHECKING:
@@ -67,10 +67,9 @@ def stage_configs(
     for name, keys in cfg.stages.items():
         keys = dict(keys) if isinstance(keys, dict) else {}
         steps = keys.pop("steps", None)
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise UserError(
-                f"stages.{name}.steps is {steps!r}; it must be a number of steps, at least 1"
-            )
+        steps = convert(steps, int, f"stages.{name}.steps")
+        if steps < 1:
+            raise UserError(f"stages.{name}.steps is {steps}; it must be at least 1")
         try:
             keys = write_out(type(cfg), keys)
             stage = build(type(cfg), merge(_without_schedules(base, keys), keys))

@@ -1,14 +1,17 @@
 """Building a student, with new weights or with those of `init: MODEL`."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
 from torch import nn
 
-from engine import distributed
+from data.images import ImageData
+from engine import distributed, settings
 from engine.config import TrainConfig, length_in_steps, micro_batch_size, with_statistics
 from engine.logger import notice
 from engine.optim import build_schedules
+from engine.resume import check_images, has_begun
 from engine.stages import Stage, plan_stages
 from errors import UserError
 from models.ssl_model import SSLModel, build_ssl_model
@@ -24,19 +27,37 @@ FREE = {
 }
 
 
-def plan_run(cfg: TrainConfig, images: int) -> list[Stage]:
-    """The stages of a run over a data set of that many images.
+def plan_run(cfg: TrainConfig, images: ImageData) -> list[Stage]:
+    """The stages of a run over a data set.
 
     Raises:
-        UserError: if the batch of a stage cannot be divided. Nothing was computed or written yet.
+        UserError: if the batch of a stage cannot be divided, or the run began with other images.
+            Nothing was computed or written yet.
     """
     if distributed.runs_alone(cfg.strategy):
         notice(
             f"strategy {cfg.strategy}: no launcher started several processes, so this one runs "
             "alone; torchrun --nproc_per_node N starts N"
         )
-    stages = plan_stages(cfg, length_in_steps(cfg, images), build_schedules)
+    stages = training_stages(cfg, length_in_steps(cfg, len(images)))
     check_batches(stages)
+    check_images(cfg, images)
+    return stages
+
+
+def training_stages(cfg: TrainConfig, total_steps: int | None) -> list[Stage]:
+    """As `plan_stages`, for training from one's own EMA, where iBOT hides patches.
+
+    Raises:
+        UserError: if the architecture cannot hide them.
+    """
+    stages = plan_stages(cfg, total_steps, build_schedules)
+    hides = any("ibot" in stage.schedules for stage in stages)
+    if hides and cfg.model.arch.startswith("timm:"):
+        remedy = "set loss.ibot.weight=0 and leave schedule.ibot out"
+        raise UserError(
+            f"loss.ibot hides patches, but {cfg.model.arch} has no mask token; {remedy}"
+        )
     return stages
 
 
@@ -52,9 +73,18 @@ def check_batches(stages: list[Stage]) -> None:
 
 
 def load_init(cfg: TrainConfig) -> tuple[TrainConfig, nn.Module | None]:
-    """(configuration, backbone) with mean, std and weights of `init`; None without `init`."""
+    """(configuration, backbone) with mean, std and weights of `init`; None without `init`.
+
+    A run that has begun needs `init` no more: its own teacher has the same architecture.
+    """
     if not cfg.init:
         return cfg, None
+    run = Path(cfg.output_dir)
+    if has_begun(cfg) and (run / "teacher").is_dir():
+        saved = settings.load_saved(run / "config.yaml", type(cfg)).data
+        mean, std = cfg.data.mean or saved.mean, cfg.data.std or saved.std
+        data = dataclasses.replace(cfg.data, mean=mean, std=std)
+        return dataclasses.replace(cfg, data=data), load_initial(run / "teacher", data.channels)
     initial = load_initial(cfg.init, cfg.data.channels)
     return with_statistics(cfg, initial.preprocessing), initial
 
@@ -87,7 +117,7 @@ def build_student(cfg: TrainConfig, masked: bool, initial: nn.Module | None = No
     dino, ibot = cfg.loss.dino, cfg.loss.ibot
     own_ibot_head = masked and ibot.prototypes is not None
     model = build_ssl_model(backbone, dino, ibot if own_ibot_head else None, dino.last_layer)
-    if initial is not None:
+    if initial is not None and not has_begun(cfg):
         start_from(model, initial, cfg.init)
     return model
 

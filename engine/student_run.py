@@ -19,6 +19,7 @@ from engine.config import DistillTrainConfig
 from engine.health import health, warn_of_same_pictures
 from engine.logger import notice
 from engine.optim import build_schedules
+from engine.resume import check_images
 from engine.run import Run, note_stop_signals
 from engine.settings import provenance, refuse_changes, to_yaml
 from engine.stages import Stage, plan_stages
@@ -165,6 +166,8 @@ def write_config(
     begun = any(latest_step(Path(entry.cfg.output_dir)) for entry in entries)
     if begun and not cfg.overwrite and (folder / "config.yaml").is_file():
         refuse_changes(cfg, folder / "config.yaml")
+    for entry in entries:
+        check_images(entry.cfg, images)
     distributed.barrier()
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)

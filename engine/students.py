@@ -17,7 +17,8 @@ from engine.settings import (
     ONE_OF,
     build,
     changed_keys,
-    merge,
+    convert,
+    lay_over,
     read_yaml,
     to_dict,
     write_out,
@@ -69,14 +70,15 @@ def _entry(alone: DistillTrainConfig, name: str, keys: Any) -> Entry:
         )
     keys = dict(keys)
     share = keys.pop("share", 1)
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or share <= 0:
-        raise UserError(f"{where}.share is {share!r}; it must be a number above 0")
+    share = convert(share, float, f"{where}.share")
+    if share <= 0:
+        raise UserError(f"{where}.share is {share}; it must be a number above 0")
     if not name or Path(name).name != name:
         raise UserError(f"{where}: a student's name is that of its folder")
     base = to_dict(alone)
     lengths = {length: base[length] for length in ONE_OF}  # these are the run's
     try:
-        own = build(type(alone), merge(base, write_out(type(alone), keys)) | lengths)
+        own = build(type(alone), lay_over(base, write_out(type(alone), keys)) | lengths)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     for change in changed_keys(alone, own, all_fields=True):
@@ -177,7 +179,7 @@ def _command_that_makes(run: str) -> str:
     For any other folder: "".
     """
     for path in sorted(CONFIG_FOLDER.glob("*.yaml")):
-        layers = read_yaml(path)
+        layers = read_yaml(path, DistillTrainConfig)
         folders = [layer["output_dir"] for layer in layers if "output_dir" in layer]
         if folders and Path(folders[-1]) == Path(run):
             script = "distill.py" if any("distill" in layer for layer in layers) else "train.py"

@@ -10,6 +10,7 @@ from data.sources.specs import ImageData
 from engine import checkpoint, distributed, optim, parallel
 from engine.config import TrainConfig, micro_batch_size
 from engine.health import CollapseWatch
+from engine.resume import record_images
 from engine.run import Run, TeacherOutputs
 from engine.stages import Stage
 from engine.start import load_initial, start_from
@@ -61,6 +62,8 @@ class Trainer:
     def start(self, run: Run, images: ImageData, outputs: TeacherOutputs) -> None:
         """Loads the run's checkpoint, if there is one."""
         self.run = run
+        if distributed.is_main():
+            record_images(self.cfg, images)
         watch = CollapseWatch(self.cfg.health.on_collapse)
         run.start(self._state(), outputs, len(images), self.copies.make, watch)
 

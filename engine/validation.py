@@ -7,7 +7,7 @@ from engine.settings import ONE_OF
 from errors import UserError
 
 if TYPE_CHECKING:
-    from engine.config import CropsConfig, GramConfig, ScheduleConfig, TrainConfig
+    from engine.config import CropsConfig, GramConfig, ModelConfig, ScheduleConfig, TrainConfig
 
 
 def check_keys_together(cfg: "TrainConfig") -> None:
@@ -27,7 +27,11 @@ def broken_rules(cfg: "TrainConfig") -> Iterator[str]:
         values = getattr(cfg.data, name)
         if values is not None and len(values) != cfg.data.channels:
             yield f"data.{name} needs {cfg.data.channels} values, one a channel"
-    yield from _rules_of_crops(cfg.crops, cfg.model.patch_size)
+    yield from _rules_of_model(cfg.model)
+    if not cfg.model.arch.startswith("timm:"):
+        yield from _rules_of_crop_sizes(cfg.crops, cfg.model.patch_size)
+    if cfg.crops.mix == []:
+        yield "crops.mix is empty; give pairs of sizes, or null"
     yield from _rules_of_losses(cfg)
     yield from _rules_of_gram(cfg.loss.gram)
     yield from _rules_of_schedules(cfg.schedule)
@@ -40,9 +44,21 @@ def broken_rules(cfg: "TrainConfig") -> Iterator[str]:
         yield f"guard.action is {guard.action}, but {guard.probe} is not measured; {remedy}"
 
 
-def _rules_of_crops(crops: "CropsConfig", patch_size: int) -> Iterator[str]:
-    if crops.mix == []:
-        yield "crops.mix is empty; give pairs of sizes, or null"
+def _rules_of_model(model: "ModelConfig") -> Iterator[str]:
+    """A key that the architecture does not read may not be set."""
+    values, defaults = vars(model), vars(type(model)())
+    unread, why = [], f"{model.arch} does not read it"
+    if model.arch.startswith("timm:"):
+        unread = [name for name in values if name != "arch"]
+    elif model.positions != "rope":
+        unread = [name for name in values if name.startswith("rope_")]
+        why = f"model.positions is {model.positions}, which does not read it"
+    for name in unread:
+        if values[name] != defaults[name]:
+            yield f"model.{name} is {values[name]}, but {why}; leave it out"
+
+
+def _rules_of_crop_sizes(crops: "CropsConfig", patch_size: int) -> Iterator[str]:
     kinds = ("global_size", "local_size") if crops.local_count else ("global_size",)
     for sizes in [crops, *(crops.mix or [])]:
         for kind in kinds:

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 import torch
 from torch.utils.data import DataLoader
 
-from data.augment import POLICIES, AugmentPolicy, CropSpec, MultiCrop, channel_statistics
+from data.augment import POLICIES, CropSpec, MultiCrop, channel_statistics
 from data.distillation import CropAdapter
 from data.guided import Guidance, has_marks, require_marks
 from data.images import ImageData
@@ -35,6 +35,12 @@ from engine.validation import size_pair
 from errors import UserError
 from models.features import Preprocessing
 
+# Keys of `crops` that are read by their names; all others are fields of AugmentPolicy.
+NOT_OF_POLICY = {
+    *("global_size", "global_scale", "global_count", "local_size", "local_scale", "local_count"),
+    *("policy", "guided", "guided_globals", "guided_share", "mix"),
+}
+
 
 def multi_crop_from(
     crops: CropsConfig,
@@ -55,10 +61,10 @@ def multi_crop_from(
     if crops.policy not in POLICIES:
         raise UserError(f"unknown crops.policy {crops.policy!r}; choose from {', '.join(POLICIES)}")
     changes = {}
-    for field in fields(AugmentPolicy):
-        value = getattr(crops, field.name, None)
+    for name in (field.name for field in fields(crops) if field.name not in NOT_OF_POLICY):
+        value = getattr(crops, name)
         if value is not None:
-            changes[field.name] = tuple(value) if isinstance(value, list) else value
+            changes[name] = tuple(value) if isinstance(value, list) else value
     sizes = sizes or crops
     global_size, local_size = size_pair(sizes.global_size), size_pair(sizes.local_size)
     gram_size = None

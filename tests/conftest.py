@@ -44,6 +44,12 @@ TINY = [
 ]
 
 
+def of_timm(call: list[str], name: str) -> list[str]:
+    """The overrides with a model of timm in place of the tiny ViT, whose keys it does not read."""
+    kept = [part for part in call if not part.startswith("model.")]
+    return [*kept, f"model.arch=timm:{name}", "crops.global_size=64", "crops.local_size=32"]
+
+
 DRAWING = {name: getattr(inloop, name) for name in ("draw_curves", "report_teacher")}
 
 

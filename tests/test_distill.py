@@ -576,7 +576,7 @@ def test_a_wrong_pairing_is_one_sentence(shared, overrides, words):
         distill.main(
             [
                 *shared,
-                "distill.students.a.model.depth=1",
+                "distill.students.a={}",
                 *overrides,
                 f"output_dir={folder_of(shared)}",
             ]

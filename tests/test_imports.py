@@ -10,12 +10,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("models", "losses", "data", "engine", "evals")
 TOP = {path.stem for path in ROOT.glob("*.py")} - {"conftest"}
-SCRIPTS = TOP - {"errors"}
+LIBRARY = {"errors", "files"}  # at the top, for all rooms
+SCRIPTS = TOP - LIBRARY
 FILES = [
     *(path for room in ROOMS for path in (ROOT / room).rglob("*.py")),
     *(ROOT / f"{name}.py" for name in TOP),
 ]
-# What the files of a room may import besides the standard library, the room itself and errors.py.
+# What the files of a room may import besides the standard library, the room itself and LIBRARY.
 ALLOWED = {
     "models": {"torch", "timm", "safetensors", "huggingface_hub"},
     "losses": {"torch"},
@@ -54,7 +55,7 @@ def test_rooms_import_only_what_they_may(room):
             root = name.split(".")[0]
             assert (
                 root in sys.stdlib_module_names
-                or root in (room, "errors")
+                or root in {room, *LIBRARY}
                 or ALLOWED[room] & {root, name}
             ), f"{path.relative_to(ROOT)} imports {name}"
 

@@ -11,10 +11,10 @@ import pytest
 
 import eval_knn
 import train
-from tests.processes import run_process
+from tests.processes import LIBRARY, run_process
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name != "errors.py")
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.stem not in LIBRARY)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

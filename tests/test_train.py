@@ -13,14 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import bench
 import train
 from engine.config import load_config
 from engine.logger import read_metrics
 from engine.optim import build_schedules
 from engine.stages import plan_stages
 from engine.views import stage_loader
+from errors import UserError
 from models.ssl_model import make_teacher
 from models.weights.load import load_backbone
+from tests.conftest import of_timm
 from tests.processes import run_process
 
 ROOT = Path(__file__).parent.parent
@@ -314,7 +317,7 @@ def test_every_key_of_the_configuration_is_read(tiny, monkeypatch):
             train.train(cfg, torch.device("cpu"))
     every = {(cls.__name__, field.name) for cls in classes for field in dataclasses.fields(cls)}
     passed_whole = {
-        "ModelConfig",
+        "ModelConfig",  # key by key in tests/engine/test_unread_keys.py
         "Schedule",
         "ScheduleConfig",
         "CheckpointConfig",
@@ -394,8 +397,16 @@ def test_init_of_another_backbone_is_refused_with_the_settings_that_differ(tiny)
 
 
 def test_a_convolutional_backbone_trains_without_masks_and_is_refused_with_them(tiny):
-    arch = ["model.arch=timm:resnet10t", "crops.global_size=64", "crops.local_size=32"]
-    with pytest.raises(ValueError, match="mask"):
-        train.main([*tiny, *arch])
-    train.main([*tiny, *arch, "loss.ibot.weight=0", "overwrite=true"])
+    call = [*of_timm(tiny, "resnet10t"), "loss.ibot.weight=0"]
+    masked = ["loss.ibot.weight=1", "schedule.ibot=0.5"]
+    masked += ["stages={a: {steps: 2}, b: {steps: 2, loss: {ibot: {weight: 1}}}}"]
+    for override in masked:
+        for size in (32, 48, 64):  # whether the grid of masks is that of the last map or not
+            said = "loss.ibot hides patches, but timm:resnet10t has no mask token; set loss.ibot"
+            with pytest.raises(UserError, match=said):
+                train.main([*call, override, f"crops.global_size={size}"])
+        with pytest.raises(UserError, match="has no mask token"):
+            bench.main([*call, override, *(["--stage", "b"] if "stages" in override else [])])
+    assert not folder_of(tiny).exists()
+    train.main(call)
     assert len(losses(folder_of(tiny))) == 4

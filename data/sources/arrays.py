@@ -18,6 +18,7 @@ from data.pictures import (
     picture_to_tensor,
 )
 from errors import UserError
+from files import expand
 
 
 class ArrayImages(ImageData):
@@ -123,7 +124,7 @@ def open_npz(
         FileNotFoundError: if there is no such file.
         UserError: if it holds no such split.
     """
-    file = Path(path).expanduser()
+    file = expand(path)
     if not file.is_file():
         raise FileNotFoundError(f"no file {str(file)!r}")
     try:

@@ -15,6 +15,7 @@ from data.images import SPLITS, ImageData, number_classes
 from data.pictures import EXTENSIONS, UnreadableImage, Window, image_size, read_image
 from data.sources.tables import open_text, read_csv
 from errors import UserError
+from files import expand, expand_listed
 
 CHECKED = 20  # marked images whose marks are checked at the start
 
@@ -58,6 +59,9 @@ class FileImages(ImageData):
     def name(self, index: int) -> str:
         return str(self.root / os.fsdecode(self.files[index]))
 
+    def files_below(self) -> list[bytes]:
+        return self.files.tolist()
+
     def annotations(self, index: int) -> dict:
         if self.marks is None:
             return super().annotations(index)
@@ -91,7 +95,7 @@ def open_folder(
     page: int | None = None,
 ) -> FileImages:
     """All images below a folder; see the grammar in data/sources/specs.py."""
-    root = Path(path).expanduser()
+    root = expand(path)
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {str(root)!r}")
     if split is not None:
@@ -165,19 +169,19 @@ def open_list(
     page: int | None = None,
 ) -> FileImages:
     """The images that a .txt or .csv names, or the one image at that path."""
-    file = Path(path).expanduser()
+    file = expand(path)
     extension = file.suffix.lower()
     names = None
     if extension in EXTENSIONS:
         files = [file.name]
     elif extension == ".csv":
         rows = read_csv(file, ("file",))
-        files = [row["file"] for row in rows]
+        files = [expand_listed(row["file"]) for row in rows]
         names = [row.get("label", "").strip() or None for row in rows]
     elif extension == ".txt":
         with open_text(file) as opened:
             lines = opened.read().splitlines()
-        files = [line.strip() for line in lines if line.strip()]
+        files = [expand_listed(line.strip()) for line in lines if line.strip()]
     else:
         raise UserError(f"{str(file)!r} is no list of images: a list ends in .txt or .csv")
     if not files:
@@ -191,7 +195,7 @@ def open_list(
 
 
 def _beside(root: Path, given: str) -> Path:
-    path = Path(given).expanduser()
+    path = expand(given)
     return path if path.exists() else root / path
 
 

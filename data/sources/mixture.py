@@ -10,15 +10,16 @@ Within a source no image repeats before all of it was seen. Step s is found with
 the steps before it, so a run resumes by naming a step.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 from torch import Tensor
 
 from data.images import ImageData, class_names, number_classes
 from errors import UserError
+from files import read_yaml_file
 
 PERIOD = 10_000
 # Purposes of random numbers; those below are the loader's.
@@ -70,6 +71,11 @@ class Mixture(ImageData):
     def name(self, index: int) -> str:
         source, number = self._place(index)
         return source.name(number)
+
+    def fingerprint(self) -> str:
+        shares = [self.step_quotas.tolist(), self.quotas.tolist()]
+        parts = [source.fingerprint() for source in self.sources]
+        return hashlib.sha256(repr([shares, parts, self.starts.tolist()]).encode()).hexdigest()[:16]
 
     def annotations(self, index: int) -> dict:
         source, number = self._place(index)
@@ -145,10 +151,7 @@ def read_mixture(path: Path) -> list[tuple[str, float, float]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
-    try:
-        items = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
+    items = read_yaml_file(path)
     if not isinstance(items, list) or not items:
         raise UserError(f"{str(path)!r} must be a list of {{data: DATA, weight: number}}")
     return [_source(item, path) for item in items]

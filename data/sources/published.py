@@ -22,6 +22,7 @@ from data.pictures import (
     read_open_file,
 )
 from errors import UserError
+from files import expand
 
 
 class TorchvisionImages(ImageData):
@@ -72,7 +73,7 @@ def open_torchvision(
     window: Window | None = None,
 ) -> TorchvisionImages:
     """`kind` is a name of `torchvision_classes`, `path` its folder."""
-    dataset = _construct(kind, Path(path).expanduser(), split, download)
+    dataset = _construct(kind, expand(path), split, download)
     title = f"{kind}/{split}" if split else kind
     return TorchvisionImages(dataset, title, channels, size, window)
 
@@ -234,13 +235,13 @@ def open_hub(
             "data of the kind hf needs the package datasets: pip install datasets"
         ) from error
     title = f"hf:{path}"
-    place = Path(path).expanduser()
+    place = expand(path)
     saved = any((place / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
         if saved:
             found = datasets.load_from_disk(str(place))
         else:
-            found = datasets.load_dataset(path, config)
+            found = datasets.load_dataset(str(place) if place.exists() else path, config)
     except Exception as error:  # of the network, of the hub, of files
         raise UserError(f"cannot open {title}: {error_text(error)}") from error
     if isinstance(found, dict):

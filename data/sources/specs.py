@@ -44,6 +44,7 @@ from data.sources.mixture import Mixture, read_mixture
 from data.sources.published import open_hub, open_torchvision, torchvision_classes
 from data.sources.tar import open_tar
 from errors import UserError
+from files import expand
 
 __all__ = [
     "ImageData",
@@ -70,11 +71,29 @@ def open_data(spec: str, channels: int | None = 3) -> ImageData:
     kind, path, options = _parse(str(spec))
     if not path and kind != "scenes":
         raise UserError(f"{kind!r} needs a path: {kind}:PATH")
-    return _opener(kind)(path, channels, **options)
+    data = _opener(kind)(path, channels, **options)
+    data.origin = _origin(kind, path, options)
+    return data
+
+
+def _origin(kind: str, path: str, options: dict) -> str:
+    """What a spec says of its images, but for where they lie and what their names say already."""
+    parameters = inspect.signature(_opener(kind)).parameters
+    left_out = {"labels", "size", "download"} | ({"split"} if kind in NAMED else set())
+    said = {}
+    for key, value in sorted(options.items()):
+        usual = key in parameters and parameters[key].default == value
+        if key not in left_out and not usual:
+            said[key] = Path(value).name if isinstance(value, str) else value
+    if kind in NAMED:
+        return repr(said)
+    if kind in KINDS:
+        return f"{kind}:{Path(path).name if expand(path).exists() else path}?{said}"
+    return f"{kind}?{said}"
 
 
 def _open_mixture(path: str, channels: int | None) -> Mixture:
-    file = Path(path).expanduser()
+    file = expand(path)
     items = read_mixture(file)
     sources = []
     for spec, _, _ in items:
@@ -99,6 +118,7 @@ KINDS = {
     "mix": _open_mixture,
     "scenes": open_scenes,
 }
+NAMED = ("folder", "list", "tar")  # kinds whose images have names
 # The kind of a file that exists, by its extension; otherwise it is a list.
 KIND_OF_EXTENSION = {".tar": "tar", ".yaml": "mix", ".yml": "mix"}
 
@@ -109,8 +129,9 @@ def _opener(kind: str) -> Callable[..., ImageData]:
 
 def _parse(spec: str) -> tuple[str, str, dict]:
     """(kind, path, options) of a spec, checked against what the kind takes."""
-    body, _, query = (spec, "", "") if Path(spec).expanduser().exists() else spec.partition("?")
-    place = Path(body).expanduser()
+    exists = os.path.exists(os.path.expanduser(os.path.expandvars(spec)))
+    body, _, query = (spec, "", "") if exists else spec.partition("?")
+    place = expand(body)
     if body not in KINDS and place.exists():
         kind, path = _kind_of_file(place), body
     else:

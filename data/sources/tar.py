@@ -28,6 +28,7 @@ from data.images import ImageData, number_classes
 from data.pictures import EXTENSIONS, UnreadableImage, Window, error_text, read_open_file
 from engine import distributed
 from errors import UserError
+from files import expand
 
 BLOCK = 512  # bytes; members begin at multiples of it
 LABEL_KEYS = ("label", "cls", "class")  # of a .json member
@@ -86,6 +87,9 @@ class TarImages(ImageData):
     def name(self, index: int) -> str:
         return f"{self.shards[self.shard[index]]}/{os.fsdecode(self.members[index])}"
 
+    def files_below(self) -> list[bytes]:
+        return list(self.members)
+
 
 def expand_braces(path: str) -> list[Path]:
     """shard-{000..127}.tar is 128 paths; several braces multiply.
@@ -99,7 +103,7 @@ def expand_braces(path: str) -> list[Path]:
         if not numbers:
             raise UserError(f"{{{first}..{last}}} in {path!r} counts downwards")
         choices += [numbers, [after]]
-    return [Path("".join(chosen)).expanduser() for chosen in itertools.product(*choices)]
+    return [expand("".join(chosen)) for chosen in itertools.product(*choices)]
 
 
 def open_tar(

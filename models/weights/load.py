@@ -23,6 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
 from errors import UserError
+from files import expand
 from models.channels import adapt_channels
 from models.features import Preprocessing
 from models.pixels import PixelBackbone
@@ -94,7 +95,7 @@ def find_weights(spec: str) -> Path:
     """
     if spec.startswith("hf:"):
         return _fetch(spec.removeprefix("hf:"))
-    path = Path(spec).expanduser()
+    path = expand(spec)
     if not path.exists() and "@" in path.name:
         run, _, mark = str(path).rpartition("@")
         path = _kept_folder(Path(run), mark)

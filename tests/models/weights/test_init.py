@@ -11,6 +11,7 @@ import eval_knn
 import train
 from models.weights.load import load_backbone
 from models.weights.save import write_backbone
+from tests.conftest import of_timm
 from tests.dialects import hugging_face
 from tests.processes import Started
 from tests.test_train import folder_of, losses
@@ -88,14 +89,8 @@ def test_training_starts_from_weights_of_every_dialect(name, format, tiny, tmp_p
 def test_training_starts_from_a_convnext(tiny, tmp_path):
     pytest.importorskip("transformers")
     hugging_face("DINOv3ConvNextModel", "T").save_pretrained(tmp_path / "hf")
-    convnext = [
-        "model.arch=timm:convnext_tiny",
-        "crops.global_size=64",
-        "crops.local_size=32",
-        "loss.ibot.weight=0",
-    ]
-    few = ["batch_size=4", "total_steps=2", "checkpoint.every=100"]
-    train.main([*tiny, *convnext, *few, f"init={tmp_path / 'hf'}"])
+    few = ["loss.ibot.weight=0", "batch_size=4", "total_steps=2", "checkpoint.every=100"]
+    train.main([*of_timm(tiny, "convnext_tiny"), *few, f"init={tmp_path / 'hf'}"])
     assert len(losses(folder_of(tiny))) == 2
 
 
