@@ -34,6 +34,7 @@ from engine.cli import config_parser, run_script
 from engine.config import DistillTrainConfig, length_in_steps, load_config
 from engine.logger import say_passed_over
 from engine.optim import build_schedules
+from engine.parallel import place
 from engine.stages import Stage, plan_stages
 from engine.student_run import StopRequest, StudentRun, end_step, write_config
 from engine.students import (
@@ -63,7 +64,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def distill(cfg: DistillTrainConfig, device: torch.device) -> None:
     entries = student_configs(cfg)
-    teacher = open_teacher(cfg).to(device)
+    teacher = open_teacher(cfg)
+    teacher.backbone = place(teacher.backbone, cfg.strategy, device, cfg.precision)
+    teacher.to(device)
     heads = uses_heads(cfg, teacher)
     images = open_data(cfg.data.train, cfg.data.channels)
     say_passed_over(images)
@@ -99,8 +102,7 @@ def begins(student: StudentRun, images: ImageData) -> bool:
         return False
     cfg = student.cfg
     student.build(build_centering(cfg.loss, student.terms) if student.heads else nn.ModuleDict())
-    ema = student.trainer.unsharded.module
-    outputs = teacher_outputs(cfg, images, ema, student.device)
+    outputs = teacher_outputs(cfg, images, student.trainer.teacher, student.device)
     student.trainer.start(student.run, images, outputs)
     return True
 
@@ -166,7 +168,7 @@ def student_step(
     for crops, target in update.micro_batches(micro_batches, targets):
         # 2. The student sees every crop, nothing hidden: masks say which patches are compared.
         with update.forward("forward"):
-            out = update.student(crops.global_crops, crops.local_crops, crops.masks, hide=False)
+            out = update.student(crops.global_crops, crops.local_crops, None, crops.masked())
 
         # 3. The loss is a weighted sum of the terms.
         losses = compute_losses(out, target, crops, loss, now)
@@ -213,7 +215,10 @@ def head_targets(
     dino = balance(centering["dino"], logits, teacher_temp)
     ibot = [None] * len(dino)
     if "ibot" in centering and micro_batches[0].masks is not None:
-        chosen = [F.normalize(on_grid(crops, grid)[crops.masks], dim=-1) for crops in micro_batches]
+        chosen = [
+            F.normalize(on_grid(crops, grid).flatten(0, 1)[crops.masked()], dim=-1)
+            for crops in micro_batches
+        ]
         logits = [teacher.patch_head.prototypes(rows) for rows in chosen]
         ibot = balance(centering["ibot"], logits, teacher_temp)
     targets = []

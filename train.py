@@ -62,13 +62,14 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     torch.manual_seed(cfg.seed)
     terms = {name for stage in stages for name in stage.schedules}
     student = build_student(cfg, "ibot" in terms, initial)
+    del initial  # a whole network
     backbone, whole = count_parameters(student.backbone), count_parameters(student)
     notice(f"{cfg.model.arch}: {backbone:,} parameters, {whole:,} with the heads")
     centering = build_centering(cfg.loss, terms)
     trainer = Trainer(cfg, student, centering, stages, device, run.start_step)
     if run.start_step == 0:
         warn_of_same_pictures(images, cfg.health.on_collapse)
-    outputs = teacher_outputs(cfg, images, trainer.unsharded.module, device)
+    outputs = teacher_outputs(cfg, images, trainer.teacher, device)
     trainer.start(run, images, outputs)
     for stage in trainer.stages_left():
         train_stage(trainer, stage)
@@ -79,7 +80,7 @@ def train_stage(trainer: Trainer, stage: Stage) -> None:
     cfg, run, device = stage.cfg, trainer.run, trainer.device
     first_step, update = trainer.enter(stage)
     trainer.load_stage_init(first_step)
-    gram_teacher = build_gram_teacher(stage, run, trainer.unsharded)
+    gram_teacher = build_gram_teacher(trainer)
     loader = stage_loader(stage, first_step, trainer.student.backbone.patch_size, device)
     for step, batch in run.steps(loader, first_step):
         distributed.seed_step(cfg.seed, step)
@@ -122,7 +123,7 @@ def train_step(
     for crops, target in update.micro_batches(micro_batches, targets):
         # 2. The student sees every crop, with patches of the global crops hidden.
         with update.forward("forward"):
-            out = update.student(crops.global_crops, crops.local_crops, crops.masks)
+            out = update.student(crops.global_crops, crops.local_crops, crops.masks, crops.masked())
 
         # 3. The loss is a weighted sum of the terms.
         losses = compute_losses(out, target, crops, loss, now)
@@ -141,7 +142,7 @@ class Targets:
     """What the student should predict, without gradient."""
 
     dino: Tensor  # (G, B, K) probabilities over the prototypes
-    ibot: Tensor | None  # (M, K') probabilities, in the order of masks.flatten().nonzero()
+    ibot: Tensor | None  # (M, K') probabilities, in the order of `Batch.masked`
     gram: Tensor | None  # (G·B, N, D') patches of the Gram teacher
 
     def in_use(self, now: dict[str, float]) -> Tensor:
@@ -158,7 +159,7 @@ def teacher_targets(
     gram_teacher: nn.Module | None = None,
 ) -> list[Targets]:
     """One `Targets` a micro batch, centred and balanced over the whole batch and all ranks."""
-    outs = [teacher(crops.global_crops, masks=crops.masks, hide=False) for crops in micro_batches]
+    outs = [teacher(crops.global_crops, masked=crops.masked()) for crops in micro_batches]
     dino = balance(centering["dino"], [out.global_logits for out in outs], teacher_temp)
     ibot = gram = [None] * len(outs)
     if "ibot" in centering:
@@ -240,9 +241,8 @@ def measures(
     update: OptimizationStep, done: int, targets: Targets, out: SSLOutput, now: dict[str, float]
 ) -> dict:
     """What metrics.jsonl records of a step, after `done` steps."""
-    metrics = update.metrics(done, now)
     cls = out.cls.unflatten(0, (-1, targets.dino.shape[1]))
-    return metrics | health(targets.in_use(now), cls, out.patches)
+    return update.metrics(done, now) | health(targets.in_use(now), cls, out.patches)
 
 
 if __name__ == "__main__":

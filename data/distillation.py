@@ -84,7 +84,8 @@ def with_masks(
     """
     views = len(batch.global_crops) // len(batch.images)
     masks = step_masks(spec, views, batch_size, places, seed, step)
-    return replace(batch, masks=masks.to(batch.global_crops.device, non_blocking=True))
+    on_device = masks.to(batch.global_crops.device, non_blocking=True)
+    return replace(batch, masks=on_device, hidden=masks.sum(1).tolist())
 
 
 def exchanged(batch: DistillationBatch, wanted: Sequence[range]) -> DistillationBatch:

@@ -8,7 +8,6 @@ resumes by naming a step.
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -39,6 +38,7 @@ class Batch:
     local_crops: Tensor | None  # (L·b, C, h, w); None when L = 0
     gram_crops: Tensor | None  # (G·b, C, H', W') for the Gram teacher; None = the global crops
     masks: Tensor | None  # (G·b, N) bool, True = hidden from the student
+    hidden: list[int]  # how many are, of each crop; empty without masks
     images: list[int]  # indices into the data
     bad: list[tuple[str, str]]  # (name, reason) of those that could not be read
 
@@ -49,14 +49,30 @@ class Batch:
         return self.map(Tensor.pin_memory)
 
     def split(self, micro: int) -> list["Batch"]:
-        """Batches of `micro` images (the last may have fewer), crop-major again; `bad` goes with
-        the first."""
-        parts = []
-        for start in range(0, len(self.images), micro):
-            part = self.map(partial(_images_of, len(self.images), start, start + micro))
-            images = self.images[start : start + micro]
-            parts.append(replace(part, images=images, bad=[] if start else self.bad))
+        """Batches of `micro` images (the last may have fewer), crop-major again. Lists are split as
+        tensors are, but for `bad`, which goes with the first."""
+        parts, count = [], len(self.images)
+        lists = {field.name: getattr(self, field.name) for field in fields(self)}
+        lists = {name: rows for name, rows in lists.items() if isinstance(rows, list)}
+        for start in range(0, count, micro):
+            stop = min(start + micro, count)
+            part = self.map(partial(_images_of, count, start, stop))
+            own = {
+                name: [row for place, row in enumerate(rows) if start <= place % count < stop]
+                for name, rows in lists.items()
+            }
+            parts.append(replace(part, **own | {"bad": [] if start else self.bad}))
         return parts
+
+    def masked(self) -> Tensor | None:
+        """(M,) places of the hidden patches in `masks.flatten()`, in order; None without masks.
+
+        Their number is known on the host, so nothing waits for the device.
+        """
+        if self.masks is None:
+            return None
+        order = self.masks.flatten().byte().argsort(descending=True, stable=True)
+        return order[: sum(self.hidden)]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """A batch with `function` of every tensor that is not None."""
@@ -81,7 +97,8 @@ class RawBatch:
     cuts: list[Cut]
     tables: Tensor  # (crops, b, NUMBERS); they stay on the CPU
     multi_crop: MultiCrop
-    masks: Tensor | None  # these three as in `Batch`
+    masks: Tensor | None  # these four as in `Batch`
+    hidden: list[int]
     images: list[int]
     bad: list[tuple[str, str]]
 
@@ -93,7 +110,7 @@ class RawBatch:
             views = [cut_out(pixels, cut.to(device, non_blocking)) for cut in self.cuts]
             crops = self.multi_crop.finish(views, self.tables)
         masks = None if self.masks is None else self.masks.to(device, non_blocking=non_blocking)
-        return Batch(*crops, masks, self.images, self.bad)
+        return Batch(*crops, masks, self.hidden, self.images, self.bad)
 
     def pin_memory(self) -> "RawBatch":
         masks = None if self.masks is None else self.masks.pin_memory()
@@ -181,6 +198,7 @@ class StepDataset(Dataset):
             masks = step_masks(
                 views.masks, multi_crop.globals, self.batch_size, self.block, self.seed, step
             )
+        hidden = [] if masks is None else masks.sum(1).tolist()
         images: list[int] = []
         bad: dict[str, str] = {}
         pixels = self._read(self.indices(step), images, bad)
@@ -188,9 +206,9 @@ class StepDataset(Dataset):
         if self.on_device:
             buffer, cuts = pack(multi_crop, pixels, tables, targets)
             u = torch.stack(tables, 1)
-            return RawBatch(buffer, cuts, u, multi_crop, masks, images, list(bad.items()))
+            return RawBatch(buffer, cuts, u, multi_crop, masks, hidden, images, list(bad.items()))
         crops = multi_crop(pixels, tables, targets)
-        return Batch(*crops, masks, images, list(bad.items()))
+        return Batch(*crops, masks, hidden, images, list(bad.items()))
 
     def _choose_views(self, step: int) -> Views:
         if len(self.views) == 1:
@@ -279,20 +297,6 @@ def step_masks(
     )
 
 
-def loader_workers(asked: int | None, device: str, ranks: int = 1) -> int:
-    """Loader processes of a rank: as `asked`; by default, on a GPU machine, its share of the
-    cores, at most 16.
-
-    0 where the CPU trains: there is no more work to spread, and threads that wait for a core held
-    by a loader cost more than the overlap gains.
-    """
-    if asked is not None or device != "cuda":
-        return asked or 0
-    allowed = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if allowed else os.cpu_count() or 1
-    return min(16, cores // ranks)
-
-
 def make_loader(
     data: ImageData,
     views: Sequence[Views],
@@ -304,7 +308,7 @@ def make_loader(
     shift: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    workers: int | None = 0,
+    workers: int = 0,
     device: str = "cpu",
     on_device: bool = False,
 ) -> DataLoader:
@@ -312,11 +316,7 @@ def make_loader(
 
     `.dataset` is the `StepDataset`; see there for the arguments that are not described here.
     A worker makes whole batches, with one thread. torch's global random state is not touched.
-
-    Args:
-        workers: processes; None = `loader_workers` for the `device` that the batches go to.
     """
-    workers = loader_workers(workers, device, world_size)
     steps = StepDataset(
         data,
         views,

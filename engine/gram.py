@@ -1,6 +1,5 @@
 """The Gram teacher of a stage: the network whose patch similarities the student keeps."""
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +11,12 @@ from engine import distributed
 from engine.checkpoint import write_atomically
 from engine.logger import notice
 from engine.optim import span_steps
-from engine.parallel import UnshardedTeacher
 from engine.start import load_initial
 from errors import UserError
 
 if TYPE_CHECKING:
     from engine.config import GramConfig
-    from engine.run import Run
-    from engine.stages import Stage
+    from engine.trainer import Trainer
 
 
 class GramTeacher:
@@ -94,20 +91,15 @@ class GramTeacher:
             self.backbone.load_state_dict(self.ema.state_dict())
 
 
-def build_gram_teacher(
-    stage: "Stage", run: "Run", unsharded: UnshardedTeacher
-) -> GramTeacher | None:
-    """The Gram teacher of a stage at the step where the run stands; None without the term.
-
-    Args:
-        unsharded: the EMA teacher.
-    """
+def build_gram_teacher(trainer: "Trainer") -> GramTeacher | None:
+    """The Gram teacher of the trainer's stage, where the run stands; None without the term."""
+    stage, run = trainer.stage, trainer.run
     if "gram" not in stage.schedules:
         return None
     resumed = run.start_step if run.start_step > stage.first else None
 
     def load(spec: str) -> nn.Module:
-        return load_initial(spec, stage.cfg.data.channels).to(run.device)
+        return trainer.place(_frozen(load_initial(spec, stage.cfg.data.channels)))
 
     def locality(spec: str) -> float:
         return run.outputs.locality(load(spec))
@@ -119,17 +111,16 @@ def build_gram_teacher(
     def find(spec: str) -> nn.Module:
         run.settle()
         whole = f"{run.folder}{spec}" if spec.startswith("@") else spec
-        return unsharded.place(_frozen(load(whole)))
+        return load(whole)
 
     def snapshot() -> nn.Module:
-        unsharded.refresh()
-        return unsharded.place(_frozen(copy.deepcopy(unsharded.module.backbone)))
+        return trainer.place(_frozen(trainer.copies.make(everywhere=True).backbone))
 
     gram_teacher = GramTeacher(
         stage.cfg.loss.gram,
         stage.first,
         stage.stop,
-        unsharded.source.backbone,
+        trainer.teacher.backbone,
         snapshot,
         find,
         choose,

@@ -1,5 +1,6 @@
 """Reads from a launcher's variables the rank, the number of processes and their meeting point."""
 
+import os
 from collections.abc import Mapping
 
 from errors import UserError
@@ -53,3 +54,23 @@ def ranks_here(environment: Mapping[str, str], ranks: int) -> int:
         if name in environment:
             return min(ranks, int(environment[name]))
     return ranks
+
+
+def loader_workers(
+    asked: int | None, device: str, ranks: int, environment: Mapping[str, str] = os.environ
+) -> int:
+    """Loader processes of a rank: as `asked`; by default, on a GPU machine, its share of the
+    cores, at most 16.
+
+    0 where the CPU trains: there is no more work to spread, and threads that wait for a core held
+    by a loader cost more than the overlap gains.
+
+    Args:
+        device: type of the device that the batches go to.
+        ranks: how many there are on all machines.
+    """
+    if asked is not None or device != "cuda":
+        return asked or 0
+    allowed = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if allowed else os.cpu_count() or 1
+    return min(16, cores // ranks_here(environment, ranks))

@@ -216,8 +216,6 @@ def clip_gradients(model: nn.Module, max_norm: float | None, per: str) -> Tensor
             continue
         limits = squares.sqrt() if per == "tensor" else norms[-1].expand(len(gradients))
         scales = (max_norm / (limits + 1e-6)).clamp(max=1.0)
-        if scales.device.type == "cpu" and bool((scales == 1).all()):
-            continue  # saves a pass over all gradients; on a device, asking would cost a wait
         torch._foreach_mul_(gradients, list(scales))
     return torch.linalg.vector_norm(torch.stack(norms))
 

@@ -2,18 +2,25 @@
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from engine.distributed import active, current_group, low_precision, world_size
+from engine.distributed import active, current_group, is_main, low_precision, world_size
+from models.ssl_model import host_copy, without_weights
 
 
 def prepare(module: nn.Module, checkpointing: str, compiled: bool) -> None:
@@ -42,25 +49,46 @@ def sharding_precision(name: str, device: torch.device) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy()
 
 
-def shard(module: nn.Module, strategy: str, device: torch.device, precision: str) -> nn.Module:
-    """With strategy "fsdp", each rank holds a shard of the parameters; otherwise nothing happens.
+def is_sharded(strategy: str) -> bool:
+    return strategy == "fsdp" and active()
 
-    Blocks, heads and the rest are gathered when they run, on CUDA in bf16. Gradients are reduced in
-    float32.
+
+def place(
+    module: nn.Module,
+    strategy: str,
+    device: torch.device,
+    precision: str,
+    *,
+    trains: bool = False,
+) -> nn.Module:
+    """Moves a module to the device; with strategy "fsdp" each rank holds a shard of it.
+
+    Blocks, heads and the rest are gathered when they run, on CUDA in bf16; gradients are reduced in
+    float32. Sharded from the host, no device ever holds more than its shards and one block.
+
+    Args:
+        trains: whether gradients flow back through it as a whole. If not, its backbone and heads
+            also run each alone, as probes and a Gram teacher do.
     """
-    if strategy != "fsdp" or not active():
-        return module
+    if not is_sharded(strategy):
+        return module.to(device)
     group = current_group()
     if group is None:
         mesh = init_device_mesh(device.type, (world_size(),))
     else:
         mesh = DeviceMesh.from_group(group, device.type)
     policy = sharding_precision(precision, device)
-    # Each child is a part: the backbone also runs alone, as a Gram teacher.
-    parts = list(module.children()) if hasattr(module, "backbone") else []
-    for part in [*_blocks(module), *parts, module]:
+    # It warns of in-place operations on outputs; there are none.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    children = list(module.children()) if hasattr(module, "backbone") else []
+    roots = [module] if trains or not children else []
+    for part in [*_blocks(module), *children, *roots]:
         # Resharded right after use: the teacher must not run on weights before its last update.
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    backbone = getattr(module, "backbone", module)
+    for name in ("intermediate", "attention"):
+        if hasattr(backbone, name):
+            register_fsdp_forward_method(backbone, name)
     return module
 
 
@@ -70,23 +98,35 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return list(getattr(backbone, "blocks", getattr(timm_model, "blocks", [])))
 
 
-class UnshardedTeacher:
-    """A full copy of the teacher, for probes, exports and pictures.
+class HostCopies:
+    """Whole copies of a module in the host's memory, to write and to draw; sharded or not.
 
-    It is made before the teacher is sharded. `module` is the copy, or the teacher itself where
-    nothing is sharded. `refresh` fills the copy; all ranks call it together.
+    It is made before the module is sharded.
     """
 
-    def __init__(self, module: nn.Module, strategy: str, device: torch.device, precision: str):
-        self.source, self.sharded = module, strategy == "fsdp" and active()
-        self.module = copy.deepcopy(module) if self.sharded else module
-        # Shards any module as the teacher is sharded.
-        self.place = partial(shard, strategy=strategy, device=device, precision=precision)
+    def __init__(self, module: nn.Module, strategy: str):
+        self.module = module
+        # Of a sharded module only its weights can be copied, so the rest is kept from before.
+        self.skeleton = without_weights(module) if is_sharded(strategy) else None
 
-    def refresh(self) -> None:
-        if self.sharded:
-            state = self.source.state_dict()
-            self.module.load_state_dict({name: gathered(state[name]) for name in state})
+    def make(self, everywhere: bool = False) -> nn.Module | None:
+        """A copy on rank 0 or on every rank; None on the others. All ranks call it together.
+
+        Sharded weights are gathered one after another.
+        """
+        keep = everywhere or is_main()
+        if self.skeleton is None:
+            return host_copy(self.module) if keep else None
+        state = {}
+        for name, tensor in self.module.state_dict().items():
+            whole = gathered(tensor)
+            if keep:
+                state[name] = whole.to("cpu", copy=True)
+        if not keep:
+            return None
+        copied = copy.deepcopy(self.skeleton)
+        copied.load_state_dict(state, assign=True)
+        return copied
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -99,25 +139,29 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def wrap(
-    module: nn.Module, strategy: str, device: torch.device, *, all_used: bool = True
-) -> nn.Module:
+def wrap(module: nn.Module, strategy: str, device: torch.device) -> nn.Module:
     """`module` made parallel; itself without a process group, or where it is sharded.
 
     Args:
         strategy: "ddp" averages the gradients over ranks; "none" leaves the module as it is.
-        all_used: whether every parameter takes part in every loss; where not, DDP looks for the
-            unused ones in each step.
     """
     if not active() or strategy != "ddp":
         return module
     devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        module,
-        device_ids=devices,
-        process_group=current_group(),
-        find_unused_parameters=not all_used,
-    )
+    return DistributedDataParallel(module, device_ids=devices, process_group=current_group())
+
+
+def unreached(module: nn.Module, loss: Tensor) -> list[nn.Parameter]:
+    """Parameters that train but get no gradient from this loss."""
+    seen, nodes, reached = set(), [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes.extend(following for following, _ in node.next_functions)
+            if hasattr(node, "variable"):
+                reached.add(node.variable)
+    return [p for p in module.parameters() if p.requires_grad and p not in reached]
 
 
 def unwrap(module: nn.Module) -> nn.Module:

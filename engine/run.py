@@ -46,10 +46,10 @@ def note_stop_signals(note: Callable[[int, Any], None]) -> None:
 class TeacherOutputs:
     """Functions that export, draw and probe the teacher of a run."""
 
-    # Copies the weights to the host; returns a function that writes them into a folder.
-    export: Callable[[], Callable[[Path], None]]
-    # Computes some of the teacher's features; returns a function that draws them into a PNG.
-    report: Callable[[], Callable[[Path], None]]
+    # Writes a copy of the teacher into a folder.
+    export: Callable[[nn.Module, Path], None]
+    # Reads some images; returns a function that draws a copy's features of them into a PNG.
+    report: Callable[[], Callable[[nn.Module, Path], None]]
     # Measures the teacher, on all ranks together; None: nothing is measured.
     probe: Callable[[], dict[str, float]] | None
     # Measures the patches of any backbone, without labels.
@@ -119,7 +119,7 @@ class Run:
         state: dict,
         outputs: TeacherOutputs,
         images: int,
-        refresh: Callable[[], None],
+        copy_teacher: Callable[[], nn.Module | None],
         watch: CollapseWatch,
     ) -> None:
         """Loads the checkpoint, if there is one, into `state`.
@@ -128,11 +128,11 @@ class Run:
             state: live tensors of the training state (engine.checkpoint.training_state).
             outputs: functions that export, draw and probe the teacher.
             images: how many the run trains on.
-            refresh: gathers the teacher where it is sharded; all ranks call it before `outputs`.
+            copy_teacher: a whole copy in the host's memory, on rank 0; all ranks call it together.
             watch: warns when the logged values look like collapse.
         """
         self.state, self.outputs = state, outputs
-        self.refresh, self.watch, self.guard = refresh, watch, build_guard(self.cfg)
+        self.copy_teacher, self.watch, self.guard = copy_teacher, watch, build_guard(self.cfg)
         note_stop_signals(self._note_signal)
         self.restore(state)
         self.logger = Logger(self.folder, self.total_steps, self.start_step, self.cfg.mirrors)
@@ -180,9 +180,9 @@ class Run:
             self._save(step)
             self.logger.restart_clock(step)
         elif self._due(step, self.cfg.checkpoint.snapshot):
-            self.refresh()
+            teacher = self.copy_teacher()
             if distributed.is_main():
-                export = self.outputs.export()
+                export = partial(self.outputs.export, teacher)
                 self.writer.also(partial(checkpoint.save_folder, self._snapshot(step), export))
         if step == self.total_steps or stopped:
             self.writer.finish()
@@ -229,13 +229,13 @@ class Run:
         values |= self.logger.speed(step)
         due = self._due(step, self.cfg.probe.every) or step in self.stage_ends
         if self.outputs.probe and due:
-            self.refresh()
             values |= self.outputs.probe()
         self.logger.log(step, values)
         if values.get(self.guard.key, -math.inf) > self.best:
             self.best = values[self.guard.key]
+            teacher = self.copy_teacher()
             if distributed.is_main():
-                checkpoint.save_folder(self.folder / "best", self.outputs.export())
+                checkpoint.save_folder(self.folder / "best", partial(self.outputs.export, teacher))
             distributed.barrier()
         if warning := self.guard.look(step, values, self.folder / "best"):
             notice(warning)
@@ -246,11 +246,11 @@ class Run:
 
         The checkpoint is published after everything is written.
         """
-        self.refresh()
+        teacher = self.copy_teacher()
         self.writer.save(step, self.state)
         if not distributed.is_main():
             return
-        export, report = self.outputs.export(), self.outputs.report()
+        export, report = partial(self.outputs.export, teacher), self.outputs.report()
         records = read_metrics(self.folder / "metrics.jsonl")
         folders = [self.folder / "teacher"]
         stage_ends = step in self.stage_ends and len(self.stage_ends) > 1
@@ -261,7 +261,7 @@ class Run:
             for folder in folders:
                 checkpoint.save_folder(folder, export)
             self.outputs.curves(self.folder / "curves.png", {self.folder.name: records})
-            report(self.folder / "report.png")
+            report(teacher, self.folder / "report.png")
 
         self.writer.also(write)
 

@@ -67,6 +67,8 @@ class OptimizationStep:
         self.micro_batch, self.frozen_until = micro_batch, frozen_until
         self.mark: Callable[[str], None] = lambda phase: None
         self.share = 1.0  # of the batch's images in the current micro batch
+        self.syncs = False  # whether ranks average their gradients in this micro batch
+        self.unreached: dict[tuple[str, ...], list[nn.Parameter]] = {}  # by the terms in use
         self.totals: dict[str, Tensor] = {}  # loss terms of this rank's batch, and grad_norm
         self.skipped: dict[str, Tensor] = {}  # how often each value was not finite
         self.in_a_row: Tensor | float = 0.0
@@ -87,17 +89,31 @@ class OptimizationStep:
         images = sum(len(part.images) for part in parts)
         for number, (part, target) in enumerate(zip(parts, targets, strict=True), 1):
             self.share = len(part.images) / images
-            with parallel.accumulate(self.student, last=number == len(parts)):
+            self.syncs = number == len(parts)
+            with parallel.accumulate(self.student, last=self.syncs):
                 yield part, target
 
     def backward(self, losses: dict[str, Tensor], weights: Mapping[str, float]) -> None:
         """Gradients of the weighted sum of the terms of one micro batch."""
         losses["loss"] = sum(weights[name] * value for name, value in losses.items())
         self.mark("loss")
-        self.scaler.scale(self.share * losses["loss"]).backward()
+        unreached = self._unreached(losses)
+        zero = sum(0.0 * parameter.flatten()[0] for parameter in unreached)
+        self.scaler.scale(self.share * losses["loss"] + zero).backward()
+        for parameter in unreached:  # as on one process: no decay, no momentum
+            parameter.grad = None
         self.mark("backward")
         for name, value in losses.items():
             self.totals[name] = self.totals.get(name, 0.0) + self.share * value.detach()
+
+    def _unreached(self, losses: dict[str, Tensor]) -> list[nn.Parameter]:
+        """Parameters that no term needs. DDP waits for a gradient of theirs all the same."""
+        if self.student is self.model or not self.syncs:
+            return []
+        terms = tuple(losses)
+        if terms not in self.unreached:
+            self.unreached[terms] = parallel.unreached(self.model, losses["loss"])
+        return self.unreached[terms]
 
     def apply_gradients(self, step: int, lr: float, weight_decay: float) -> None:
         """Clips the gradients and moves the student, unless a value is not finite on any rank."""

@@ -79,15 +79,17 @@ class StudentRun:
         cfg = self.cfg
         torch.manual_seed(cfg.seed)
         model = build_student(cfg, self.heads and "ibot" in self.terms, self.initial)
+        self.initial = None  # a whole network
         if not self.heads:
             model = MatchingStudent(model.backbone, self.teacher.backbone.embed_dim)
         notice(f"{self.name}, {cfg.model.arch}: {count_parameters(model.backbone):,} parameters")
         self.trainer = Trainer(cfg, model, centering, self.stages, self.device, self.run.start_step)
         sizes = {name: getattr(cfg.crops, name) for name in ("global_size", "local_size")}
         self.adapt = crop_adapter(self.base, cfg.data, self.device, **sizes)
-        backbone, where = self.trainer.unsharded.module.backbone, f"distill.students.{self.name}"
+        backbone, where = self.trainer.teacher.backbone, f"distill.students.{self.name}"
         self.grids = {
-            size: patch_grid(backbone, size, self.device, where) for size in self._crop_sizes()
+            size: patch_grid(backbone, size, self.device, where)
+            for size in sorted(self._crop_sizes())  # the same order on all ranks
         }
 
     def _crop_sizes(self) -> set[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """The networks and the optimizer of one run, from its first stage to its last."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -29,7 +30,8 @@ class Trainer:
 
     Attributes:
         teacher: the EMA of the student.
-        unsharded: the whole teacher, to export and to probe.
+        copies: whole copies of the teacher, to write and to draw.
+        place: moves a network to the run's device, or shards it over the ranks.
     """
 
     def __init__(
@@ -42,15 +44,14 @@ class Trainer:
         start_step: int = 0,
     ):
         self.cfg, self.stages, self.device = cfg, stages, device
-        self.student = student.to(device)
-        self.teacher = make_teacher(self.student)
-        self.unsharded = parallel.UnshardedTeacher(
-            self.teacher, cfg.strategy, device, cfg.precision
+        self.place = partial(
+            parallel.place, strategy=cfg.strategy, device=device, precision=cfg.precision
         )
+        teacher = make_teacher(student)
+        self.copies = parallel.HostCopies(teacher, cfg.strategy)
         compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
-        parallel.prepare(self.student, cfg.checkpointing, compiled)
-        self.unsharded.place(self.student)
-        self.unsharded.place(self.teacher)
+        parallel.prepare(student, cfg.checkpointing, compiled)
+        self.student, self.teacher = self.place(student, trains=True), self.place(teacher)
         self.centering = centering.to(device)
         begun = [stage for stage in stages if stage.first < max(start_step, 1)]
         self.stage = begun[-1]  # the stage in which the checkpoint was written
@@ -64,7 +65,7 @@ class Trainer:
         if distributed.is_main():
             record_images(self.cfg, images)
         watch = CollapseWatch(self.cfg.health.on_collapse)
-        run.start(self._state(), outputs, len(images), self.unsharded.refresh, watch)
+        run.start(self._state(), outputs, len(images), self.copies.make, watch)
 
     def stages_left(self) -> Iterator[Stage]:
         return (stage for stage in self.stages if self.run.start_step < stage.stop)
@@ -89,10 +90,9 @@ class Trainer:
 
     def optimization_step(self, stage: Stage) -> OptimizationStep:
         cfg = stage.cfg
-        used = self.student.uses_all(stage.schedules)
         freeze = optim.span_steps(cfg.optim.freeze_last_layer, stage.stop - stage.first)
         return OptimizationStep(
-            parallel.wrap(self.student, cfg.strategy, self.device, all_used=used),
+            parallel.wrap(self.student, cfg.strategy, self.device),
             self.teacher,
             self.optimizer,
             self.precision,

@@ -28,6 +28,7 @@ from engine.config import (
     SizeConfig,
     TrainConfig,
 )
+from engine.launch import loader_workers
 from engine.logger import notice
 from engine.stages import Stage
 from engine.validation import size_pair
@@ -151,7 +152,7 @@ def stage_loader(
         shift=stage.shift,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        workers=cfg.data.workers,
+        workers=loader_workers(cfg.data.workers, device.type, distributed.world_size()),
         device=device.type,
         on_device=on_device,
     )

@@ -1,7 +1,6 @@
 """What the evaluation scripts share: a frozen model with the flags of `evaluation_parser`."""
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,11 +13,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.images import ImageData
-from data.loader import EvalDataset, loader_workers
+from data.loader import EvalDataset
 from engine import distributed
 from engine.cli import preparation, print_result
 from engine.distributed import choose_device, has_fast_bf16
-from engine.launch import ranks_here
+from engine.launch import loader_workers
 from errors import UserError
 from evals.knn import FeatureRows, extract_features
 from models.weights.load import load_backbone
@@ -42,7 +41,7 @@ class FrozenModel:
         in_bf16(self.backbone, arguments.precision, self.device)
         self.channels = self.backbone.in_channels
         self.prepare = preparation(self.backbone.preprocessing, arguments.resize, arguments.size)
-        ranks = ranks_here(os.environ, distributed.world_size())
+        ranks = distributed.world_size()
         workers = loader_workers(arguments.workers, self.device.type, ranks)
         self.unreadable: dict[str, str] = {}
         self.loading = {"batch_size": arguments.batch_size, "workers": workers}

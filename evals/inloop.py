@@ -1,6 +1,5 @@
 """Probes, pictures and exports of the teacher during training."""
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,12 +11,13 @@ from torch.utils.data import Dataset
 
 from data.annotated import Annotated, has_masks
 from data.augment import channel_statistics
-from data.loader import EvalDataset, first_readable, loader_workers
+from data.loader import EvalDataset, first_readable
 from data.sources.specs import ImageData, open_labelled
 from engine import distributed
 from engine.config import ProbeConfig, TrainConfig
-from engine.launch import ranks_here
+from engine.launch import loader_workers
 from engine.logger import say_passed_over
+from engine.parallel import is_sharded
 from engine.run import TeacherOutputs
 from engine.validation import size_pair
 from engine.views import multi_crop_from
@@ -28,20 +28,24 @@ from evals.linear import linear_probe
 from evals.maps import prefix_attention
 from evals.patches import mean_locality, patch_knn_segmentation
 from models.features import Preprocessing
-from models.ssl_model import host_copy
 from models.weights.save import save_model
 
 
 def teacher_outputs(
     cfg: TrainConfig, images: ImageData, teacher: nn.Module, device: torch.device
 ) -> TeacherOutputs:
-    """How to export, draw and probe the teacher of a run on `images`."""
+    """How to export, draw and probe the teacher of a run on `images`.
+
+    Args:
+        teacher: as it trains; where it is sharded, its ranks probe it together.
+    """
     size = size_pair(cfg.crops.global_size)
     mean, std = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
     prepare = partial(EvalDataset, resize=max(size), size=size, mean=mean, std=std)
-    ranks = ranks_here(os.environ, distributed.world_size())
-    workers = loader_workers(cfg.data.workers, device.type, ranks)
+    workers = loader_workers(cfg.data.workers, device.type, distributed.world_size())
     reading: dict[str, Any] = {"workers": workers, "unreadable": {}}
+    if is_sharded(cfg.strategy):
+        reading["spare"] = torch.zeros(1, cfg.data.channels, *size, device=device)
     train = val = masks = None
     if cfg.probe.every > 0:
         train, val = open_labelled(cfg.probe.train, cfg.probe.val, cfg.data.channels)
@@ -50,18 +54,14 @@ def teacher_outputs(
         if cfg.probe.patches and has_masks(train, val):
             masks = [Annotated(data, "mask", *shape) for data in (train, val)]
 
-    def export() -> Callable[[Path], None]:
-        preprocessing = Preprocessing(size, max(size), mean, std)
-        return partial(save_model, host_copy(teacher), preprocessing=preprocessing)
-
-    def report() -> Callable[[Path], None]:
+    def report() -> Callable[[nn.Module, Path], None]:
         data = images if val is None else val
         shown = first_readable(data, 4)
-        inputs = torch.stack([prepare(data)[index][0] for index in shown]).to(device)
+        inputs = torch.stack([prepare(data)[index][0] for index in shown])
         pictures = [data.image(index) for index in shown]
         crops = multi_crop_from(cfg.crops, mean, std).examples(pictures, cfg.seed)
         title = Path(cfg.output_dir).name
-        return report_teacher(title, teacher.backbone, inputs, crops, mean=mean, std=std)
+        return partial(report_teacher, title=title, images=inputs, crops=crops, mean=mean, std=std)
 
     def probe() -> dict[str, float]:
         labelled = prepare(train), prepare(val)
@@ -69,6 +69,7 @@ def teacher_outputs(
 
     locality = partial(mean_locality, data=prepare(images), device=device)
     locality = partial(locality, unreadable=reading["unreadable"])
+    export = partial(save_model, preprocessing=Preprocessing(size, max(size), mean, std))
     return TeacherOutputs(export, report, None if train is None else probe, locality, draw_curves)
 
 
@@ -80,8 +81,8 @@ def probe_teacher(
     masks: Sequence[Dataset] | None,
     device: torch.device,
     *,
-    workers: int = 0,
     unreadable: dict[str, str],
+    **options: Any,
 ) -> dict[str, float]:
     """Fields of metrics.jsonl; all ranks together. The run's random state stays as it is.
 
@@ -89,9 +90,10 @@ def probe_teacher(
         which: says what is measured.
         train, val: items (image normalised, label, index).
         masks: the same images with masks, or None where there are none.
-        workers, unreadable: of `read_batches`; how many could not be read so far is a value too.
+        unreadable: of `read_batches`; how many could not be read so far is a value too.
+        options: of `extract_features`.
     """
-    values, reading = {}, {"workers": workers, "unreadable": unreadable}
+    values, reading = {}, {"unreadable": unreadable, **options}
     if which.knn:
         values["probe/knn"] = knn_probe(backbone, train, val, device, **reading)
     if which.linear:
@@ -108,19 +110,22 @@ def probe_teacher(
 
 @torch.inference_mode()
 def report_teacher(
-    title: str, backbone: nn.Module, images: Tensor, crops: Sequence, **statistics: Sequence[float]
-) -> Callable[[Path], None]:
+    model: nn.Module,
+    path: Path,
+    title: str,
+    images: Tensor,
+    crops: Sequence,
+    **statistics: Sequence[float],
+) -> None:
     """Draws report.png: PCA of the patches, attention where there is any, crops of the images.
 
     Args:
         images: (n, C, H, W) normalised with the `statistics` mean and std.
-
-    Returns:
-        A function that draws into a file; the features are computed before.
     """
+    backbone = model.backbone
     attention = prefix_attention(backbone, images)[0] if hasattr(backbone, "attention") else None
-    return partial(
-        draw_report,
+    draw_report(
+        path,
         images=images,
         features=backbone(images),
         crops=crops,

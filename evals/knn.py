@@ -28,6 +28,7 @@ def extract_features(
     device: torch.device,
     *,
     dtype: torch.dtype = torch.float32,
+    spare: Tensor | None = None,
     **options: Any,
 ) -> FeatureRows:
     """Features of every image by `describe`. Ranks share the work; the others than 0 get no rows.
@@ -38,6 +39,8 @@ def extract_features(
         describe: normalised images (B, C, H, W) on `device` -> features (B, ...).
         data: items (image (C, H, W) normalised, label, index in the data).
         dtype: of the features that are kept.
+        spare: an image (1, C, H, W), where the model is sharded: a rank without images passes it,
+            since all ranks must run the model together.
         options: batch_size, workers, unreadable and progress of `read_batches`.
 
     Raises:
@@ -47,9 +50,12 @@ def extract_features(
     read = torch.zeros(len(data), dtype=torch.bool)
     for batch in read_batches(data, **options):
         if batch is None:
+            if spare is not None:
+                with torch.no_grad():
+                    describe(spare)
             continue
         images, label, index = batch
-        with torch.inference_mode():  # no longer than this: the result may be trained on
+        with torch.no_grad():
             values = describe(images.to(device)).to("cpu", dtype)
         if features is None:  # filled in place: a list of batches would have to be copied
             features = torch.empty(len(data), *values.shape[1:], dtype=dtype)

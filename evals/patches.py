@@ -29,31 +29,42 @@ class Patches(NamedTuple):
     index: int  # of the image in the data
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract_patches(
-    backbone: nn.Module, data: Dataset, device: torch.device, **options: Any
+    backbone: nn.Module,
+    data: Dataset,
+    device: torch.device,
+    *,
+    spare: Tensor | None = None,
+    **options: Any,
 ) -> Iterator[Patches]:
-    """Patch tokens image by image, in the data's order; images may differ in size.
-
-    Ranks share the images: each gets those of its batches.
+    """Patch tokens image by image, in the data's order; ranks share the images.
 
     Args:
         data: items (image (C, H, W) normalised, target, index in the data).
+        spare: as in `extract_features`.
         options: of `read_batches`.
     """
     for items in read_batches(data, collate=list, **options):
-        found = tokens_of(backbone, [image.to(device) for image, _, _ in items or ()])
+        found = tokens_of(backbone, [image.to(device) for image, _, _ in items or ()], spare)
         for (tokens, grid), (_, target, index) in zip(found, items or (), strict=True):
             yield Patches(tokens, grid, target, index)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def tokens_of(
-    backbone: nn.Module, images: Sequence[Tensor]
+    backbone: nn.Module, images: Sequence[Tensor], spare: Tensor | None = None
 ) -> list[tuple[Tensor, tuple[int, int]]]:
-    """(N, D) float32 and the grid of each image (C, H, W); one forward pass for each shape."""
+    """(N, D) float32 and the grid of each image (C, H, W); one forward pass for each shape.
+
+    With a `spare` image all ranks run the model equally often.
+    """
     results: list = [None] * len(images)
-    for shape in dict.fromkeys(image.shape for image in images):
+    shapes = dict.fromkeys(image.shape for image in images)
+    if spare is not None:
+        for _ in range(max(distributed.gather_objects(len(shapes))) - len(shapes)):
+            backbone(spare)
+    for shape in shapes:
         chosen = [k for k, image in enumerate(images) if image.shape == shape]
         features = backbone(torch.stack([images[k] for k in chosen]))
         for k, tokens in zip(chosen, features.patches.float(), strict=True):
@@ -99,12 +110,10 @@ class LastLayers(nn.Module):
 class Sliding(nn.Module):
     """A backbone that gets an image in overlapping windows; patches in several are averaged.
 
-    Under a linear head that is the sliding inference of segmentation papers: the mean of scores is
-    the score of the mean.
+    Under a linear head this is the sliding inference of segmentation papers.
 
     Args:
-        window: side in pixels; the published 512 goes with a stride of 341, so the stride is two
-            thirds.
+        window: side in pixels; the stride is two thirds, as the published 341 of 512.
         starts: length and side in patches -> where windows begin, in place of that stride.
 
     Raises:
@@ -289,7 +298,7 @@ def patch_knn_segmentation(
     """Segmentation without training (ours): each patch takes a vote of similar labelled patches.
 
     The votes are enlarged bilinearly and compared at the masks' full size. Ranks share the images
-    and each gets the whole result. The global random state is neither read nor changed.
+    and each gets the whole result.
 
     Args:
         train, val: items (image (C, H, W) normalised, mask (H', W') class numbers, index), such as
@@ -319,7 +328,7 @@ def patch_knn_segmentation(
     return {"miou": miou, "iou": each, "limit": best, "n_patches": len(whole.features)}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def patch_locality(features: Any, anchors: int = 64) -> float:
     """How cleanly patch similarity tells near from far, without labels: 0.5 is chance, 1 the best.
 
@@ -331,8 +340,8 @@ def patch_locality(features: Any, anchors: int = 64) -> float:
     Ours. The measure uses ranks only, so neither the scale nor the spread of similarities counts.
     It falls when similarity maps get noisy, as dense features do in long training (DINOv3, arXiv
     2508.10104). Of twelve such measures it followed mIoU of patch k-NN best, over 41 trained,
-    untrained and noised models on `scenes` (rank correlation 0.73). It cannot tell features of
-    positions alone from good ones: compare models of one architecture and one run.
+    untrained and noised models on `scenes` (rank correlation 0.73). Features of positions alone
+    score well too: compare models of one architecture and one run.
 
     Args:
         features: with `patches` (B, N, D) and `grid`, such as a backbone's output.
@@ -364,7 +373,7 @@ def _wins(higher: Tensor, lower: Tensor) -> float:
     return float((difference > 0).float().mean() + 0.5 * (difference == 0).float().mean())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def mean_locality(
     backbone: nn.Module,
     data: Dataset,

@@ -17,7 +17,7 @@ def ibot_loss(
 
     Args:
         student_logits: (M, K) head outputs at the masked positions, in the order of
-            `masks.flatten().nonzero()`; any float type, computed in float32.
+            `masks` flattened; any float type, computed in float32.
         teacher_probs: (M, K) targets at the same positions; rows sum to 1. Gets no gradient.
         masks: (G·B, N) bool, True = hidden from the student; has M entries that are True.
         student_temp: softmax temperature, > 0.

@@ -1,6 +1,6 @@
 """Distillation: a frozen teacher, with its heads if it has any, and a student that matches it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,16 +112,12 @@ class MatchingStudent(nn.Module):
         self.cls_projection = nn.Linear(backbone.embed_dim, teacher_dim)
         self.patch_projection = nn.Linear(backbone.embed_dim, teacher_dim)
 
-    def uses_all(self, terms: Iterable[str]) -> bool:
-        """Whether every parameter takes part in a loss of these terms, which DDP has to know."""
-        return {"cls", "patches"} <= set(terms)
-
     def forward(
         self,
         global_crops: Tensor,
         local_crops: Tensor | None = None,
         masks: Tensor | None = None,
-        hide: bool = False,
+        masked: Tensor | None = None,
     ) -> MatchingOutput:
         """(G·B, C, H, W) normalised -> `MatchingOutput`.
 

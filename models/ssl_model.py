@@ -19,7 +19,7 @@ from models.vit import VisionTransformer
 class SSLOutput:
     """What the losses read. Rows of crops are crop-major: view 0 of all images, then view 1.
 
-    `patch_logits` follow `masks.flatten().nonzero()`.
+    `patch_logits` follow `masked`.
     """
 
     cls: Tensor  # (G·B, D) after the final norm, global crops
@@ -27,7 +27,7 @@ class SSLOutput:
     grid: tuple[int, int]  # (h, w) of the patches, h·w = N
     global_logits: Tensor  # (G·B, K)
     local_logits: Tensor | None = None  # (L·B, K), None without local crops
-    patch_logits: Tensor | None = None  # (M, K'), None without masks
+    patch_logits: Tensor | None = None  # (M, K'), None without `masked`
 
 
 class SSLModel(nn.Module):
@@ -48,33 +48,28 @@ class SSLModel(nn.Module):
         self.dino_head = dino_head
         self.ibot_head = ibot_head
 
-    def uses_all(self, terms: Iterable[str]) -> bool:
-        """Whether every parameter takes part in a loss of these terms, which DDP has to know."""
-        return "dino" in terms and ("ibot" in terms or self.ibot_head is None)
-
     def forward(
         self,
         global_crops: Tensor,
         local_crops: Tensor | None = None,
         masks: Tensor | None = None,
-        hide: bool = True,
+        masked: Tensor | None = None,
     ) -> SSLOutput:
         """
         Args:
             global_crops: (G·B, C, H, W) normalised.
             local_crops: (L·B, C, h, w) or None (the teacher sees none).
-            masks: (G·B, N) bool, the patches whose logits are wanted, or None.
-            hide: whether the backbone sees the mask token in place of these patches (the student
-                does, the teacher does not).
+            masks: (G·B, N) bool, the patches in whose place the backbone sees the mask token, or
+                None. The student is given them, the teacher not.
+            masked: (M,) places of the patches whose logits are wanted, among the G·B·N, or None.
         """
-        hidden = masks if hide else None
         local_features = None
         if local_crops is None:
-            features = self.backbone(global_crops, hidden)
+            features = self.backbone(global_crops, masks)
         elif isinstance(self.backbone, VisionTransformer):
-            features, local_features = self.backbone(global_crops, hidden, local_crops=local_crops)
+            features, local_features = self.backbone(global_crops, masks, local_crops=local_crops)
         else:
-            features = self.backbone(global_crops, hidden)
+            features = self.backbone(global_crops, masks)
             local_features = self.backbone(local_crops, local=True)
         inputs = features.cls
         rows = [len(inputs)]
@@ -83,15 +78,15 @@ class SSLModel(nn.Module):
             rows.append(len(local_features.cls))
 
         patch_logits = None
-        if masks is not None:
-            masked = features.patches[masks]  # (M, D)
+        if masked is not None:
+            patches = features.patches.flatten(0, 1)[masked]  # (M, D)
             if self.ibot_head is None:
-                inputs = torch.cat([inputs, masked])
-                rows.append(len(masked))
+                inputs = torch.cat([inputs, patches])
+                rows.append(len(patches))
             else:
-                patch_logits = self.ibot_head(masked)
+                patch_logits = self.ibot_head(patches)
         logits = list(self.dino_head(inputs).split(rows))
-        if masks is not None and self.ibot_head is None:
+        if masked is not None and self.ibot_head is None:
             patch_logits = logits.pop()
         return SSLOutput(
             features.cls,
@@ -155,9 +150,18 @@ def make_teacher(student: SSLModel) -> SSLModel:
 
 def host_copy(module: nn.Module) -> nn.Module:
     """A copy of the module in the host's memory; the device holds nothing twice."""
-    tensors = [*module.parameters(), *module.buffers()]
-    memo = {id(tensor): tensor.detach().to("cpu", copy=True) for tensor in tensors}
-    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=False) for p in module.parameters()}
+    return _copy_with(module, lambda weight: weight.detach().to("cpu", copy=True))
+
+
+def without_weights(module: nn.Module) -> nn.Module:
+    """A copy of the module with parameters that hold no numbers (on the device "meta")."""
+    return _copy_with(module, lambda weight: weight.detach().to("meta"))
+
+
+def _copy_with(module: nn.Module, copied: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A frozen copy with such parameters; its buffers are in the host's memory."""
+    memo = {id(buffer): buffer.detach().to("cpu", copy=True) for buffer in module.buffers()}
+    memo |= {id(p): nn.Parameter(copied(p), requires_grad=False) for p in module.parameters()}
     return copy.deepcopy(module, memo)
 
 

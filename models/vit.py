@@ -278,8 +278,6 @@ class VisionTransformer(nn.Module):
         if masks is not None:
             check_masks(masks, patches, self.mask_token)
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
-        elif self.mask_token is not None:
-            cls = cls + 0 * self.mask_token  # DDP waits for the gradient of every parameter
         if self.pos_embed is not None:
             how = self.config["interpolation"]
             positions = resize_positions(

@@ -1,11 +1,12 @@
 """Two ranks give the JSON of one process, to the last digit."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
-from engine.launch import ranks_here
+from engine.launch import loader_workers, ranks_here
 from tests.evals.test_reading import break_image, labelled, marked  # noqa: F401
 from tests.processes import run_process
 
@@ -90,5 +91,9 @@ def test_a_mistake_on_two_ranks_is_a_sentence(labelled):  # noqa: F811
         ({"LOCAL_WORLD_SIZE": "8"}, 1, 1),
     ],
 )
-def test_a_rank_takes_its_share_of_one_machine(environment, ranks, here):
+def test_a_rank_takes_its_share_of_one_machine(environment, ranks, here, monkeypatch):
     assert ranks_here(environment, ranks) == here
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(16), raising=False)
+    assert loader_workers(None, "cuda", ranks, environment) == 16 // here
+    assert loader_workers(3, "cuda", ranks, environment) == 3
+    assert loader_workers(None, "cpu", ranks, environment) == 0

@@ -234,12 +234,6 @@ def test_no_gradient_reaches_the_key_bias_and_it_changes_nothing():
     assert torch.equal(joined(model(x)), before)
 
 
-def test_every_parameter_gets_a_gradient_without_masks():
-    model = tiny(registers=2, positions="rope").train()
-    model(images(1, 3, 16, 16)).cls.sum().backward()
-    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-
-
 # ----------------------------------------------------------------- masks
 
 
