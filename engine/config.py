@@ -54,8 +54,8 @@ class DataConfig:
     workers: CountOrZero | None = free(None)
     max_bad: CountOrZero | None = free(None)  # Unreadable images; null: stops above 10 and 1 %.
     # Where crops and colours are made (ours). device: workers only read and shrink. auto: device on
-    # CUDA, else workers. The views are the same but for rounding and the filter that shrinks.
-    # workers: where the GPU is the bottleneck and the cores are not.
+    # GPUs on which both were measured (H100), else workers. The views are the same but for rounding
+    # and the filter that shrinks. workers: where the GPU is the bottleneck and the cores are not.
     augment_on: Literal["auto", "device", "workers"] = free("auto")
 
 
@@ -78,7 +78,7 @@ class CropsConfig:
     local_size: Pixels = 96  # Side of a local crop, as global_size; 98 for patches of 14 (DINO).
     local_scale: Area = listed(0.05, 0.32)  # Higher where crops lose the object.
     local_count: CountOrZero = 8  # Local crops of an image; each costs a fifth of a global one.
-    policy: str = "natural"  # The colour policy's name in data/augment.py; keys below change it.
+    policy: str = "natural"  # Of data/augment.py; a later policy drops colour keys before it.
     flip: Probability | None = None  # A crop is flipped left-right; 0 where sides matter.
     turn: Probability | None = None  # A crop turns by 90, 180 or 270 degrees; 0.75 if none is up.
     jitter: Probability | None = None  # Brightness, contrast, saturation and hue change together.

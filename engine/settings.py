@@ -30,6 +30,8 @@ from engine.keys import (
     sections_of,
     suggestion,
 )
+from engine.layers import lay_over, merge, void_in_words
+from engine.logger import notice
 from errors import UserError
 from files import expand, parse_yaml, read_yaml_file
 
@@ -37,9 +39,6 @@ if TYPE_CHECKING:
     from engine.config import TrainConfig
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
-# Three ways to give the length. A layer with one of them, or with steps of stages, replaces those
-# of the layers below.
-ONE_OF = ("total_steps", "epochs", "images")
 KINDS = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "text"},
     **{list: "a list such as [0.1, 0.5]", dict: "names and their keys", types.NoneType: "null"},
@@ -73,9 +72,18 @@ def find_config(name: str | Path) -> Path:
 def load(config: str | Path | None, overrides: list[str], schema: type[Config]) -> Config:
     """Defaults of the schema, then a file with its bases, then `key=value`; the last one wins."""
     layers = read_yaml(find_config(config), schema) if config else []
-    written = [write_out(schema, layer) for layer in layers]
+    layers = [write_out(schema, layer) for layer in layers]
     given = [write_out(schema, parse_override(override, schema)) for override in overrides]
-    return build(schema, reduce(lay_over, [*written, reduce(merge, given, {})], {}))
+    values: dict = {}
+    for layer in [*layers, reduce(merge, given, {})]:
+        if void := void_in_words(values, layer):
+            notice(void)
+        values = lay_over(values, layer)
+    stages = values.get("stages")
+    for name, keys in stages.items() if isinstance(stages, dict) else ():
+        if isinstance(keys, dict) and (void := void_in_words(values, keys)):
+            notice(f"stages.{name}: {void}")
+    return build(schema, values)
 
 
 def load_saved(path: Path, schema: type[Config]) -> Config:
@@ -120,28 +128,6 @@ def parse_override(argument: str, schema: type) -> dict:
     for part in reversed(path):
         value = {part: value}
     return value
-
-
-def merge(below: Any, above: Any) -> Any:
-    """Deep merge of mappings, `above` wins."""
-    if not (isinstance(below, dict) and isinstance(above, dict)):
-        return above
-    stages = above.get("stages")
-    stages = stages.values() if isinstance(stages, dict) else ()
-    gives_steps = any(isinstance(stage, dict) and "steps" in stage for stage in stages)
-    if gives_steps or any(above.get(name) is not None for name in ONE_OF):
-        below = {key: value for key, value in below.items() if key not in ONE_OF}
-    both = {key: merge(below[key], above[key]) for key in above if key in below}
-    return below | above | both
-
-
-def lay_over(below: dict, above: dict) -> dict:
-    """`merge`; where `above` chooses a model of timm, without the keys of the model below."""
-    model = above.get("model")
-    arch = model.get("arch") if isinstance(model, dict) else None
-    if str(arch).startswith("timm:"):
-        below = {key: value for key, value in below.items() if key != "model"}
-    return merge(below, above)
 
 
 def write_out(cls: type, values: Any, path: str = "") -> dict:

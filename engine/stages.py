@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from engine.layers import lay_over
 from engine.optim import span_steps
-from engine.settings import build, changed_keys, convert, merge, to_dict, write_out
+from engine.settings import build, changed_keys, convert, to_dict, write_out
 from errors import UserError
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def stage_configs(
             raise UserError(f"stages.{name}.steps is {steps}; it must be at least 1")
         try:
             keys = write_out(type(cfg), keys)
-            stage = build(type(cfg), merge(_without_schedules(base, keys), keys))
+            stage = build(type(cfg), lay_over(_without_schedules(base, keys), keys))
         except UserError as error:
             raise UserError(f"stages.{name}: {error}") from None
         for change in changed_keys(replace(cfg, stages=None, init=None), stage, all_fields=True):

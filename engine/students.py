@@ -11,14 +11,13 @@ from torch import nn
 
 from data.distillation import CropAdapter
 from engine.config import DistillTrainConfig
+from engine.layers import ONE_OF, lay_over
 from engine.optim import build_schedules
 from engine.settings import (
     CONFIG_FOLDER,
-    ONE_OF,
     build,
     changed_keys,
     convert,
-    lay_over,
     read_yaml,
     to_dict,
     write_out,

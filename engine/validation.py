@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from engine.settings import ONE_OF
+from engine.layers import ONE_OF
 from errors import UserError
 
 if TYPE_CHECKING:

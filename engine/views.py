@@ -29,17 +29,14 @@ from engine.config import (
     TrainConfig,
 )
 from engine.launch import loader_workers
+from engine.layers import NOT_OF_POLICY
 from engine.logger import notice
 from engine.stages import Stage
 from engine.validation import size_pair
 from errors import UserError
 from models.features import Preprocessing
 
-# Keys of `crops` that are read by their names; all others are fields of AugmentPolicy.
-NOT_OF_POLICY = {
-    *("global_size", "global_scale", "global_count", "local_size", "local_scale", "local_count"),
-    *("policy", "guided", "guided_globals", "guided_share", "mix"),
-}
+MEASURED = ("H100",)  # GPUs of which docs/performance.md has figures for data.augment_on
 
 
 def multi_crop_from(
@@ -120,6 +117,13 @@ def views_from(
     return views
 
 
+def crops_on_device(choice: str, device: torch.device) -> bool:
+    """Whether crops are made on the device: for `auto` only where both ways were measured."""
+    if choice != "auto" or device.type != "cuda":
+        return choice == "device"
+    return any(name in torch.cuda.get_device_name(device) for name in MEASURED)
+
+
 def stage_loader(
     stage: Stage, first_step: int, patch_size: int, device: torch.device
 ) -> DataLoader:
@@ -139,9 +143,6 @@ def stage_loader(
     mean, std = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
     ibot = cfg.loss.ibot if "ibot" in stage.schedules else None
     gram = cfg.loss.gram if "gram" in stage.schedules else None
-    on_device = cfg.data.augment_on == "device"
-    if cfg.data.augment_on == "auto":
-        on_device = device.type == "cuda"
     return make_loader(
         images,
         views_from(cfg.crops, mean, std, patch_size, ibot, gram),
@@ -154,7 +155,7 @@ def stage_loader(
         world_size=distributed.world_size(),
         workers=loader_workers(cfg.data.workers, device.type, distributed.world_size()),
         device=device.type,
-        on_device=on_device,
+        on_device=crops_on_device(cfg.data.augment_on, device),
     )
 
 

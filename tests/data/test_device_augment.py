@@ -371,7 +371,9 @@ def test_crops_are_made_in_full_precision_within_autocast(images):
 # ----------------------------------------------------------------- training
 
 
-def test_auto_is_the_device_on_cuda_and_the_workers_elsewhere(tiny):
+def test_auto_is_the_device_on_a_measured_gpu_and_the_workers_elsewhere(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 PCIe")
+
     def chosen(device: str, *overrides: str) -> bool:
         stage = bench.chosen_stage(load_config(None, [*tiny, *overrides]), None)
         return stage_loader(stage, 0, 8, torch.device(device)).dataset.on_device

@@ -1,16 +1,20 @@
 """A key that the chosen architecture or policy does not read is refused: no key does nothing."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import train
-from data.augment import AugmentPolicy
+from data.augment import POLICIES, AugmentPolicy
 from engine.config import CropsConfig, DistillTrainConfig, ModelConfig, load_config
+from engine.layers import NOT_OF_POLICY
+from engine.stages import stage_configs
 from engine.start import build_student
 from engine.students import student_configs
-from engine.views import NOT_OF_POLICY, multi_crop_from
+from engine.views import MEASURED, crops_on_device, multi_crop_from
 from errors import UserError
 from models.vit import VisionTransformer
 
@@ -94,3 +98,62 @@ def test_a_new_key_of_crops_without_a_field_in_the_policy_fails_in_the_first_bat
     multi_crop_from(Forked(), [0.5] * 3, [0.5] * 3)
     with pytest.raises(TypeError, match="posterize"):
         multi_crop_from(Forked(posterize=0.5), [0.5] * 3, [0.5] * 3)
+
+
+# ----------------------------------------------------------------- a policy over keys of a file
+
+BY_HAND = "crops: {policy: aerial, flip: 0.0, hue: 0.5, blur: [0, 0, 0], global_scale: [0.5, 1]}\n"
+
+
+def colours(cfg) -> dict:
+    """The keys of the policy that the configuration changes."""
+    crops = {name: value for name, value in vars(cfg.crops).items() if name not in NOT_OF_POLICY}
+    return {name: value for name, value in crops.items() if value is not None}
+
+
+@pytest.mark.parametrize("policy", ["crops_only", "histology", "aerial"])
+def test_a_policy_on_the_command_line_wins_over_colours_of_a_file(policy, tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text(BY_HAND)
+    config = str(tmp_path / "x.yaml")
+    assert set(colours(load_config(config, ["crops.guided=0"]))) == {"flip", "hue", "blur"}
+    assert not capsys.readouterr().err
+    cfg = load_config(config, [f"crops.policy={policy}", "crops.hue=0.25"])
+    said = capsys.readouterr().err
+    assert colours(cfg) == {"hue": 0.25} and cfg.crops.global_scale == [0.5, 1]
+    assert (
+        f"crops.policy {policy} replaces" in said and "crops.flip 0.0, crops.blur [0, 0, 0]" in said
+    )
+    made = multi_crop_from(cfg.crops, [0.5] * 3, [0.5] * 3).policy
+    assert made == replace(POLICIES[policy], hue=0.25)
+
+
+def test_colours_beside_a_policy_or_after_it_change_it(tmp_path):
+    (tmp_path / "below.yaml").write_text("crops: {policy: aerial, flip: 0}\n")
+    (tmp_path / "above.yaml").write_text("base: below.yaml\ncrops: {turn: 1}\n")
+    assert colours(load_config(str(tmp_path / "above.yaml"), [])) == {"flip": 0, "turn": 1}
+    for order in (["crops.flip=0", "crops.policy=aerial"], ["crops.policy=aerial", "crops.flip=0"]):
+        assert colours(load_config(None, order)) == {"flip": 0}
+
+
+def test_a_policy_of_a_stage_wins_over_colours_of_the_run(capsys):
+    given = ["crops.flip=0", "stages={a: {steps: 1}, b: {steps: 1, crops: {policy: aerial}}}"]
+    cfg = load_config(None, given)
+    first, second = (stage for _, _, stage in stage_configs(cfg))
+    assert colours(first) == {"flip": 0} and not colours(second)
+    assert "stages.b: crops.policy aerial replaces" in capsys.readouterr().err
+    (_, _, stage) = list(stage_configs(load_config(None, [*given, "stages.b.crops.flip=0.25"])))[1]
+    assert colours(stage) == {"flip": 0.25}
+
+
+@pytest.mark.parametrize(
+    "kind, name, wanted",
+    [("cuda", "NVIDIA H100 80GB HBM3", True), ("cuda", "NVIDIA A10G", False)]
+    + [("cuda", "Tesla V100-SXM2-16GB", False), ("cpu", "", False), ("mps", "", False)],
+)
+def test_auto_makes_crops_on_a_device_only_where_that_was_measured(kind, name, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert crops_on_device("auto", torch.device(kind)) is wanted
+    assert crops_on_device("device", torch.device(kind))
+    assert not crops_on_device("workers", torch.device(kind))
+    page = (Path(__file__).parents[2] / "docs/performance.md").read_text()
+    assert all(f"NVIDIA {name}" in page for name in MEASURED)
