@@ -37,8 +37,9 @@ from engine.lengths import length_in_steps
 from engine.logger import say_passed_over
 from engine.optim import build_schedules
 from engine.parallel import place
+from engine.run import StopRequest, run_of_its_own
 from engine.stages import Stage, plan_stages
-from engine.student_run import StopRequest, StudentRun, end_step, write_config
+from engine.student_run import StudentRun, begin_distillation, end_step, open_distillation
 from engine.students import (
     check_stages,
     divide_ranks,
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = config_parser(__doc__, DistillTrainConfig).parse_args(argv)
     cfg = load_config(arguments.config, arguments.overrides, DistillTrainConfig)
     device = distributed.choose_device(cfg.device)
-    with distributed.process_group(device, cfg.hang_timeout):
+    with run_of_its_own(), distributed.process_group(device, cfg.hang_timeout):
         distill(cfg, device)
 
 
@@ -82,12 +83,17 @@ def distill(cfg: DistillTrainConfig, device: torch.device) -> None:
     mine = [entry for entry in entries if not layout or distributed.rank() in layout[entry.name]]
     with distributed.within(group):
         students = [StudentRun(entry, cfg, stages, teacher, heads, device) for entry in mine]
-    write_config(cfg, entries, layout, images)
+    open_distillation(cfg, entries, images)
     with distributed.within(group):
-        students = [student for student in students if begins(student, images)]
+        students = [student for student in students if opens(student, images)]
+    begin_distillation(cfg, layout)
+    with distributed.within(group):
+        for student in students:
+            student.trainer.start(student.run, images, student.outputs)
     starts = [student.run.start_step for student in students]
     first_step = min(distributed.gather_objects(min(starts, default=stages[-1].stop)))
     stop = StopRequest(cfg.time_limit, stages[-1].stop, device)
+    stop.listen()
     for number, stage in enumerate(stages):
         if first_step < stage.stop:
             with distributed.within(group):
@@ -99,14 +105,13 @@ def distill(cfg: DistillTrainConfig, device: torch.device) -> None:
             distill_stage(loaded_stage(stage, heads), first, teach, active, group, stop, device)
 
 
-def begins(student: StudentRun, images: ImageData) -> bool:
-    """Makes or resumes a student's run; False if there is nothing left to do."""
+def opens(student: StudentRun, images: ImageData) -> bool:
+    """Makes a student's networks, and writes nothing; False if there is nothing left to do."""
     if not student.run.open():
         return False
     cfg = student.cfg
     student.build(build_centering(cfg.loss, student.terms) if student.heads else nn.ModuleDict())
-    outputs = teacher_outputs(cfg, images, student.trainer.teacher, student.device)
-    student.trainer.start(student.run, images, outputs)
+    student.outputs = teacher_outputs(cfg, images, student.trainer.teacher, student.device)
     return True
 
 
@@ -136,7 +141,7 @@ def distill_stage(
         with autocast():
             seen = teach(batch.to(device, non_blocking=True))
         seen = seen if group is None else exchanged(seen, wanted)
-        stopping = stop.asked(step + 1)
+        stopping = stop.why(step + 1)
 
         # 2. to 5. are the students' own.
         with distributed.within(group):

@@ -26,7 +26,6 @@ from torch.utils.data import Dataset
 
 from data.annotated import Annotated, clip, kinds_of, pair
 from data.images import ImageData
-from data.loader import first_readable
 from data.sources.specs import open_data
 from engine import distributed
 from engine.cli import evaluation_parser, run_script
@@ -38,7 +37,7 @@ from evals.frozen import FrozenModel, progress_bar, run_evaluation
 from evals.localization import localize, read_truth
 from evals.matching import match_keypoints, match_views, track
 from evals.patches import LastLayers, Sliding, extract_patches, patch_knn_segmentation
-from evals.reading import in_order, read_batches
+from evals.reading import first_readable, in_order, read_batches
 
 SCALES = (0.75, 1.0, 1.25, 1.5)  # of --multi-scale; each also mirrored
 HELP = {

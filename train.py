@@ -24,10 +24,10 @@ from data.sources.specs import open_data
 from engine import distributed
 from engine.cli import config_parser, run_script
 from engine.config import LossConfig, TrainConfig, load_config
-from engine.gram import build_anchor, build_gram_teacher
+from engine.gram import build_anchor, build_gram_teacher, check_gram_teachers
 from engine.health import warn_of_same_pictures
 from engine.logger import notice, say_passed_over
-from engine.run import Run
+from engine.run import Run, run_of_its_own
 from engine.stages import Stage
 from engine.start import build_student, load_init, plan_run
 from engine.step import OptimizationStep
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = config_parser(__doc__).parse_args(argv)
     cfg = load_config(arguments.config, arguments.overrides)
     device = distributed.choose_device(cfg.device)
-    with distributed.process_group(device, cfg.hang_timeout):
+    with run_of_its_own(), distributed.process_group(device, cfg.hang_timeout):
         train(cfg, device)
 
 
@@ -72,6 +72,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     if run.start_step == 0:
         warn_of_same_pictures(images, cfg.health.on_collapse)
     outputs = teacher_outputs(cfg, images, trainer.teacher, device)
+    check_gram_teachers(stages)
     trainer.start(run, images, outputs)
     for stage in trainer.stages_left():
         train_stage(trainer, stage)

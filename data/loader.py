@@ -8,6 +8,7 @@ resumes by naming a step.
 
 import itertools
 import math
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -334,22 +335,14 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device == "cuda",
+        worker_init_fn=_ignore_interrupts,
         generator=torch.Generator().manual_seed(0),
     )
 
 
-def first_readable(data: ImageData, count: int) -> list[int]:
-    """Indices of the first `count` images that can be read, fewer where there are not so many."""
-    found = []
-    for index in range(len(data)):
-        if len(found) == count:
-            break
-        try:
-            data.image(index)
-        except UnreadableImage:
-            continue
-        found.append(index)
-    return found
+def _ignore_interrupts(worker: int) -> None:
+    """A terminal sends Ctrl-C to every process; the run needs its workers to end its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 STRIP = 16  # crops; of a longer image only the part around its centre crop is resized

@@ -6,8 +6,10 @@ teacher/ snapshots/<step>/ best/    backbone as a folder that load_backbone open
 """
 
 import os
+import pickle
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -49,23 +51,62 @@ def training_state(
     return state | ({"scaler": scaler} if scaler.is_enabled() else {})
 
 
+def checkpoint_steps(run: Path) -> list[int]:
+    """Steps of the run's checkpoints up to the one in `latest`, ascending, whole or damaged."""
+    folder = run / "checkpoints"
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    pointer = folder / "latest"
+    newest = pointer.read_text().strip() if pointer.is_file() else ""
+    limit = int(newest) if newest.isdigit() else max(steps, default=0)  # empty after a power cut
+    return sorted(step for step in steps if step <= limit)
+
+
 def latest_step(run: Path) -> int | None:
-    """The newest complete checkpoint's step, or None."""
-    pointer = run / "checkpoints" / "latest"
-    return int(pointer.read_text()) if pointer.is_file() else None
+    """The step of the newest checkpoint whose files are whole, or None."""
+    steps = reversed(checkpoint_steps(run))
+    return next((step for step in steps if not damage(run / "checkpoints" / str(step))), None)
+
+
+def damage(checkpoint: Path) -> str:
+    """What is missing of a checkpoint's files; nothing where each has its full length."""
+    try:
+        parts = dcp.FileSystemReader(checkpoint).read_metadata().storage_data.values()
+        ends = Counter()
+        for part in parts:
+            ends[part.relative_path] = max(ends[part.relative_path], part.offset + part.length)
+        for name, end in ends.items():
+            if (size := (checkpoint / name).stat().st_size) < end:
+                return f"{name} has {size} of {end} bytes"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except Exception as error:  # unpickling damaged bytes raises anything
+        return f".metadata cannot be read ({type(error).__name__})"
+    return ""
 
 
 def load_checkpoint(run: Path, step: int, state: dict) -> None:
     """Fills the tensors of `state` in place, whatever ranks and strategy wrote the checkpoint.
 
     Checkpoints of an earlier version have no state of the scaler; then the scaler stays as it is.
+
+    Raises:
+        RunFailed: if it cannot be read, although its files are whole.
     """
     folder, group = run / "checkpoints" / str(step), distributed.current_group()
     if "scaler" in state:
         held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         kept = any(name.startswith("scaler.") for name in held)
         state = {name: part for name, part in state.items() if kept or name != "scaler"}
-    dcp.load(state, checkpoint_id=folder, process_group=group, no_dist=not distributed.active())
+    try:
+        dcp.load(state, checkpoint_id=folder, process_group=group, no_dist=not distributed.active())
+    except Exception as error:
+        if not isinstance(error, (CheckpointException, EOFError, pickle.UnpicklingError, OSError)):
+            raise
+        before = [known for known in checkpoint_steps(run) if known < step]
+        remedy = f"write {before[-1]} into {folder.parent / 'latest'}" if before else "start afresh"
+        raise RunFailed(
+            f"{folder} cannot be read ({type(error).__name__}); to go on without it, {remedy}"
+        ) from error
 
 
 class CheckpointWriter:
@@ -160,14 +201,16 @@ def _refuse_non_finite(weights: dict, step: int) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
-    for old in sorted(steps, reverse=True)[keep:]:
+    for old in checkpoint_steps(folder.parent)[:-keep]:
         shutil.rmtree(folder / str(old))
 
 
 def write_atomically(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".unfinished")
-    beside.write_text(text)
+    with open(beside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut leaves an empty file of this name
     os.replace(beside, path)
 
 

@@ -16,7 +16,11 @@ from errors import UserError
 
 if TYPE_CHECKING:
     from engine.config import GramConfig
+    from engine.stages import Stage
     from engine.trainer import Trainer
+
+
+OWN = ("ema", "init", "auto")  # Gram teachers that are the run's own
 
 
 class GramTeacher:
@@ -129,6 +133,18 @@ def build_gram_teacher(trainer: "Trainer") -> GramTeacher | None:
     if resumed and gram_teacher.weights:
         run.restore({"gram_teacher": gram_teacher.weights})
     return gram_teacher
+
+
+def check_gram_teachers(stages: list["Stage"]) -> None:
+    """Opens the MODEL of each stage's Gram teacher, before anything is written.
+
+    Raises:
+        UserError, OSError: if one cannot be opened.
+    """
+    for stage in stages:
+        spec = stage.cfg.loss.gram.teacher
+        if "gram" in stage.schedules and spec not in OWN and not spec.startswith("@"):
+            load_initial(spec, stage.cfg.data.channels)
 
 
 def build_anchor(trainer: "Trainer") -> nn.Module | None:

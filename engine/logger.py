@@ -187,11 +187,13 @@ def _rounded(value: float | None) -> float | None:
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a last line cut by a kill is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             break
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 

@@ -3,8 +3,8 @@
 The functions that probe, export and draw the teacher are given, because engine imports no evals.
 """
 
+import contextlib
 import math
-import shutil
 import signal
 import threading
 import time
@@ -21,6 +21,7 @@ from engine import checkpoint, distributed
 from engine.checkpoint import CheckpointWriter
 from engine.cli import StoppedEarly
 from engine.config import TrainConfig
+from engine.folder import check_folder, move_aside, own_folder, release_folders
 from engine.guard import build_guard
 from engine.health import CollapseWatch
 from engine.logger import BadImages, Logger, notice, read_metrics, require_mirrors
@@ -28,18 +29,75 @@ from engine.settings import provenance, refuse_changes, to_yaml
 from engine.stages import Stage
 from errors import UserError
 
-RUN_FILES = (
-    *("config.yaml", "metrics.jsonl", "checkpoints", "snapshots", "teacher", "best"),
-    *("curves.png", "report.png", "bad_images.txt", "tensorboard", "wandb"),
-    *("gram_choice.json", "gram_choice.png"),
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )
 
 
-def note_stop_signals(note: Callable[[int, Any], None]) -> None:
-    """Calls `note(number, frame)` on SIGTERM and SIGUSR1; only the main thread may ask for that."""
+def note_stop_signals(note: Callable[[int], None]) -> None:
+    """Calls `note(number)` at a signal to stop; a second Ctrl-C ends the program at once.
+
+    Only the main thread may ask for that.
+    """
+    interrupted = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal interrupted
+        if number == signal.SIGINT and interrupted:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            interrupted = True
+            notice("Ctrl-C: the run is saved after this step; Ctrl-C again leaves at once")
+        note(number)
+
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
-            signal.signal(number, note)
+        for number in STOP_SIGNALS:
+            signal.signal(number, handle)
+
+
+@contextlib.contextmanager
+def run_of_its_own() -> Iterator[None]:
+    """Afterwards the process is as before: its signal handlers, and folders that it owned."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS} if main else {}
+    try:
+        yield
+    finally:
+        release_folders()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class StopRequest:
+    """A signal or the time limit, noticed by all ranks after the same step.
+
+    Args:
+        hours: until the time limit; None: there is none.
+        total_steps: of the run; at its last step there is nothing to stop.
+    """
+
+    def __init__(self, hours: float | None, total_steps: int, device: torch.device):
+        self.deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
+        self.total_steps, self.device = total_steps, device
+        self.signal: int | None = None
+
+    def listen(self) -> None:
+        note_stop_signals(self._note)
+
+    def _note(self, number: int) -> None:
+        self.signal = number
+
+    def why(self, step: int) -> str:
+        """Why to stop after this step, or nothing.
+
+        Ranks agree every tenth step, because they wait for each other to do so.
+        """
+        why = f"by {signal.Signals(self.signal).name}" if self.signal else ""
+        why = "at the time limit" if time.monotonic() > self.deadline else why
+        if step >= self.total_steps or not distributed.active():
+            return why if step < self.total_steps else ""
+        reasons = distributed.gather_objects(why) if step % 10 == 0 else []
+        return next(filter(None, reasons), "")
 
 
 @dataclass(frozen=True)
@@ -81,38 +139,49 @@ class Run:
         require_mirrors(cfg.mirrors)  # before anything is made or removed
         self.start_step = 0
         self.writer = CheckpointWriter(self.folder, cfg.checkpoint.keep)
-        self.deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
-        self.signal: int | None = None
+        self.stop = StopRequest(hours, self.total_steps, device)
+        self.stopping: str | None = None  # why, where distill.py decides
 
     def open(self) -> bool:
-        """Makes or re-opens the folder; False if there is nothing left to do.
+        """Finds the step to go on from, and writes nothing; False if there is nothing left to do.
 
         Raises:
-            UserError: if the config.yaml of the run so far forbids going on.
+            UserError: if the folder or the run in it forbids to begin or to go on.
         """
-        if self.folder.is_file():
-            raise UserError(f"output_dir {self.folder} is a file; give a folder")
-        if self.cfg.overwrite and distributed.is_main():
-            for name in RUN_FILES:
-                path = self.folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        distributed.barrier()
-        self.start_step = checkpoint.latest_step(self.folder) or 0
+        own_folder(self.folder)
+        check_folder(self.folder, self.cfg.overwrite)
+        if self.cfg.overwrite:
+            return True
+        self.start_step = distributed.from_main(checkpoint.latest_step(self.folder)) or 0
+        steps = checkpoint.checkpoint_steps(self.folder)
         if self.start_step:
             refuse_changes(self.cfg, self.folder / "config.yaml")
+        if steps and steps[-1] != self.start_step:
+            newest = self.folder / "checkpoints" / str(steps[-1])
+            notice(f"{newest} is damaged: {checkpoint.damage(newest)}")
+            if not self.start_step:
+                raise UserError(f"{newest.parent} holds no whole checkpoint; give overwrite=true")
         if self.start_step >= self.total_steps:
             notice(
                 f"{self.folder} is finished: {self.start_step} of {self.total_steps} steps are "
                 "done. A larger total_steps prolongs the run, overwrite=true starts afresh."
             )
             return False
+        return True
+
+    def _begin(self) -> None:
+        """Makes the folder the run's own: an earlier run moves aside."""
         if distributed.is_main():
+            if self.cfg.overwrite:
+                move_aside(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
+        own_folder(self.folder)
+        if distributed.is_main():
             text = to_yaml(self.cfg, provenance())
             checkpoint.write_atomically(self.folder / "config.yaml", text)
         if self.start_step:
             notice(f"{self.folder}: going on from step {self.start_step}")
-        return True
+        distributed.barrier()
 
     def start(
         self,
@@ -122,7 +191,7 @@ class Run:
         copy_teacher: Callable[[], nn.Module | None],
         watch: CollapseWatch,
     ) -> None:
-        """Loads the checkpoint, if there is one, into `state`.
+        """Begins to write, and loads the checkpoint, if there is one, into `state`.
 
         Args:
             state: live tensors of the training state (engine.checkpoint.training_state).
@@ -131,9 +200,10 @@ class Run:
             copy_teacher: a whole copy in the host's memory, on rank 0; all ranks call it together.
             watch: warns when the logged values look like collapse.
         """
+        self._begin()
         self.state, self.outputs = state, outputs
         self.copy_teacher, self.watch, self.guard = copy_teacher, watch, build_guard(self.cfg)
-        note_stop_signals(self._note_signal)
+        self.stop.listen()
         self.restore(state)
         self.logger = Logger(self.folder, self.total_steps, self.start_step, self.cfg.mirrors)
         self.bad_images = BadImages(self.folder, images, self.cfg.data.max_bad)
@@ -173,7 +243,7 @@ class Run:
             StoppedEarly: after a signal or the time limit, once everything is saved.
         """
         last = step in self.stage_ends
-        stopped = self._asked_to_stop(step)
+        stopped = self.stop.why(step) if self.stopping is None else self.stopping
         if last or self._due(step, self.cfg.log_every) or self._due(step, self.cfg.probe.every):
             self._log(step, metrics())
         self.writer.poll()
@@ -193,22 +263,6 @@ class Run:
                 f"{self.folder}: stopped at step {step} of {self.total_steps} {stopped}; "
                 "the same command goes on"
             )
-
-    def _note_signal(self, number: int, frame: Any) -> None:
-        self.signal = number
-
-    def _asked_to_stop(self, step: int) -> str:
-        """Why to stop after this step, or nothing.
-
-        Ranks agree every tenth step, because they wait for each other to do so.
-        """
-        why = f"by {signal.Signals(self.signal).name}" if self.signal else ""
-        why = "at the time limit" if time.monotonic() > self.deadline else why
-        if not distributed.active():
-            return why
-        if step % 10 or not distributed.any_rank(bool(why), self.device):
-            return ""
-        return why or "with another rank"
 
     def settle(self) -> None:
         """Waits until all files are written, so that every rank can read them."""

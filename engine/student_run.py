@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,12 @@ from engine import distributed
 from engine.checkpoint import latest_step, write_atomically
 from engine.cli import StoppedEarly
 from engine.distill_config import DistillTrainConfig
+from engine.folder import check_folder, move_aside, own_folder
 from engine.health import health, warn_of_same_pictures
 from engine.logger import notice
 from engine.optim import build_schedules
 from engine.resume import check_images
-from engine.run import Run, note_stop_signals
+from engine.run import Run, TeacherOutputs
 from engine.settings import provenance, refuse_changes, to_yaml
 from engine.stages import Stage, plan_stages
 from engine.start import build_student, check_batches, load_init
@@ -73,6 +73,8 @@ class StudentRun:
             check_prototypes(self.name, self.cfg, self.terms, teacher)
         check_batches(self.stages)
         self.run = Run(self.cfg, self.stages, device)
+
+    outputs: TeacherOutputs  # set where the run is opened
 
     def build(self, centering: nn.ModuleDict) -> None:
         """Makes the networks, from the student's own seed."""
@@ -151,55 +153,38 @@ class StudentRun:
         return metrics | {name: measured[name] for name in names}
 
 
-def write_config(
-    cfg: DistillTrainConfig,
-    entries: list[Entry],
-    layout: dict[str, range] | None,
-    images: ImageData,
-) -> None:
-    """Writes config.yaml of the whole distillation; warns about data that cannot be learned from.
-
+def open_distillation(cfg: DistillTrainConfig, entries: list[Entry], images: ImageData) -> None:
+    """
     Raises:
-        UserError: if the distillation has begun and a key has changed that its result depends on.
+        UserError: if the folder is not the distillation's, or it has begun with other images or
+            keys. Nothing was written yet.
     """
     folder = Path(cfg.output_dir)
+    own_folder(folder)
+    check_folder(folder, cfg.overwrite)
     begun = any(latest_step(Path(entry.cfg.output_dir)) for entry in entries)
     if begun and not cfg.overwrite and (folder / "config.yaml").is_file():
         refuse_changes(cfg, folder / "config.yaml")
     for entry in entries:
         check_images(entry.cfg, images)
-    distributed.barrier()
-    if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.yaml", to_yaml(cfg, provenance()))
     if not begun:
         warn_of_same_pictures(images, cfg.health.on_collapse)
+
+
+def begin_distillation(cfg: DistillTrainConfig, layout: dict[str, range] | None) -> None:
+    """Writes config.yaml of the whole distillation; an earlier one moves aside."""
+    folder = Path(cfg.output_dir)
+    if distributed.is_main():
+        if cfg.overwrite:
+            move_aside(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder)
+    if distributed.is_main():
+        write_atomically(folder / "config.yaml", to_yaml(cfg, provenance()))
     if layout:
         parts = [f"{name}: ranks {r.start} to {r.stop - 1}" for name, r in layout.items()]
         notice(", ".join(parts))
-
-
-class StopRequest:
-    """A signal or the time limit, noticed by all ranks of all students after the same step."""
-
-    def __init__(self, hours: float | None, total_steps: int, device: torch.device):
-        self.total_steps = total_steps
-        self.deadline = float("inf") if hours is None else time.monotonic() + 3600 * hours
-        self.device = device
-        self.signalled = False
-        note_stop_signals(self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.signalled = True
-
-    def asked(self, step: int) -> bool:
-        """Whether to stop after this step; ranks agree every tenth, because they wait for it."""
-        if step >= self.total_steps:
-            return False
-        wanted = self.signalled or time.monotonic() > self.deadline
-        if not distributed.active():
-            return wanted
-        return step % 10 == 0 and distributed.any_rank(wanted, self.device)
+    distributed.barrier()
 
 
 def end_step(
@@ -207,7 +192,7 @@ def end_step(
     done: list[tuple[Run, Callable[[], dict]]],
     bad: list[tuple[str, str]],
     waited: float,
-    stopping: bool,
+    stopping: str,
 ) -> None:
     """Ends a step for the students of this rank: logs, probes and saves where due.
 
@@ -216,17 +201,18 @@ def end_step(
         done: the run of each student, and the function that computes what is logged.
         bad: images that could not be read.
         waited: seconds for the batch.
+        stopping: why the distillation stops after this step, or nothing.
 
     Raises:
         StoppedEarly: if `stopping`, once all have saved.
     """
     stopped = None
     if stopping:
-        stopped = StoppedEarly("stopped with the other students; the same command goes on")
+        stopped = StoppedEarly(f"stopped {stopping}; the same command goes on")
     for run, logged in done:
         run.bad_images.add(bad)
         run.logger.waited += waited
-        run.deadline = float("-inf") if stopping else float("inf")
+        run.stopping = stopping
         since = time.perf_counter()
         try:
             run.step_done(step, logged)

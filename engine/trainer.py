@@ -64,10 +64,10 @@ class Trainer:
     def start(self, run: Run, images: ImageData, outputs: TeacherOutputs) -> None:
         """Loads the run's checkpoint, if there is one."""
         self.run = run
-        if distributed.is_main():
-            record_images(self.cfg, images)
         watch = CollapseWatch(self.cfg.health.on_collapse)
         run.start(self._state(), outputs, len(images), self.copies.make, watch)
+        if distributed.is_main():
+            record_images(self.cfg, images)
 
     def stages_left(self) -> Iterator[Stage]:
         return (stage for stage in self.stages if self.run.start_step < stage.stop)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from data.annotated import Annotated, has_masks
-from data.loader import EvalDataset, first_readable
+from data.loader import EvalDataset
 from data.pixels import channel_statistics
 from data.sources.specs import ImageData, open_labelled
 from engine import distributed
@@ -27,6 +27,7 @@ from evals.knn import knn_probe
 from evals.linear import linear_probe
 from evals.maps import prefix_attention
 from evals.patches import mean_locality, patch_knn_segmentation
+from evals.reading import first_readable
 from evals.views import example_views
 from models.features import Preprocessing
 from models.weights.save import save_model

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from data.images import ImageData
 from data.pictures import UnreadableImage
 from engine import distributed
 from engine.logger import notice
@@ -98,6 +99,20 @@ def note_unreadable(
             notice(f"left out: {error}")
     if errors and len(errors) == images:
         raise UserError(f"none of the {images} images could be read; one of them: {errors[0]}")
+
+
+def first_readable(data: ImageData, count: int) -> list[int]:
+    """Indices of the first `count` images that can be read, fewer where there are not so many."""
+    found = []
+    for index in range(len(data)):
+        if len(found) == count:
+            break
+        try:
+            data.image(index)
+        except UnreadableImage:
+            continue
+        found.append(index)
+    return found
 
 
 def in_order(
