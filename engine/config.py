@@ -134,7 +134,7 @@ class DinoConfig:
     """Prototypes of different crops' CLS agree (DINO)."""
 
     weight: Factor = 1.0  # Weight of the term; 1 in all papers; 0: off.
-    local_weight: AnyFactor = 1.0  # Weight of local crops; 0.5 in DINOv3's Gram stage.
+    local_weight: Factor = 1.0  # Weight of local crops; 0.5 in DINOv3's Gram stage.
     # K; a few hundred for small data; a flat loss at ln K means too many or too warm a teacher.
     prototypes: Count = 65536
     hidden: Count = 2048  # Width of the projection head; 8192 in DINOv3 7B; less in small models.
@@ -251,7 +251,7 @@ class ScheduleConfig:
     ema_momentum: Schedule = schedule(peak=0.992, end=1.0)  # Higher for large batches, long runs.
     # Divides the teacher's logits; lower if training collapses.
     teacher_temp: Schedule = schedule(start=0.04, peak=0.07, warmup="30%", shape="constant")
-    dino: Schedule | None = None  # These five replace the constant weights of `loss`.
+    dino: Schedule | None = None  # These five stand in place of the weights of `loss`.
     dino_local: Schedule | None = None  # loss.dino.local_weight; 1 to 0.5 in DINOv3's Gram stage.
     ibot: Schedule | None = None  # loss.ibot.weight.
     koleo: Schedule | None = None  # loss.koleo.weight.
@@ -370,8 +370,8 @@ class DistillConfig:
     # features: its CLS and patches after a learned projection; those two terms and local crops have
     # no part. auto: heads where the teacher brings them.
     match: Literal["auto", "heads", "features"] = "auto"
-    cls_weight: AnyFactor = 1.0  # Of the CLS term of features; 0: off.
-    patch_weight: AnyFactor = 1.0  # Of the patch term of features; 0: off.
+    cls_weight: Factor = 1.0  # Of the CLS term of features; 0: off.
+    patch_weight: Factor = 1.0  # Of the patch term of features; 0: off.
     # name: {share: of the ranks (1), any override}; each is compared in its folder (students.py).
     students: dict[str, Any] = section(dict, free=True)
 
