@@ -3,8 +3,7 @@
     python bench.py --config configs/quickstart.yaml
     python bench.py --config configs/quickstart.yaml \
         --compare precision=fp32 "precision=bf16,data.workers=1"
-    python bench.py --config configs/quickstart.yaml \
-        --profile trace.json    # for chrome://tracing or Perfetto
+    python bench.py --config configs/quickstart.yaml --profile trace.json    # for Perfetto
     python bench.py --config configs/dinov3_vit7b16.yaml micro_batch_size=16 \
         --memory --gpus 8 32 128 256    # computed only
     python bench.py --config configs/distill_quickstart.yaml    # students together, and each alone
@@ -34,7 +33,8 @@ from data.loader import Batch
 from data.sources.specs import open_data
 from engine import distributed
 from engine.cli import config_parser, path_argument, print_result, run_script
-from engine.config import DistillTrainConfig, TrainConfig, load_config
+from engine.config import TrainConfig, load_config
+from engine.distill_config import DistillTrainConfig
 from engine.logger import memory_gib
 from engine.optim import build_schedules
 from engine.settings import find_config, read_yaml
@@ -54,6 +54,7 @@ from errors import UserError
 from evals.clocks import Clock, profile, time_crops
 from evals.flops import FlopClock, machine, peak_flops, product_type, synchronize
 from evals.memory import as_table, forget_peak, memory_table
+from losses.centering import build_centering
 
 PHASES = ("data_wait", "augmentation", "teacher", "forward", "loss", "backward", "optimizer", "ema")
 # Length of configurations without stages. The steps measured are in the middle of a stage.
@@ -166,14 +167,15 @@ class Workload:
         self.middle = (stage.first + stage.stop) // 2
         torch.manual_seed(cfg.seed)
         student = build_student(cfg, "ibot" in stage.schedules, initial)
-        centering = train.build_centering(stage.cfg.loss, stage.schedules)
+        centering = build_centering(stage.cfg.loss, stage.schedules)
         self.trainer = Trainer(stage.cfg, student, centering, [stage], device, stage.stop)
         self.update = self.trainer.optimization_step(stage)
-        self.gram_teacher = None
-        if "gram" in stage.schedules:
-            ema = stage.cfg.loss.gram.teacher == "ema"
-            source = self.trainer.teacher if ema else copy.deepcopy(self.trainer.teacher)
-            self.gram_teacher = source.backbone
+        backbone, terms = self.trainer.teacher.backbone, stage.schedules
+        copied = {"gram": stage.cfg.loss.gram.teacher != "ema", "anchor": True}
+        frozen = {
+            term: copy.deepcopy(backbone) if own else backbone for term, own in copied.items()
+        }
+        self.frozen = [frozen[term] if term in terms else None for term in copied]
         longer = replace(stage, stop=stage.stop + STEPS)
         loader = stage_loader(longer, self.middle, student.backbone.patch_size, device)
         self.on_device = loader.dataset.on_device
@@ -198,12 +200,11 @@ class Workload:
         self.update.mark = clock.mark
         distributed.seed_step(self.cfg.seed, self.middle)
         centering, loss, now = self.trainer.centering, self.cfg.loss, self.stage.now(self.middle)
-        train.train_step(self.update, self.middle, batch, centering, self.gram_teacher, loss, now)
+        train.train_step(self.update, self.middle, batch, centering, self.frozen, loss, now)
 
     def warm_up(self, steps: int) -> None:
         """Counts the operations in the first step, in which nothing is compiled."""
-        modules = self.trainer.student.modules()
-        checkpointed = [module for module in modules if "forward" in vars(module)]
+        checkpointed = [m for m in self.trainer.student.modules() if "forward" in vars(m)]
         batch = self.next_batch()
         with (
             torch.compiler.set_stance("force_eager"),
@@ -244,8 +245,7 @@ class Workload:
         phases["data_wait"] = max(phases["data_wait"] - made_here, 0.0)  # which is part of it
         with self.update.autocast():
             kind = product_type(self.device)
-        peak, source = peak_flops(self.device, kind)
-        flops = sum(self.flops.values())
+        (peak, source), flops = peak_flops(self.device, kind), sum(self.flops.values())
         return {
             "precision": str(kind).removeprefix("torch."),
             "batch_size": self.cfg.batch_size,

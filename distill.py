@@ -24,14 +24,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from data.distillation import CropAdapter, DistillationBatch, exchanged, rank_share
 from data.loader import Batch
 from data.sources.specs import ImageData, open_data
 from engine import distributed
 from engine.cli import config_parser, run_script
-from engine.config import DistillTrainConfig, length_in_steps, load_config
+from engine.config import load_config
+from engine.distill_config import DistillTrainConfig
+from engine.lengths import length_in_steps
 from engine.logger import say_passed_over
 from engine.optim import build_schedules
 from engine.parallel import place
@@ -48,10 +50,11 @@ from engine.students import (
 )
 from engine.views import stage_loader
 from evals.inloop import teacher_outputs
+from losses.centering import build_centering
 from losses.distill import matching_losses, matching_targets
-from losses.gram import downsample_patches
+from losses.gram import on_grid
 from models.distill import Teacher
-from train import Targets, balance, build_centering, compute_losses
+from train import Targets, balance, compute_losses
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -162,7 +165,7 @@ def student_step(
             )
         else:
             cls = [crops.teacher_cls for crops in micro_batches]
-            patches = [on_grid(crops, grid) for crops in micro_batches]
+            patches = [on_grid(crops.teacher_patches, crops.grid, grid) for crops in micro_batches]
             targets = matching_targets(cls, patches, distributed.all_reduce_sum)
 
     for crops, target in update.micro_batches(micro_batches, targets):
@@ -215,24 +218,17 @@ def head_targets(
     dino = balance(centering["dino"], logits, teacher_temp)
     ibot = [None] * len(dino)
     if "ibot" in centering and micro_batches[0].masks is not None:
-        chosen = [
-            F.normalize(on_grid(crops, grid).flatten(0, 1)[crops.masked()], dim=-1)
+        rows = [
+            on_grid(crops.teacher_patches, crops.grid, grid).flatten(0, 1)[crops.masked()]
             for crops in micro_batches
         ]
-        logits = [teacher.patch_head.prototypes(rows) for rows in chosen]
+        logits = [teacher.patch_head.prototypes(F.normalize(part, dim=-1)) for part in rows]
         ibot = balance(centering["ibot"], logits, teacher_temp)
     targets = []
     for crops, probs, patches in zip(micro_batches, dino, ibot, strict=True):
         probs = probs.unflatten(0, (-1, len(crops.images)))  # (G·B, K) -> (G, B, K)
         targets.append(Targets(probs, patches, None))
     return targets
-
-
-def on_grid(crops: DistillationBatch, grid: tuple[int, int]) -> Tensor:
-    """(G·B, N, E') of the teacher's patches, interpolated to the student's grid."""
-    if crops.grid == grid:
-        return crops.teacher_patches
-    return downsample_patches(crops.teacher_patches, crops.grid, grid)
 
 
 if __name__ == "__main__":

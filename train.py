@@ -13,7 +13,6 @@ Each step:
 Started again with the same output_dir, a run goes on where it stopped.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,8 +24,8 @@ from data.sources.specs import open_data
 from engine import distributed
 from engine.cli import config_parser, run_script
 from engine.config import LossConfig, TrainConfig, load_config
-from engine.gram import build_gram_teacher
-from engine.health import health, warn_of_same_pictures
+from engine.gram import build_anchor, build_gram_teacher
+from engine.health import warn_of_same_pictures
 from engine.logger import notice, say_passed_over
 from engine.run import Run
 from engine.stages import Stage
@@ -35,11 +34,14 @@ from engine.step import OptimizationStep
 from engine.trainer import Trainer
 from engine.views import stage_loader
 from evals.inloop import teacher_outputs
-from losses.centering import Centering
+from losses.anchor import anchor_loss
+from losses.centering import Centering, build_centering
+from losses.coding_rate import coding_rate_loss
 from losses.dino import multicrop_dino_loss
-from losses.gram import downsample_patches, gram_loss
+from losses.gram import gram_loss, on_grid
 from losses.ibot import ibot_loss
 from losses.koleo import koleo_loss
+from models.features import Features
 from models.ssl_model import SSLModel, SSLOutput, count_parameters
 
 
@@ -80,18 +82,19 @@ def train_stage(trainer: Trainer, stage: Stage) -> None:
     cfg, run, device = stage.cfg, trainer.run, trainer.device
     first_step, update = trainer.enter(stage)
     trainer.load_stage_init(first_step)
-    gram_teacher = build_gram_teacher(trainer)
+    gram_teacher, anchor = build_gram_teacher(trainer), build_anchor(trainer)
     loader = stage_loader(stage, first_step, trainer.student.backbone.patch_size, device)
     for step, batch in run.steps(loader, first_step):
         distributed.seed_step(cfg.seed, step)
         now = stage.now(step)
         gram = gram_teacher.at(step) if gram_teacher else None
         batch = batch.to(device, non_blocking=True)
-        targets, out = train_step(update, step, batch, trainer.centering, gram, cfg.loss, now)
+        frozen = gram, anchor
+        targets, out = train_step(update, step, batch, trainer.centering, frozen, cfg.loss, now)
         if gram_teacher:  # at its times it follows the teacher
             gram_teacher.follow(step + 1)
             run.state["gram_teacher"] = gram_teacher.weights
-        run.step_done(step + 1, partial(measures, update, step + 1, targets, out, now))
+        run.step_done(step + 1, partial(trainer.measures, update, step + 1, targets, out, now))
 
 
 # ----------------------------------------------------------------- the method
@@ -102,7 +105,7 @@ def train_step(
     step: int,
     batch: Batch,
     centering: nn.ModuleDict,
-    gram_teacher: nn.Module | None,
+    frozen: tuple[nn.Module | None, nn.Module | None],
     loss: LossConfig,
     now: dict[str, float],
 ) -> tuple["Targets", SSLOutput]:
@@ -110,6 +113,7 @@ def train_step(
 
     Args:
         update: holds student, teacher and optimizer; scales, adds up and clips the gradients.
+        frozen: the Gram teacher and the anchor, where their terms are in use.
         now: the scheduled values of this step, and the weights of the terms in use.
     """
     micro_batches = batch.split(update.micro_batch)
@@ -117,7 +121,7 @@ def train_step(
     # 1. The teacher sees the global crops only and gives the targets, of the whole batch at once.
     with update.forward("teacher"):
         targets = teacher_targets(
-            update.teacher, micro_batches, centering, now["teacher_temp"], gram_teacher
+            update.teacher, micro_batches, centering, now["teacher_temp"], *frozen
         )
 
     for crops, target in update.micro_batches(micro_batches, targets):
@@ -144,6 +148,7 @@ class Targets:
     dino: Tensor  # (G, B, K) probabilities over the prototypes
     ibot: Tensor | None  # (M, K') probabilities, in the order of `Batch.masked`
     gram: Tensor | None  # (G·B, N, D') patches of the Gram teacher
+    anchor: Features | None = None  # of the initial weights
 
     def in_use(self, now: dict[str, float]) -> Tensor:
         """The probabilities that are trained on: DINO's, or iBOT's where DINO's weight is 0."""
@@ -157,18 +162,21 @@ def teacher_targets(
     centering: nn.ModuleDict,
     teacher_temp: float,
     gram_teacher: nn.Module | None = None,
+    anchor: nn.Module | None = None,
 ) -> list[Targets]:
     """One `Targets` a micro batch, centred and balanced over the whole batch and all ranks."""
     outs = [teacher(crops.global_crops, masked=crops.masked()) for crops in micro_batches]
     dino = balance(centering["dino"], [out.global_logits for out in outs], teacher_temp)
-    ibot = gram = [None] * len(outs)
+    ibot = gram = anchors = [None] * len(outs)
     if "ibot" in centering and micro_batches[0].masks is not None:
         ibot = balance(centering["ibot"], [out.patch_logits for out in outs], teacher_temp)
     if gram_teacher is not None:
         pairs = zip(micro_batches, outs, strict=True)
         gram = [gram_targets(gram_teacher, teacher, crops, out) for crops, out in pairs]
+    if anchor is not None:
+        anchors = [anchor(crops.global_crops) for crops in micro_batches]
     targets = []
-    for crops, probs, *rest in zip(micro_batches, dino, ibot, gram, strict=True):
+    for crops, probs, *rest in zip(micro_batches, dino, ibot, gram, anchors, strict=True):
         probs = probs.unflatten(0, (-1, len(crops.images)))  # (G·B, K) -> (G, B, K)
         targets.append(Targets(probs, *rest))
     return targets
@@ -184,18 +192,7 @@ def gram_targets(
     if crops.gram_crops is None and gram_teacher is teacher.backbone:
         return out.patches
     seen = gram_teacher(crops.global_crops if crops.gram_crops is None else crops.gram_crops)
-    if seen.grid == out.grid:
-        return seen.patches
-    return downsample_patches(seen.patches, seen.grid, out.grid)
-
-
-def build_centering(loss: LossConfig, terms: Iterable[str]) -> nn.ModuleDict:
-    """The centre or the balancing of each head's targets, for the terms in use."""
-    modules = {"dino": Centering(loss.dino.prototypes, loss.dino.centering)}
-    if "ibot" in terms:
-        prototypes = loss.ibot.prototypes or loss.dino.prototypes
-        modules["ibot"] = Centering(prototypes, loss.ibot.centering)
-    return nn.ModuleDict(modules)
+    return on_grid(seen.patches, seen.grid, out.grid)
 
 
 def balance(centering: Centering, parts: list[Tensor], teacher_temp: float) -> list[Tensor]:
@@ -232,17 +229,18 @@ def compute_losses(
             koleo_loss(cls, loss.koleo.group, distributed.gather_rows)
             for cls in out.cls.unflatten(0, views)
         )
+    if "coding_rate" in now:
+        rates = [
+            coding_rate_loss(cls, loss.coding_rate.epsilon, distributed.gather_rows)
+            for cls in out.cls.unflatten(0, views)
+        ]
+        losses["coding_rate"] = sum(rates) / len(rates)
     if targets.gram is not None:
         losses["gram"] = gram_loss(out.patches, targets.gram)
+    if "anchor" in now:
+        anchor = targets.anchor.cls, targets.anchor.patches
+        losses["anchor"] = anchor_loss(out.cls, out.patches, *anchor, loss.anchor.patches)
     return losses
-
-
-def measures(
-    update: OptimizationStep, done: int, targets: Targets, out: SSLOutput, now: dict[str, float]
-) -> dict:
-    """What metrics.jsonl records of a step, after `done` steps."""
-    cls = out.cls.unflatten(0, (-1, targets.dino.shape[1]))
-    return update.metrics(done, now) | health(targets.in_use(now), cls, out.patches)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,6 @@ IMAGES_HELD = 16  # decoded images held in memory while their crops are cut
 CPU_CHUNK = 1 << 18  # values of a photometric pass: about 1 MB, which stays in the cache
 DEVICE_CHUNK = 1 << 25  # the same on a device: 128 MB, which bounds the memory of a pass
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 @dataclass(frozen=True)
 class CropSpec:
@@ -224,18 +222,6 @@ class MultiCrop:
         u = u[rows].flatten(0, 1)
         return photometric(crops, u, self.policy, blur, solarize, self.mean, self.std)
 
-    def examples(
-        self, images: Sequence[Tensor], seed: int, targets: Sequence[Tensor] | None = None
-    ) -> list[list[Tensor]]:
-        """The normalised views of each image, globals first; `targets` as in `views`."""
-        generator = torch.Generator().manual_seed(seed)
-        examples = []
-        for k, image in enumerate(images):
-            target = None if targets is None else [targets[k]]
-            crops, local_crops, _ = self([image], [draw(generator, self.crops)], target)
-            examples.append([*crops, *(() if local_crops is None else local_crops)])
-        return examples
-
 
 def crop_boxes(u: Tensor, height, width, spec: CropSpec) -> np.ndarray:
     """Boxes distributed as torchvision's RandomResizedCrop.
@@ -365,16 +351,3 @@ def _chunks(selected: Tensor, x: Tensor) -> Iterator[Tensor]:
     if len(rows):
         for part in rows.split(max(1, values // x[0].numel())):
             yield send(part, x.device)
-
-
-def channel_statistics(
-    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """mean and std, one value a channel, for values in [0, 1]; in place of None ImageNet's for
-    three channels, and their average for any other number."""
-    statistics = []
-    for given, imagenet in ((mean, IMAGENET_MEAN), (std, IMAGENET_STD)):
-        if given is None:
-            given = imagenet if channels == 3 else (sum(imagenet) / 3,) * channels
-        statistics.append(tuple(given))
-    return tuple(statistics)

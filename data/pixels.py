@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BLUR_RADIUS = 4  # pixels; kernel 9 as in DINOv2 and DINOv3
 
 
@@ -141,3 +142,16 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
         for k, weight in enumerate(kernel.unbind(1)):
             x.addcmul_(padded.narrow(dim, k, size), weight.view(-1, 1, 1, 1))
     return x
+
+
+def channel_statistics(
+    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """mean and std, one value a channel, for values in [0, 1]; in place of None ImageNet's for
+    three channels, and their average for any other number."""
+    statistics = []
+    for given, imagenet in ((mean, IMAGENET_MEAN), (std, IMAGENET_STD)):
+        if given is None:
+            given = imagenet if channels == 3 else (sum(imagenet) / 3,) * channels
+        statistics.append(tuple(given))
+    return tuple(statistics)

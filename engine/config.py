@@ -9,12 +9,9 @@ from typing import Annotated, Any, Literal
 
 from engine import settings, validation
 from engine.keys import Rule, is_size, is_span, rising, within
-from engine.lengths import length_in_steps, micro_batch_size, with_statistics
 from engine.settings import free, listed, section
 from engine.stages import stage_configs
 from files import expand
-
-__all__ = ["length_in_steps", "load_config", "micro_batch_size", "with_statistics"]
 
 Count = Annotated[int, within("[1, inf)"), "count"]
 Images = Annotated[int, within("[1, inf)"), "images"]
@@ -194,11 +191,29 @@ class GramConfig:
 
 
 @dataclass
+class CodingRateConfig:
+    """Features of different images fill all directions (SimDINO)."""
+
+    weight: Factor = 0.0  # Weight of the term; 1 in SimDINO, where it replaces KoLeo; 0: off.
+    epsilon: Positive = 0.5  # Larger ones count weak directions less.
+
+
+@dataclass
+class AnchorConfig:
+    """Features stay near those of the weights with which the stage began."""
+
+    weight: Factor = 0.0  # Weight of the term, about 1; 0: off.
+    patches: Factor = 1.0  # Of the patches' part relative to that of CLS.
+
+
+@dataclass
 class LossConfig:
     dino: DinoConfig = section(DinoConfig)
     ibot: IbotConfig = section(IbotConfig)
     koleo: KoleoConfig = section(KoleoConfig)
     gram: GramConfig = section(GramConfig)
+    coding_rate: CodingRateConfig = section(CodingRateConfig)
+    anchor: AnchorConfig = section(AnchorConfig)
 
 
 @dataclass
@@ -251,11 +266,13 @@ class ScheduleConfig:
     ema_momentum: Schedule = schedule(peak=0.992, end=1.0)  # Higher for large batches, long runs.
     # Divides the teacher's logits; lower if training collapses.
     teacher_temp: Schedule = schedule(start=0.04, peak=0.07, warmup="30%", shape="constant")
-    dino: Schedule | None = None  # These five stand in place of the weights of `loss`.
+    dino: Schedule | None = None  # These replace the constant weights of `loss`.
     dino_local: Schedule | None = None  # loss.dino.local_weight; 1 to 0.5 in DINOv3's Gram stage.
     ibot: Schedule | None = None  # loss.ibot.weight.
     koleo: Schedule | None = None  # loss.koleo.weight.
     gram: Schedule | None = None  # loss.gram.weight; 0 to 2 in 1,000 steps in DINOv3.
+    coding_rate: Schedule | None = None  # loss.coding_rate.weight.
+    anchor: Schedule | None = None  # loss.anchor.weight.
 
 
 @dataclass
@@ -358,31 +375,6 @@ class TrainConfig:
         validation.check_keys_together(self)
 
 
-@dataclass
-class DistillConfig:
-    """A frozen teacher and who learns from it (distill.py only)."""
-
-    teacher: str | None = None  # A MODEL.
-    # Side of the global crops as the teacher sees them; null: crops.global_size. Half of it for
-    # ConvNeXts and their stride of 32: so the patch grids are one (DINOv3).
-    teacher_size: Pixels | None = None
-    # heads: `loss.dino` and `loss.ibot` on the teacher's prototypes (DINOv3), for a run of ours.
-    # features: its CLS and patches after a learned projection; those two terms and local crops have
-    # no part. auto: heads where the teacher brings them.
-    match: Literal["auto", "heads", "features"] = "auto"
-    cls_weight: Factor = 1.0  # Of the CLS term of features; 0: off.
-    patch_weight: Factor = 1.0  # Of the patch term of features; 0: off.
-    # name: {share: of the ranks (1), any override}; each is compared in its folder (students.py).
-    students: dict[str, Any] = section(dict, free=True)
-
-
-@dataclass
-class DistillTrainConfig(TrainConfig):
-    """Crops are cut once, as `crops` says; a student's sizes are resized from them."""
-
-    distill: DistillConfig = section(DistillConfig)
-
-
 def load_config(
     config: str | None, overrides: list[str], schema: type[TrainConfig] = TrainConfig
 ) -> TrainConfig:
@@ -395,5 +387,5 @@ def load_config(
     cfg.output_dir = str(expand(cfg.output_dir))
     for number, (_, _, stage) in enumerate(stage_configs(cfg)):
         later = number > 0
-        validation.check_gram_teacher(stage, bool(later or cfg.init or stage.init), later)
+        validation.check_frozen(stage, bool(later or cfg.init or stage.init), later)
     return cfg

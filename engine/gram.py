@@ -131,6 +131,18 @@ def build_gram_teacher(trainer: "Trainer") -> GramTeacher | None:
     return gram_teacher
 
 
+def build_anchor(trainer: "Trainer") -> nn.Module | None:
+    """A frozen copy of the backbone as it was when the stage began; None without the term."""
+    stage, run = trainer.stage, trainer.run
+    if "anchor" not in stage.schedules:
+        return None
+    anchor = trainer.place(_frozen(trainer.copies.make(everywhere=True).backbone))
+    run.state["anchor"] = anchor.state_dict()
+    if run.start_step > stage.first:
+        run.restore({"anchor": run.state["anchor"]})
+    return anchor
+
+
 def _frozen(backbone: nn.Module) -> nn.Module:
     return backbone.requires_grad_(False).eval()
 

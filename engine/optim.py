@@ -83,10 +83,11 @@ def build_schedules(cfg: "TrainConfig", total_steps: int) -> dict[str, Callable[
 
     A term without a weight and without a schedule is not in use, nor one whose schedule is 0.
     """
-    terms = {name: getattr(cfg.loss, name).weight for name in ("dino", "ibot", "koleo", "gram")}
+    terms = {name: settings.weight for name, settings in vars(cfg.loss).items()}
     constants = terms | {"dino_local": cfg.loss.dino.local_weight}
     schedules = {}
-    for name, item in vars(cfg.schedule).items():
+    for name in dict.fromkeys([*vars(cfg.schedule), *terms]):
+        item = getattr(cfg.schedule, name, None)
         if item is not None and name in terms and not any((item.peak, item.start, item.end)):
             continue
         if item is not None:

@@ -141,7 +141,8 @@ class Run:
 
     def enter(self, stage: Stage) -> int:
         """Begins a stage or goes on within it; probes at step 0. Returns the first step."""
-        self.state.pop("gram_teacher", None)  # of the stage before
+        for name in ("gram_teacher", "anchor"):  # of the stage before
+            self.state.pop(name, None)
         step = max(self.start_step, stage.first)
         self.settle()  # the stage may start from what the one before wrote
         self.logger.enter(stage.name, stage.cfg.batch_size, stage.shift)

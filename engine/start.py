@@ -8,7 +8,8 @@ from torch import nn
 
 from data.images import ImageData
 from engine import distributed, settings
-from engine.config import TrainConfig, length_in_steps, micro_batch_size, with_statistics
+from engine.config import TrainConfig
+from engine.lengths import length_in_steps, micro_batch_size, with_statistics
 from engine.logger import notice
 from engine.optim import build_schedules
 from engine.resume import check_images, has_begun

@@ -15,7 +15,7 @@ from data.sources.specs import ImageData
 from engine import distributed
 from engine.checkpoint import latest_step, write_atomically
 from engine.cli import StoppedEarly
-from engine.config import DistillTrainConfig
+from engine.distill_config import DistillTrainConfig
 from engine.health import health, warn_of_same_pictures
 from engine.logger import notice
 from engine.optim import build_schedules

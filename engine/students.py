@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from data.distillation import CropAdapter
-from engine.config import DistillTrainConfig
+from engine.distill_config import DistillTrainConfig
 from engine.layers import ONE_OF, lay_over
 from engine.optim import build_schedules
 from engine.settings import (
@@ -109,9 +109,10 @@ def check_stages(stages: list[Stage], ranks: int) -> None:
             raise UserError(
                 f"stages.{stage.name}.init: only students have an init here; give it to a student"
             )
-        if "gram" in stage.schedules:
+        for name in {"gram", "anchor"} & stage.schedules.keys():
             raise UserError(
-                "loss.gram has no part in distillation, where the teacher is frozen; leave it out"
+                f"loss.{name} has no part in distillation, where the teacher is frozen; leave it "
+                "out"
             )
 
 

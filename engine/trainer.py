@@ -2,21 +2,23 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from data.sources.specs import ImageData
 from engine import checkpoint, distributed, optim, parallel
-from engine.config import TrainConfig, micro_batch_size
-from engine.health import CollapseWatch
+from engine.config import TrainConfig
+from engine.health import CollapseWatch, health
+from engine.lengths import micro_batch_size
 from engine.resume import record_images
 from engine.run import Run, TeacherOutputs
 from engine.stages import Stage
 from engine.start import load_initial, start_from
 from engine.step import OptimizationStep
 from models.lora import tune
-from models.ssl_model import make_teacher
+from models.ssl_model import SSLOutput, make_teacher
 
 
 class Trainer:
@@ -100,6 +102,13 @@ class Trainer:
             micro_batch=micro_batch_size(cfg, distributed.world_size(), "koleo" in stage.schedules),
             frozen_until=stage.first + freeze,
         )
+
+    def measures(
+        self, update: OptimizationStep, done: int, targets: Any, out: SSLOutput, now: dict
+    ) -> dict:
+        """What metrics.jsonl records of a step, after `done` steps; `targets` as in train.py."""
+        cls = out.cls.unflatten(0, (-1, targets.dino.shape[1]))
+        return update.metrics(done, now) | health(targets.in_use(now), cls, out.patches)
 
     def _tune(self) -> None:
         seed = self.cfg.seed + self.stage.first

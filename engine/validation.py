@@ -121,14 +121,17 @@ def _rules_of_schedules(schedules: "ScheduleConfig") -> Iterator[str]:
             yield f"schedule.teacher_temp.{key} is {temp}; it must be more than 0"
 
 
-def check_gram_teacher(cfg: "TrainConfig", has_weights: bool, later: bool) -> None:
-    """Raises UserError if a stage cannot have its Gram teacher.
+def check_frozen(cfg: "TrainConfig", has_weights: bool, later: bool) -> None:
+    """Raises UserError if a stage cannot have its Gram teacher or its anchor.
 
     Args:
         has_weights: whether the stage starts from trained weights, of `init` or an earlier stage.
         later: whether it is not the first stage.
     """
     gram = cfg.loss.gram
+    if (cfg.loss.anchor.weight or cfg.schedule.anchor) and not has_weights:
+        remedy = "give init, or use it in a later stage"
+        raise UserError(f"loss.anchor needs weights from before the stage: {remedy}")
     if not (gram.weight or cfg.schedule.gram):
         return
     if gram.teacher == "init" and not has_weights:

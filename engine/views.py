@@ -11,13 +11,14 @@ from dataclasses import fields, replace
 import torch
 from torch.utils.data import DataLoader
 
-from data.augment import POLICIES, CropSpec, MultiCrop, channel_statistics
+from data.augment import POLICIES, CropSpec, MultiCrop
 from data.distillation import CropAdapter
 from data.guided import Guidance, has_marks, require_marks
 from data.images import ImageData
 from data.loader import Views, make_loader
 from data.masking import MaskSpec
 from data.pictures import UnreadableImage
+from data.pixels import channel_statistics
 from data.sources.specs import open_data
 from engine import distributed
 from engine.config import (

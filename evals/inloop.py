@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from data.annotated import Annotated, has_masks
-from data.augment import channel_statistics
 from data.loader import EvalDataset, first_readable
+from data.pixels import channel_statistics
 from data.sources.specs import ImageData, open_labelled
 from engine import distributed
 from engine.config import ProbeConfig, TrainConfig
@@ -27,6 +27,7 @@ from evals.knn import knn_probe
 from evals.linear import linear_probe
 from evals.maps import prefix_attention
 from evals.patches import mean_locality, patch_knn_segmentation
+from evals.views import example_views
 from models.features import Preprocessing
 from models.weights.save import save_model
 
@@ -59,7 +60,7 @@ def teacher_outputs(
         shown = first_readable(data, 4)
         inputs = torch.stack([prepare(data)[index][0] for index in shown])
         pictures = [data.image(index) for index in shown]
-        crops = multi_crop_from(cfg.crops, mean, std).examples(pictures, cfg.seed)
+        crops = example_views(multi_crop_from(cfg.crops, mean, std), pictures, cfg.seed)
         title = Path(cfg.output_dir).name
         return partial(report_teacher, title=title, images=inputs, crops=crops, mean=mean, std=std)
 

@@ -6,7 +6,8 @@ images a GPU (at most micro_batch_size at a time), low = 2 under bf16 or fp16 an
     parameters       4 P / N           float32
     gradients        4 P / N           float32
     optimizer        8 P / N           AdamW's two moments
-    teacher          4 P / N           and as much of the backbone again for a Gram teacher
+    teacher          4 P / N           and as much of the backbone again for a Gram teacher, an
+                                       anchor
     gathered         low (2 U + P if N = 1)   the largest unit U that FSDP gathers (block or head),
                                        and the next; alone, the low-precision copies that autocast
                                        makes of all weights
@@ -74,7 +75,7 @@ def _row(cfg: TrainConfig, terms: set[str], student: nn.Module, gpus: int, devic
     low = 4 if cfg.precision == "fp32" else 2
     parameters = _count(student)
     own_gram = "gram" in terms and cfg.loss.gram.teacher != "ema"
-    gram = _count(student.backbone) if own_gram else 0
+    frozen = _count(student.backbone) * (own_gram + ("anchor" in terms))
     copies = low * parameters if low < 4 else 0
     unit = max(_count(part) for part in _units(student))
     parts = {
@@ -82,7 +83,7 @@ def _row(cfg: TrainConfig, terms: set[str], student: nn.Module, gpus: int, devic
         "gradients": 4 * parameters / gpus,
         "optimizer": 8 * parameters / gpus,
         "teacher": 4 * parameters / gpus,
-        "gram_teacher": 4 * gram / gpus,
+        "gram_teacher": 4 * frozen / gpus,
         "gathered": 2 * low * unit if gpus > 1 else copies,
     }
     weights = device == "cpu" and low == 2

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from data.augment import channel_statistics
+from data.augment import MultiCrop, draw
 from data.images import ImageData
 from data.masking import draw_masks
+from data.pixels import channel_statistics
 from engine.config import TrainConfig
 from engine.views import guidance_from, multi_crop_from, say_unmarked
 from evals.figures import draw_report
@@ -39,7 +41,24 @@ def make_views(cfg: TrainConfig, loaded: Sequence[tuple[str, ImageData, int, Ten
             guidance.targets(data, index, place, cfg.seed, *counts)
             for place, (_, data, index, _) in enumerate(loaded)
         ]
-    return Views(images, multi_crop.examples(images, cfg.seed, targets), mean, std)
+    return Views(images, example_views(multi_crop, images, cfg.seed, targets), mean, std)
+
+
+def example_views(
+    multi_crop: MultiCrop,
+    images: Sequence[Tensor],
+    seed: int,
+    targets: Sequence[Tensor] | None = None,
+) -> list[list[Tensor]]:
+    """The normalised views of each image, globals first; `targets` as in `MultiCrop.views`."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for k, image in enumerate(images):
+        target = None if targets is None else [targets[k]]
+        table = draw(generator, multi_crop.crops)
+        crops, local_crops, _ = multi_crop([image], [table], target)
+        examples.append([*crops, *(() if local_crops is None else local_crops)])
+    return examples
 
 
 def draw_views(path: Path, views: Views, crops: Sequence[Sequence[Tensor | Picture]]) -> None:

@@ -5,7 +5,8 @@ default there is one rank and they return what they got. All ranks call them in 
 also a rank without rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -160,3 +161,12 @@ class Centering(nn.Module):
         # A skipped step leaves the centre as it was.
         mean = torch.where(mean.isfinite().all(), mean, self.center)
         self.center.lerp_(mean, (1 - self.momentum) * (total > 0))
+
+
+def build_centering(loss: Any, terms: Iterable[str]) -> nn.ModuleDict:
+    """The centring of each head's targets, by the sections `dino` and `ibot` of `loss`."""
+    modules = {"dino": Centering(loss.dino.prototypes, loss.dino.centering)}
+    if "ibot" in terms:
+        prototypes = loss.ibot.prototypes or loss.dino.prototypes
+        modules["ibot"] = Centering(prototypes, loss.ibot.centering)
+    return nn.ModuleDict(modules)

@@ -37,6 +37,11 @@ def cosine_gram(patches: Tensor) -> Tensor:
     return torch.bmm(unit, unit.mT)
 
 
+def on_grid(patches: Tensor, grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:
+    """The patches themselves where the grids are equal, else `downsample_patches` of them."""
+    return patches if grid == target_grid else downsample_patches(patches, grid, target_grid)
+
+
 def downsample_patches(
     patches: Tensor, grid: tuple[int, int], target_grid: tuple[int, int]
 ) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from distill import distill
 from engine import distributed
 from engine.cli import config_parser, run_script
-from engine.config import DistillTrainConfig, TrainConfig, load_config
+from engine.config import TrainConfig, load_config
+from engine.distill_config import DistillTrainConfig
 from evals import inloop
 from train import train
 

@@ -15,7 +15,8 @@ import train
 from data.distillation import CropAdapter, rank_share, with_masks
 from data.masking import MaskSpec
 from engine.cli import StoppedEarly
-from engine.config import DistillTrainConfig, load_config
+from engine.config import load_config
+from engine.distill_config import DistillTrainConfig
 from engine.health import health
 from engine.logger import read_metrics
 from engine.optim import build_schedules
@@ -314,7 +315,7 @@ def test_students_start_from_weights_of_their_own(shared, teacher, tmp_path):
 
 
 def test_every_key_of_the_section_is_read(shared, monkeypatch):
-    from engine.config import DistillConfig
+    from engine.distill_config import DistillConfig
 
     read = set()
 
@@ -417,8 +418,8 @@ def test_health_is_that_of_the_targets_that_are_trained_on(
         seen.append(probs.shape[-1])
         return health(probs, *features)
 
-    for script in ("train", "engine.student_run"):
-        monkeypatch.setattr(f"{script}.health", spied)
+    for where in ("engine.trainer", "engine.student_run"):
+        monkeypatch.setattr(f"{where}.health", spied)
     keys = [f"loss.dino.weight={weight}", "total_steps=1", "log_every=1"]
     distill.main([*shared[:-1], *NARROW, "distill.match=heads", *keys, shared[-1]])
     train.main([*shared[:-2], *keys, f"{shared[-1]}-train"])

@@ -9,7 +9,8 @@ import yaml
 import train
 from data.sources.specs import open_data
 from engine.cli import evaluation_parser
-from engine.config import DistillTrainConfig, TrainConfig, load_config
+from engine.config import TrainConfig, load_config
+from engine.distill_config import DistillTrainConfig
 from engine.keys import declared_type
 from engine.settings import all_keys
 from errors import UserError

@@ -19,8 +19,10 @@ from engine.config import load_config
 from engine.logger import read_metrics
 from engine.optim import build_schedules
 from engine.stages import plan_stages
+from engine.start import build_student
 from engine.views import stage_loader
 from errors import UserError
+from losses.centering import build_centering
 from models.ssl_model import make_teacher
 from models.weights.load import load_backbone
 from tests.conftest import of_timm
@@ -110,7 +112,7 @@ def test_the_saved_teacher_is_the_teacher_and_not_the_student(tiny):
     train.main([*tiny, "schedule.ema_momentum=1.0"])
     torch.manual_seed(0)
     cfg = load_config(None, tiny)
-    initial = train.build_student(cfg, masked=True).backbone.state_dict()
+    initial = build_student(cfg, masked=True).backbone.state_dict()
     saved = load_backbone(str(folder_of(tiny))).state_dict()
     assert (
         saved.keys() == initial.keys()
@@ -309,7 +311,9 @@ def test_every_key_of_the_configuration_is_read(tiny, monkeypatch):
         "crops.mix=[{global_size: 32, local_size: 16}]",
     ]
     gram += ["crops.guided=0.5", "crops.guided_share=0.5"]
-    for number, extra in enumerate((probes, own_head, gram)):
+    beyond = ["loss.coding_rate.weight=1", "loss.anchor.weight=1"]
+    beyond += ["init=random:vit_nano?embed_dim=32&depth=2&num_heads=2&patch_size=8"]
+    for number, extra in enumerate((probes, own_head, gram, beyond)):
         cfg = load_config(None, [*tiny, *extra, f"output_dir={folder_of(tiny)}{number}"])
         with monkeypatch.context() as patch:
             for cls in classes:
@@ -335,15 +339,13 @@ def test_every_key_of_the_configuration_is_read(tiny, monkeypatch):
 
 def test_no_gradient_reaches_the_teacher(tiny):
     cfg = load_config(None, tiny)
-    student = train.build_student(cfg, masked=True)
+    student = build_student(cfg, masked=True)
     teacher = make_teacher(student)
     (stage,) = plan_stages(cfg, 4, build_schedules)
     schedules = stage.schedules
     batch = next(iter(stage_loader(stage, 0, 8, torch.device("cpu"))))
     now = {name: schedule(1) for name, schedule in schedules.items()}
-    targets = train.teacher_targets(
-        teacher, [batch], train.build_centering(cfg.loss, schedules), 0.05
-    )
+    targets = train.teacher_targets(teacher, [batch], build_centering(cfg.loss, schedules), 0.05)
     out = student(batch.global_crops, batch.local_crops, batch.masks, batch.masked())
     terms = train.compute_losses(out, targets[0], batch, cfg.loss, now)
     sum(terms.values()).backward()

@@ -8,7 +8,8 @@ import pytest
 
 import distill
 import train
-from engine.config import DistillTrainConfig, Schedule, TrainConfig, load_config
+from engine.config import Schedule, TrainConfig, load_config
+from engine.distill_config import DistillTrainConfig
 from engine.keys import sections
 from engine.settings import all_keys, changed_keys, to_dict, to_yaml
 from errors import UserError

@@ -13,6 +13,7 @@ from engine.stages import plan_stages
 from engine.start import build_student
 from engine.trainer import Trainer
 from engine.views import stage_loader
+from losses.centering import build_centering
 from tests.conftest import TINY
 
 KINDS = {
@@ -22,6 +23,7 @@ KINDS = {
         *("loss.gram.weight=1", "loss.gram.teacher=ema", "loss.gram.teacher_scale=2"),
         *("model.untie_cls_norm=true", "model.untie_local_cls_norm=true", "model.drop_path=0.2"),
     ],
+    "beyond": ["loss.coding_rate.weight=1", "loss.anchor.weight=1", "init=random:vit_nano?depth=2"],
     "dino": ["loss.ibot.weight=0", "loss.dino.centering=ema", "loss.dino.last_layer=weight_norm"],
     "ibot": ["loss.ibot.centering=ema", "optim.clip_per=tensor", "optim.freeze_last_layer=2"],
     "micro": ["micro_batch_size=4", "loss.dino.centering=sinkhorn"],
@@ -37,12 +39,14 @@ def step_of(overrides, mode):
         torch.manual_seed(0)
         terms = set(stage.schedules)
         student = build_student(cfg, "ibot" in terms, None)
-        centering = train.build_centering(cfg.loss, terms)
+        centering = build_centering(cfg.loss, terms)
         trainer = Trainer(cfg, student, centering, [stage], torch.device("cpu"))
         update = trainer.optimization_step(stage)
         batch = loaded.map(mode.from_tensor) if isinstance(mode, FakeTensorMode) else loaded
-        gram = trainer.teacher.backbone if "gram" in terms else None
-        train.train_step(update, 1, batch, trainer.centering, gram, cfg.loss, stage.now(1))
+        frozen = [
+            trainer.teacher.backbone if name in terms else None for name in ("gram", "anchor")
+        ]
+        train.train_step(update, 1, batch, trainer.centering, frozen, cfg.loss, stage.now(1))
         return update.totals
 
 

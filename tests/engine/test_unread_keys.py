@@ -9,7 +9,8 @@ import yaml
 
 import train
 from data.augment import POLICIES, AugmentPolicy
-from engine.config import CropsConfig, DistillTrainConfig, ModelConfig, load_config
+from engine.config import CropsConfig, ModelConfig, load_config
+from engine.distill_config import DistillTrainConfig
 from engine.layers import NOT_OF_POLICY
 from engine.stages import stage_configs
 from engine.start import build_student

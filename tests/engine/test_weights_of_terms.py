@@ -11,7 +11,8 @@ from torch import nn
 import distill
 import train
 from data.loader import Batch
-from engine.config import DistillTrainConfig, load_config
+from engine.config import load_config
+from engine.distill_config import DistillTrainConfig
 from engine.logger import read_metrics
 from engine.optim import build_schedules, optimizer_for
 from engine.settings import load_saved
@@ -143,7 +144,7 @@ def test_the_weights_of_features_are_logged_too(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("head", [[], ["loss.ibot.prototypes=16"]], ids=["shared", "own head"])
-@pytest.mark.parametrize("term", ["ibot", "dino", "koleo", "gram"])
+@pytest.mark.parametrize("term", ["ibot", "dino", "koleo", "gram", "coding_rate", "anchor"])
 @pytest.mark.parametrize("on_first", [True, False])
 def test_a_term_may_be_on_in_one_stage_and_off_in_another(term, on_first, head, tiny, tmp_path):
     values = [1, 0] if on_first else [0, 1]
@@ -153,6 +154,8 @@ def test_a_term_may_be_on_in_one_stage_and_off_in_another(term, on_first, head, 
     }
     call = [*tiny, *head, "total_steps=null", "checkpoint.every=1", "checkpoint.keep=9"]
     call += [f"stages={yaml.safe_dump(stages)}".strip()]
+    if term == "anchor":
+        call.append("init=random:vit_nano?embed_dim=32&depth=2&num_heads=2&patch_size=8")
     train.main(call)
     records = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [f"loss/{term}" in record for record in records] == [

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data.augment import POLICIES, channel_statistics
+from data.augment import POLICIES
 from data.masking import draw_masks
+from data.pixels import channel_statistics
 from engine.config import CropsConfig
 from engine.views import multi_crop_from
 from evals.curves import curve_names, draw_curves, running_mean
