@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from engine.cli import path_argument, print_result, run_script
 from errors import UserError
-from files import read_yaml_file
+from files import read_yaml_file, split_query
 from models.features import Preprocessing
 from models.weights.load import find_weights, is_local, load_backbone
 from models.weights.save import FORMATS, write_backbone
@@ -205,7 +205,7 @@ def license_of(start: str, followed: tuple[str, ...] = ()) -> str:
 
     Names in hubs are, and what a run or a config.json says of its own start; a path says nothing.
     """
-    name = start.partition("?")[0]
+    name = split_query(start)[0]
     if name == "none" or name.startswith("random:"):
         return "no other weights, so it is yours to choose"
     for pattern, text in LICENSES.items():
@@ -231,7 +231,7 @@ def license_of(start: str, followed: tuple[str, ...] = ()) -> str:
 
 def run_config(spec: str) -> dict[str, Any]:
     """The configuration of the run of ours to which `spec` belongs, {} if there is none."""
-    name = spec.partition("?")[0]
+    name = split_query(spec)[0]
     if not is_local(name):
         return {}
     path = find_weights(name)

@@ -35,6 +35,31 @@ def expand_listed(path: str) -> str:
     return os.path.expanduser(os.path.expandvars(path)) if start else path
 
 
+def split_query(spec: str, base: Path = Path()) -> tuple[str, str]:
+    """A DATA or MODEL and its options: ("folder:/x", "size=3") for "folder:/x?size=3".
+
+    Names may hold a question mark too. The longest beginning that exists is a name; otherwise
+    options begin at the first question mark before a key.
+
+    Args:
+        base: the folder that relative paths start from.
+    """
+    marks = [match.start() for match in re.finditer(r"\?", spec)]
+    for end in (len(spec), *reversed(marks)):
+        for name in (spec[:end], spec[:end].partition(":")[2]):
+            path = os.path.expanduser(os.path.expandvars(name))
+            if name and os.path.exists(base / path):
+                return spec[:end], spec[end + 1 :]
+    options = re.search(r"\?(?=\w+(=|&|$))", spec)
+    end = options.start() if options else len(spec)
+    return spec[:end], spec[end + 1 :]
+
+
+def with_option(spec: str, option: str) -> str:
+    """The DATA or MODEL with one more option."""
+    return f"{spec}{'&' if split_query(spec)[1] else '?'}{option}"
+
+
 def read_yaml_file(path: Path, is_text: Callable[[tuple[str, ...]], bool] | None = None) -> Any:
     """What a YAML file holds.
 

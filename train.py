@@ -169,7 +169,7 @@ def teacher_targets(
     outs = [teacher(crops.global_crops, masked=crops.masked()) for crops in micro_batches]
     dino = balance(centering["dino"], [out.global_logits for out in outs], teacher_temp)
     ibot = gram = anchors = [None] * len(outs)
-    if "ibot" in centering:
+    if "ibot" in centering and micro_batches[0].masks is not None:
         ibot = balance(centering["ibot"], [out.patch_logits for out in outs], teacher_temp)
     if gram_teacher is not None:
         pairs = zip(micro_batches, outs, strict=True)

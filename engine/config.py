@@ -131,7 +131,7 @@ class DinoConfig:
     """Prototypes of different crops' CLS agree (DINO)."""
 
     weight: Factor = 1.0  # Weight of the term; 1 in all papers; 0: off.
-    local_weight: AnyFactor = 1.0  # Weight of local crops; 0.5 in DINOv3's Gram stage.
+    local_weight: Factor = 1.0  # Weight of local crops; 0.5 in DINOv3's Gram stage.
     # K; a few hundred for small data; a flat loss at ln K means too many or too warm a teacher.
     prototypes: Count = 65536
     hidden: Count = 2048  # Width of the projection head; 8192 in DINOv3 7B; less in small models.

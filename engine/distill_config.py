@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from engine.config import AnyFactor, Pixels, TrainConfig
+from engine.config import Factor, Pixels, TrainConfig
 from engine.settings import section
 
 
@@ -19,8 +19,8 @@ class DistillConfig:
     # features: its CLS and patches after a learned projection; those two terms and local crops have
     # no part. auto: heads where the teacher brings them.
     match: Literal["auto", "heads", "features"] = "auto"
-    cls_weight: AnyFactor = 1.0  # Of the CLS term of features; 0: off.
-    patch_weight: AnyFactor = 1.0  # Of the patch term of features; 0: off.
+    cls_weight: Factor = 1.0  # Of the CLS term of features; 0: off.
+    patch_weight: Factor = 1.0  # Of the patch term of features; 0: off.
     # name: {share: of the ranks (1), any override}; each is compared in its folder (students.py).
     students: dict[str, Any] = section(dict, free=True)
 

@@ -1,6 +1,5 @@
 """Layers of a configuration: files, their bases, the command line, stages; which keys hold."""
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,13 +14,15 @@ NOT_OF_POLICY = {
 }
 
 
+Path = tuple[str, ...]  # of keys
+
+
 def merge(below: Any, above: Any, choices: bool = False) -> Any:
     """Deep merge of mappings, `above` wins; with `choices`, without what `void_keys` names."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    for section, key in void_keys(below, above) if choices else ():
-        kept = {name: value for name, value in below[section].items() if name != key}
-        below = below | {section: kept}
+    for _, path in void_keys(below, above) if choices else ():
+        below = _without(below, path)
     stages = above.get("stages")
     stages = stages.values() if isinstance(stages, dict) else ()
     gives_steps = any(isinstance(stage, dict) and "steps" in stage for stage in stages)
@@ -34,36 +35,82 @@ def merge(below: Any, above: Any, choices: bool = False) -> Any:
 lay_over = partial(merge, choices=True)
 
 
-def void_keys(below: dict, above: dict) -> Iterator[tuple[str, str]]:
-    """(section, key) of `below` that a choice in `above` makes void.
+def void_keys(below: dict, above: dict) -> list[tuple[Path, Path]]:
+    """(key of `above`, key of `below` that it makes void).
 
-    A model of timm reads no key of the model below, and a colour policy brings its own values.
+    A model of timm reads no key of the model below; a colour policy and another way to tune bring
+    their own values; a schedule replaces a constant weight and the other way round.
     """
-
-    def section(layer: dict, name: str) -> dict:
-        return layer[name] if isinstance(layer.get(name), dict) else {}
-
-    if str(section(above, "model").get("arch")).startswith("timm:"):
-        for key in section(below, "model"):
-            yield "model", key
-    if section(above, "crops").get("policy") is not None:
-        for key in section(below, "crops"):
-            if key not in NOT_OF_POLICY:
-                yield "crops", key
+    found = []
+    model, crops, tune = (_section(below, name) for name in ("model", "crops", "tune"))
+    if str(value_at(above, ("model", "arch"))).startswith("timm:"):
+        found += [(("model", "arch"), ("model", key)) for key in model]
+    if value_at(above, ("crops", "policy")) is not None:
+        keys = [key for key in crops if key not in NOT_OF_POLICY]
+        found += [(("crops", "policy"), ("crops", key)) for key in keys]
+    if value_at(above, ("tune", "mode")) not in (None, tune.get("mode")) and "mode" in tune:
+        found += [(("tune", "mode"), ("tune", key)) for key in tune if key != "mode"]
+    for one, other in _constants_and_schedules(below, above):
+        if value_at(above, one) is not None and value_at(below, other) is not None:
+            found.append((one, other))
+    return found
 
 
 def void_in_words(below: dict, above: dict) -> str:
-    """Says which keys of `below` a choice in `above` makes void, and what is given in neither."""
-    void = [
-        f"{section}.{key} {below[section][key]}"
-        for section, key in void_keys(below, above)
-        if key != "arch" and key not in above[section] and below[section][key] is not None
+    """What is set in `below`, not again in `above`, and void, with what makes it void."""
+    void: dict[Path, list[str]] = {}
+    for cause, path in void_keys(below, above):
+        value = value_at(below, path)
+        if value is not None and value_at(above, path) is None:
+            void.setdefault(cause, []).append(f"{'.'.join(path)} {value}")
+    sentences = []
+    for cause, paths in void.items():
+        chosen = f"{'.'.join(cause)} {value_at(above, cause)}"
+        sentences.append(f"{chosen} replaces what stands below it: {', '.join(paths)}")
+    return "; ".join(sentences)
+
+
+def weights_given_twice(values: dict) -> list[tuple[str, str]]:
+    """(schedule, constant weight) of terms for which one layer gives both."""
+    pairs = _constants_and_schedules(values, values)
+    return [
+        (".".join(one), f"{'.'.join(other)} {value_at(values, other)}")
+        for one, other in pairs
+        if one[0] == "schedule" and None not in (value_at(values, one), value_at(values, other))
     ]
-    if not void:
-        return ""
-    chosen = [
-        f"{section}.{key} {above[section][key]}"
-        for section, key in (("model", "arch"), ("crops", "policy"))
-        if any(name.startswith(f"{section}.") for name in void)
-    ]
-    return f"{' and '.join(chosen)} replaces what stands below it: {', '.join(void)}"
+
+
+def _constants_and_schedules(below: dict, above: dict) -> list[tuple[Path, Path]]:
+    """Paths of schedule.TERM and loss.TERM.weight, of TERM_local and local_weight; both ways."""
+    pairs = []
+    for term in dict.fromkeys([*_section(below, "loss"), *_section(above, "loss")]):
+        for name, weight in ((term, "weight"), (f"{term}_local", "local_weight")):
+            pairs.append((("schedule", name), ("loss", term, weight)))
+    return pairs + [(other, one) for one, other in pairs]
+
+
+def without_replaced(values: dict) -> dict:
+    """Without the constant weights that schedules replace, so that the rest reads back."""
+    for one, other in _constants_and_schedules(values, values):
+        if one[0] == "schedule" and value_at(values, one) is not None:
+            values = _without(values, other)
+    return values
+
+
+def _section(layer: dict, name: str) -> dict:
+    return layer[name] if isinstance(layer.get(name), dict) else {}
+
+
+def value_at(layer: Any, path: Path) -> Any:
+    for key in path:
+        layer = layer.get(key) if isinstance(layer, dict) else None
+    return layer
+
+
+def _without(layer: dict, path: Path) -> dict:
+    key, *rest = path
+    if not isinstance(layer, dict) or key not in layer:
+        return layer
+    if rest:
+        return layer | {key: _without(layer[key], tuple(rest))}
+    return {name: value for name, value in layer.items() if name != key}

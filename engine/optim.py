@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import distributed, parallel
+from engine.logger import notice
 
 if TYPE_CHECKING:
     from engine.config import OptimConfig, TrainConfig
@@ -80,13 +81,15 @@ def lr_factor(scaling: str, batch_size: int) -> float:
 def build_schedules(cfg: "TrainConfig", total_steps: int) -> dict[str, Callable[[int], float]]:
     """step -> value of lr, weight_decay, ema_momentum, teacher_temp and each weight in use.
 
-    A term without a weight and without a schedule is not in use.
+    A term without a weight and without a schedule is not in use, nor one whose schedule is 0.
     """
     terms = {name: settings.weight for name, settings in vars(cfg.loss).items()}
     constants = terms | {"dino_local": cfg.loss.dino.local_weight}
     schedules = {}
     for name in dict.fromkeys([*vars(cfg.schedule), *terms]):
         item = getattr(cfg.schedule, name, None)
+        if item is not None and name in terms and not any((item.peak, item.start, item.end)):
+            continue
         if item is not None:
             factor = lr_factor(cfg.optim.lr_scaling, cfg.batch_size) if name == "lr" else 1.0
             schedules[name] = make_schedule(total_steps, **vars(item), factor=factor)
@@ -169,9 +172,31 @@ def make_optimizer(
 def optimizer_for(
     student: nn.Module, settings: "OptimConfig", before: torch.optim.Optimizer | None = None
 ) -> torch.optim.AdamW:
-    """`make_optimizer` for the trainable parameters of the student."""
+    """`make_optimizer` for the trainable parameters of the student.
+
+    Says which choices by name find none of them, as under LoRA or in a model of timm.
+    """
+    for key in choices_without_effect(student, settings):
+        notice(
+            f"optim.{key} {getattr(settings, key)} has no effect: it goes by the names of "
+            "parameters, and none that trains here has such a name"
+        )
     groups = parameter_groups(student, settings.layer_decay, settings.patch_embed_lr)
     return make_optimizer(groups, settings.betas, before)
+
+
+def choices_without_effect(student: nn.Module, settings: "OptimConfig") -> list[str]:
+    """Keys that are set and choose parameters by name, of which none trains."""
+    trained = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
+    backbone = [name.removeprefix("backbone.") for name in trained if name.startswith("backbone.")]
+    depth = len(getattr(student.backbone, "blocks", []))
+    found = {
+        "layer_decay": any(layer_multiplier(name, depth, 0.5) != 1 for name in backbone),
+        "patch_embed_lr": any("patch_embed" in name for name in backbone),
+        "freeze_last_layer": any("last_layer" in name for name in trained),
+    }
+    unset = {"layer_decay": (1,), "patch_embed_lr": (1,), "freeze_last_layer": (0, "0%")}
+    return [key for key in found if not found[key] and getattr(settings, key) not in unset[key]]
 
 
 def forget(optimizer: torch.optim.Optimizer) -> None:

@@ -73,7 +73,7 @@ def _content(cfg: "TrainConfig", images: ImageData) -> dict[str, dict]:
 
 def _specs(cfg: "TrainConfig") -> dict[str, str]:
     specs = {"data.train": settings.as_place(cfg.data.train)}
-    for name, _, stage in stage_configs(cfg):
+    for name, _, stage in stage_configs(cfg) if cfg.stages else ():
         specs[f"stages.{name}.data.train"] = settings.as_place(stage.data.train)
     return specs
 

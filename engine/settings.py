@@ -11,7 +11,7 @@ import platform
 import subprocess
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal, InvalidOperation
 from functools import partial, reduce
 from importlib import metadata
@@ -30,7 +30,14 @@ from engine.keys import (
     sections_of,
     suggestion,
 )
-from engine.layers import lay_over, merge, void_in_words
+from engine.layers import (
+    lay_over,
+    merge,
+    value_at,
+    void_in_words,
+    weights_given_twice,
+    without_replaced,
+)
 from engine.logger import notice
 from errors import UserError
 from files import expand, parse_yaml, read_yaml_file
@@ -79,16 +86,36 @@ def load(config: str | Path | None, overrides: list[str], schema: type[Config]) 
         if void := void_in_words(values, layer):
             notice(void)
         values = lay_over(values, layer)
-    stages = values.get("stages")
-    for name, keys in stages.items() if isinstance(stages, dict) else ():
-        if isinstance(keys, dict) and (void := void_in_words(values, keys)):
-            notice(f"stages.{name}: {void}")
+    refuse_weights_given_twice(values)
+    run = {key: value for key, value in values.items() if key != "model"}  # of students: their own
+    for where, keys in _parts(values):
+        refuse_weights_given_twice(keys, f"{where}: ")
+        if void := void_in_words(run, keys):
+            notice(f"{where}: {void}")
     return build(schema, values)
+
+
+def _parts(values: dict) -> Iterator[tuple[str, dict]]:
+    """The keys of each stage and each student, and their path."""
+    for above in (("stages",), ("distill", "students")):
+        found = value_at(values, above)
+        for name, keys in found.items() if isinstance(found, dict) else ():
+            if isinstance(keys, dict):
+                yield ".".join((*above, str(name))), keys
+
+
+def refuse_weights_given_twice(values: dict, where: str = "") -> None:
+    """
+    Raises:
+        UserError: if one layer gives a term a weight and a schedule.
+    """
+    for schedule, weight in weights_given_twice(values):
+        raise UserError(f"{where}{schedule} and {weight} are both given; leave one out")
 
 
 def load_saved(path: Path, schema: type[Config]) -> Config:
     """The configuration of a run, which may be of an earlier version."""
-    layer = reduce(merge, read_yaml(path, schema), {})
+    layer = without_replaced(reduce(merge, read_yaml(path, schema), {}))
     model = layer.get("model") or {}
     return build(schema, lay_over(layer, {"model": {"arch": model["arch"]}} if model else {}))
 
@@ -249,7 +276,7 @@ def to_dict(values: Any) -> Any:
 def to_yaml(cfg: object, header: str = "") -> str:
     comment = "".join(f"# {line}\n" for line in header.splitlines())
     layout = {"sort_keys": False, "default_flow_style": None, "width": 110}
-    return comment + yaml.safe_dump(to_dict(cfg), **layout)
+    return comment + yaml.safe_dump(without_replaced(to_dict(cfg)), **layout)
 
 
 def changed_keys(old: Config, new: Config, path: str = "", all_fields: bool = False) -> list[str]:
@@ -318,7 +345,10 @@ def changed_stages(old: dict | None, new: dict | None, cls: type) -> list[str]:
     for number, (name, before) in enumerate(old.items(), 1):
         steps, then = before.get("steps"), new[name].get("steps")
         may_grow = number == len(old) and then >= steps
-        same = without_free(cls, before) == without_free(cls, new[name] | {"steps": steps})
+        after = new[name] | {"steps": steps}
+        same = without_free(cls, without_replaced(before)) == without_free(
+            cls, without_replaced(after)
+        )
         if not same or not (steps == then or may_grow):
             given = f"{before} -> {new[name]}; only the last stage may grow"
             changes.append(f"stages.{name} ({given})")

@@ -23,7 +23,8 @@ Schedules = dict[str, Callable[[int], float]]
 # them.
 ALLOWED = (
     "init", "batch_size", "micro_batch_size", "data.train", "crops.", "schedule.", "loss.gram.",
-    "loss.koleo.", "loss.dino.weight", "loss.dino.local_weight", "loss.dino.student_temp",
+    "loss.koleo.", "loss.coding_rate.", "loss.anchor.",
+    "loss.dino.weight", "loss.dino.local_weight", "loss.dino.student_temp",
     "loss.ibot.weight", "loss.ibot.student_temp", "loss.ibot.mask_",
     "optim.clip_grad", "optim.clip_per", "optim.lr_scaling",
     "optim.freeze_last_layer", "tune.",

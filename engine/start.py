@@ -15,6 +15,7 @@ from engine.optim import build_schedules
 from engine.resume import check_images, has_begun
 from engine.stages import Stage, plan_stages
 from errors import UserError
+from files import with_option
 from models.ssl_model import SSLModel, build_ssl_model
 from models.vit import build_backbone
 from models.weights.load import load_backbone, load_heads
@@ -92,8 +93,7 @@ def load_init(cfg: TrainConfig) -> tuple[TrainConfig, nn.Module | None]:
 
 def load_initial(spec: str | Path, channels: int) -> nn.Module:
     """The backbone of a MODEL, adapted to `channels` input channels (`models.channels`)."""
-    joint = "&" if "?" in str(spec) else "?"
-    return load_backbone(f"{spec}{joint}channels={channels}")
+    return load_backbone(with_option(str(spec), f"channels={channels}"))
 
 
 def build_student(cfg: TrainConfig, masked: bool, initial: nn.Module | None = None) -> SSLModel:

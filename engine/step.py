@@ -169,6 +169,9 @@ class OptimizationStep:
             if name != "grad_norm":
                 key = name if name == "loss" else f"loss/{name}"
                 values[key] = distributed.mean_over_ranks(value)
+        # Of the terms that were computed; dino_local belongs to dino.
+        terms = [name for name in now if name.removesuffix("_local") in self.totals]
+        values |= {f"weight/{name}": now[name] for name in terms}
         rates = {name: now[name] for name in RATES}
         return values | rates | {"grad_norm": self.totals["grad_norm"]}
 

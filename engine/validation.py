@@ -7,7 +7,14 @@ from engine.layers import ONE_OF
 from errors import UserError
 
 if TYPE_CHECKING:
-    from engine.config import CropsConfig, GramConfig, ModelConfig, ScheduleConfig, TrainConfig
+    from engine.config import (
+        CropsConfig,
+        GramConfig,
+        ModelConfig,
+        ScheduleConfig,
+        TrainConfig,
+        TuneConfig,
+    )
 
 
 def check_keys_together(cfg: "TrainConfig") -> None:
@@ -27,6 +34,7 @@ def broken_rules(cfg: "TrainConfig") -> Iterator[str]:
         values = getattr(cfg.data, name)
         if values is not None and len(values) != cfg.data.channels:
             yield f"data.{name} needs {cfg.data.channels} values, one a channel"
+    yield from _rules_of_tuning(cfg.tune)
     yield from _rules_of_model(cfg.model)
     if not cfg.model.arch.startswith("timm:"):
         yield from _rules_of_crop_sizes(cfg.crops, cfg.model.patch_size)
@@ -42,6 +50,18 @@ def broken_rules(cfg: "TrainConfig") -> Iterator[str]:
     if guard.action and not (probe.every and getattr(probe, wanted)):
         remedy = f"set probe.every and probe.{wanted}, or guard.action=null"
         yield f"guard.action is {guard.action}, but {guard.probe} is not measured; {remedy}"
+
+
+def _rules_of_tuning(tune: "TuneConfig") -> Iterator[str]:
+    unread = {"full": ("targets", "rank", "alpha", "dropout")}
+    unread["partial"] = ("rank", "alpha", "dropout")
+    defaults = vars(type(tune)())
+    for name in unread.get(tune.mode, ()):
+        value = getattr(tune, name)
+        if value != defaults[name]:
+            modes = "lora or partial" if name == "targets" else "lora"
+            given = f"tune.{name} is {value}, which tune.mode {tune.mode} does not read"
+            yield f"{given}; give tune.mode={modes}, or leave it out"
 
 
 def _rules_of_model(model: "ModelConfig") -> Iterator[str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+from files import with_option
 from models.features import Features
 from models.head import ProjectionHead
 from models.weights.load import load_backbone, load_heads
@@ -61,8 +62,7 @@ def load_teacher(spec: str | Path, channels: int) -> Teacher:
         FileNotFoundError: if there is no such model.
         UserError: if its files are damaged, or the heads are another backbone's.
     """
-    joint = "&" if "?" in str(spec) else "?"
-    backbone = load_backbone(f"{spec}{joint}channels={channels}")
+    backbone = load_backbone(with_option(str(spec), f"channels={channels}"))
     tensors = load_heads(spec)
     heads = [head_from(tensors, name) for name in ("dino_head", "ibot_head")]
     for head in heads:

@@ -1,8 +1,11 @@
 """files.py: paths and YAML as users write them."""
 
 import os
+import shutil
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -15,7 +18,7 @@ from engine.keys import declared_type
 from engine.settings import all_keys
 from errors import UserError
 from export import main as export
-from files import expand
+from files import expand, split_query
 from models import load_backbone
 
 TWICE = {
@@ -200,3 +203,101 @@ def test_every_flag_that_names_a_file_is_expanded():
     root = Path(__file__).parents[1]
     for path in [*root.glob("*.py"), root / "engine/cli.py", root / "data/stats.py"]:
         assert "type=Path" not in path.read_text(), path.name
+
+
+# ----------------------------------------------------------------- question marks
+
+
+@pytest.mark.parametrize(
+    "spec, wanted",
+    [
+        ("folder:/x?size=3", ("folder:/x", "size=3")),
+        ("scenes", ("scenes", "")),
+        ("scenes?split", ("scenes", "split")),
+        ("tar:/what?/x-{0..3}.tar?size=3&page=1", ("tar:/what?/x-{0..3}.tar", "size=3&page=1")),
+        ("/gone?/x", ("/gone?/x", "")),
+        ("random:vit_nano?fit=pad", ("random:vit_nano", "fit=pad")),
+        ("RUN@100?channels=1", ("RUN@100", "channels=1")),
+        ("python:a:b?root=/x?&y=1", ("python:a:b", "root=/x?&y=1")),
+    ],
+)
+def test_options_begin_behind_the_name(spec, wanted):
+    assert split_query(spec) == wanted
+
+
+def test_a_question_mark_in_a_name_goes_with_options(images, tmp_path, monkeypatch):
+    odd = images.rename(tmp_path / "a?size=2")
+    (odd / "0.png").rename(odd / "why?.png")
+    (odd / "list?.txt").write_text("why?.png\n1.png\n2.png\n")
+    (odd / "labels?.csv").write_text("file,label\nwhy?.png,a\n1.png,b\n")
+    monkeypatch.chdir(tmp_path)
+    for kind in ("", "folder:"):
+        for place in (odd, "a?size=2"):
+            assert len(open_data(f"{kind}{place}")) == 12
+            assert len(open_data(f"{kind}{place}?size=5")) == 5
+            data = open_data(f"{kind}{place}?size=7&labels={odd}/labels?.csv")
+            assert len(data) == 7 and data.labels.max() >= 0
+    assert len(open_data(f"list:{odd}/list?.txt?size=2")) == 2
+    assert len(open_data(f"{odd}/why?.png?page=0")) == 1
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match="unknown key 'sise'"):
+        open_data(f"{odd}?sise=3")
+    assert len(open_data(f"{odd}?size=2")) == 2
+
+
+def test_a_question_mark_in_the_name_of_weights_goes_with_options(tiny, tmp_path):
+    run = tmp_path / "run? one"
+    train.main([*tiny, "total_steps=1", f"output_dir={run}"])
+    assert load_backbone(run).in_channels == load_backbone(f"{run}/teacher").in_channels == 3
+    assert load_backbone(f"{run}?channels=1").in_channels == 1
+    train.main([*tiny, "total_steps=1", f"init={run}"])
+    export(["--model", str(run), "--format", "own", "--output", str(tmp_path / "own")])
+    assert "seed: 0" in (tmp_path / "own/README.md").read_text()
+
+
+# ----------------------------------------------------------------- sources of mixtures
+
+
+def test_sources_of_a_mixture_are_relative_to_its_file(images, tmp_path, monkeypatch):
+    home, elsewhere = tmp_path / "sets", tmp_path / "elsewhere"
+    home.mkdir(), elsewhere.mkdir()
+    images = images.rename(home / "images")
+    (home / "list.txt").write_text("images/1.png\nimages/2.png\n")
+    (home / "labels.csv").write_text("file,label\n1.png,a\n2.png,b\n")
+    with tarfile.open(home / "x-0.tar", "w") as shard:
+        shard.add(images / "1.png", "1.png")
+    np.savez(home / "x.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
+    sources = {
+        "images": 12,
+        "./images?size=3": 3,
+        "folder:images?labels=labels.csv": 12,
+        "list:list.txt": 2,
+        "list.txt?size=1": 1,
+        "tar:x-{0..0}.tar": 1,
+        "npz:x.npz": 4,
+        "scenes?size=5": 5,
+        str(images): 12,
+        "../sets/images": 12,
+    }
+    (elsewhere / "images").mkdir()  # what lies in the working folder is not meant
+    shutil.copy(images / "0.png", elsewhere / "images")
+    monkeypatch.chdir(elsewhere)
+    for spec, count in sources.items():
+        (home / "mix.yaml").write_text(yaml.safe_dump([{"data": spec}]))
+        for path in ("../sets/mix.yaml", str(home / "mix.yaml"), "mix:../sets/mix.yaml"):
+            data = open_data(path)
+            assert len(data) == count and data[0][0].ndim == 3, (path, spec)
+    assert open_data("../sets/mix.yaml").fingerprint()
+    (home / "mix.yaml").write_text("- data: folder:nowhere\n")
+    with pytest.raises(FileNotFoundError, match="sets/nowhere"):
+        open_data("../sets/mix.yaml")
+    (home / "mix.yaml").write_text("- data: list.txt\n- data: mix.yaml\n")
+    with pytest.raises(UserError, match="is itself a mixture"):
+        open_data("../sets/mix.yaml")
+
+
+@pytest.mark.parametrize("weight", [".nan", ".inf", "1" * 400, "[1]", "x", "1:30"])
+def test_a_weight_of_a_mixture_is_a_number(weight, tmp_path):
+    (tmp_path / "mix.yaml").write_text(f"- {{data: scenes, weight: {weight}}}\n")
+    with pytest.raises(UserError, match="weight and alone are numbers"):
+        open_data(f"{tmp_path}/mix.yaml")

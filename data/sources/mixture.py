@@ -4,13 +4,14 @@
     - {data: "tar:/scans-{00..31}.tar", weight: 1}
     - {data: "imagenet:/imagenet", weight: 0, alone: 0.1}   # a tenth of the steps, unmixed
 
-The last line is DINOv3's mixing (section 3.1: 10 % of the steps show ImageNet-1k alone).
-Proportions are exact over every PERIOD images (weights) and steps (`alone`), in a random order.
-Within a source no image repeats before all of it was seen. Step s is found without going through
-the steps before it, so a run resumes by naming a step.
+Relative paths start from the folder of the file. The last line is DINOv3's mixing (section 3.1:
+10 % of the steps show ImageNet-1k alone). Proportions are exact over every PERIOD images (weights)
+and steps (`alone`), in a random order. Within a source no image repeats before all of it was seen.
+Step s is found without going through the steps before it, so a run resumes by naming a step.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def read_mixture(path: Path) -> list[tuple[str, float, float]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
-    items = read_yaml_file(path)
+    items = read_yaml_file(path, is_text=lambda keys: keys == ("data",))
     if not isinstance(items, list) or not items:
         raise UserError(f"{str(path)!r} must be a list of {{data: DATA, weight: number}}")
     return [_source(item, path) for item in items]
@@ -165,9 +166,12 @@ def _source(item, path: Path) -> tuple[str, float, float]:
             "keys are data, weight (default 1) and alone (default 0)"
         )
     try:
-        return str(item["data"]), float(item.get("weight", 1)), float(item.get("alone", 0))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{item} in {str(path)!r}: weight and alone are numbers") from error
+        shares = float(item.get("weight", 1)), float(item.get("alone", 0))
+    except (TypeError, ValueError, OverflowError):
+        shares = (math.inf,)
+    if not all(map(math.isfinite, shares)):
+        raise UserError(f"{item} in {str(path)!r}: weight and alone are numbers")
+    return str(item["data"]), *shares
 
 
 def _quotas(shares: Sequence[float]) -> np.ndarray:

@@ -44,7 +44,7 @@ from data.sources.mixture import Mixture, read_mixture
 from data.sources.published import open_hub, open_torchvision, torchvision_classes
 from data.sources.tar import open_tar
 from errors import UserError
-from files import expand
+from files import expand, split_query
 
 __all__ = [
     "ImageData",
@@ -57,10 +57,11 @@ __all__ = [
 ]
 
 
-def open_data(spec: str, channels: int | None = 3) -> ImageData:
+def open_data(spec: str, channels: int | None = 3, base: Path = Path()) -> ImageData:
     """The data that a spec names (grammar at the top of this file).
 
     Args:
+        base: the folder that relative paths start from.
         channels: of every image. Grey is repeated to 3, colour is reduced to its luminance for 1,
             transparency is dropped for both; None keeps what each file has.
 
@@ -68,7 +69,7 @@ def open_data(spec: str, channels: int | None = 3) -> ImageData:
         UserError: for an unknown kind, key or value, or a package that is not installed.
         FileNotFoundError: where there is no such folder or file, or no image in it.
     """
-    kind, path, options = _parse(str(spec))
+    kind, path, options = _parse(str(spec), base)
     if not path and kind != "scenes":
         raise UserError(f"{kind!r} needs a path: {kind}:PATH")
     data = _opener(kind)(path, channels, **options)
@@ -97,9 +98,9 @@ def _open_mixture(path: str, channels: int | None) -> Mixture:
     items = read_mixture(file)
     sources = []
     for spec, _, _ in items:
-        if _parse(spec)[0] == "mix":
+        if _parse(spec, file.parent)[0] == "mix":
             raise UserError(f"{spec!r} in {str(file)!r} is itself a mixture; name its sources here")
-        sources.append(open_data(spec, channels))
+        sources.append(open_data(spec, channels, file.parent))
     try:
         return Mixture(
             sources, [weight for _, weight, _ in items], [alone for _, _, alone in items]
@@ -118,6 +119,7 @@ KINDS = {
     "mix": _open_mixture,
     "scenes": open_scenes,
 }
+TABLES = ("labels", "marks")  # keys that name a file
 NAMED = ("folder", "list", "tar")  # kinds whose images have names
 # The kind of a file that exists, by its extension; otherwise it is a list.
 KIND_OF_EXTENSION = {".tar": "tar", ".yaml": "mix", ".yml": "mix"}
@@ -127,16 +129,16 @@ def _opener(kind: str) -> Callable[..., ImageData]:
     return KINDS.get(kind) or partial(open_torchvision, kind)
 
 
-def _parse(spec: str) -> tuple[str, str, dict]:
+def _parse(spec: str, base: Path = Path()) -> tuple[str, str, dict]:
     """(kind, path, options) of a spec, checked against what the kind takes."""
-    exists = os.path.exists(os.path.expanduser(os.path.expandvars(spec)))
-    body, _, query = (spec, "", "") if exists else spec.partition("?")
-    place = expand(body)
+    body, query = split_query(spec, base)
+    place = base / expand(body)
     if body not in KINDS and place.exists():
-        kind, path = _kind_of_file(place), body
+        kind, path = _kind_of_file(place), str(place)
     else:
         kind, colon, path = body.partition(":")
         kind = _known_kind(kind, spec, bool(colon))
+        path = _from(base, kind, path)
     parameters = inspect.signature(_opener(kind)).parameters.values()
     allowed = {p.name: p.annotation for p in parameters if p.kind == p.KEYWORD_ONLY}
     takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
@@ -145,6 +147,8 @@ def _parse(spec: str) -> tuple[str, str, dict]:
         key, _, text = item.partition("=")
         if key in allowed:
             options[key] = _value(key, text, allowed[key], spec)
+            if key in TABLES and (base / expand(text)).exists():
+                options[key] = str(base / expand(text))
         elif takes_any:
             options[key] = text
         else:
@@ -153,6 +157,15 @@ def _parse(spec: str) -> tuple[str, str, dict]:
                 f"unknown key {key!r} in {spec!r}{_nearest(key, allowed)}; {kind} {takes}"
             )
     return kind, path, options
+
+
+def _from(base: Path, kind: str, path: str) -> str:
+    """The path of a kind, from `base`; a name in a hub or of a module stays as it is."""
+    if not path or kind in ("python", "scenes"):
+        return path
+    if kind == "hf" and not (base / expand(path)).exists():
+        return path
+    return str(base / expand(path))
 
 
 def _kind_of_file(place: Path) -> str:
@@ -177,7 +190,7 @@ def _known_kind(kind: str, spec: str, colon: bool) -> str:
     if (colon and len(kind) > 1 and os.sep not in kind) or nearest:
         raise UserError(f"unknown kind {kind!r} in {spec!r}{nearest}; kinds are {kinds}")
     raise FileNotFoundError(
-        f"no folder or file {spec.partition('?')[0]!r}; other kinds of data are {kinds}"
+        f"no folder or file {split_query(spec)[0]!r}; other kinds of data are {kinds}"
     )
 
 

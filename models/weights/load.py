@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
 from errors import UserError
-from files import expand
+from files import expand, split_query
 from models.channels import adapt_channels
 from models.features import Preprocessing
 from models.pixels import PixelBackbone
@@ -48,7 +48,7 @@ def load_backbone(spec: str | Path) -> nn.Module:
         FileNotFoundError: if there is no such folder, snapshot or file.
         UserError: if the spec is not understood, or the weights do not cover the backbone exactly.
     """
-    name, _, query = str(spec).partition("?")
+    name, query = split_query(str(spec))
     options = _parse_options(query)
     if name == "pixels":
         return _pixel_backbone(options).eval()
@@ -74,7 +74,7 @@ def load_heads(spec: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: if there is no such folder or file.
         UserError: if the file is damaged.
     """
-    name = str(spec).partition("?")[0]
+    name = split_query(str(spec))[0]
     if not is_local(name):
         return {}
     path = find_weights(name)
