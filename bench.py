@@ -8,8 +8,7 @@
         --memory --gpus 8 32 128 256    # computed only
     python bench.py --config configs/distill_quickstart.yaml    # students together, and each alone
 
-One process measures the step of train.py, or of distill.py where the configuration has a teacher,
-on the configuration's own data. It writes only the files that are asked for.
+One process measures the step of train.py, or of distill.py where there is a teacher, on real data.
 """
 
 import argparse
@@ -336,7 +335,8 @@ class Students:
             StudentRun(entry, cfg, stages, teacher, heads, device) for entry in student_configs(cfg)
         ]
         for student in self.students:
-            distill.begins(student, images)
+            distill.opens(student, images)
+            student.trainer.start(student.run, images, student.outputs)
             student.enters(0)
         self.middle = (stages[0].first + stages[0].stop) // 2
         loader = stage_loader(loaded_stage(stages[0], heads), self.middle, 1, device)

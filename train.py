@@ -225,16 +225,13 @@ def compute_losses(
     if "ibot" in now:
         student_temp = loss.ibot.student_temp
         losses["ibot"] = ibot_loss(out.patch_logits, targets.ibot, crops.masks, student_temp)
-    if "koleo" in now:  # per view: two views of an image must not be pushed apart
-        losses["koleo"] = sum(
-            koleo_loss(cls, loss.koleo.group, distributed.gather_rows)
-            for cls in out.cls.unflatten(0, views)
-        )
+    each_view = out.cls.unflatten(0, views)  # two views of an image must not be pushed apart
+    if "koleo" in now:
+        group, gather = loss.koleo.group, distributed.gather_rows
+        losses["koleo"] = sum(koleo_loss(cls, group, gather) for cls in each_view)
     if "coding_rate" in now:
-        rates = [
-            coding_rate_loss(cls, loss.coding_rate.epsilon, distributed.gather_rows)
-            for cls in out.cls.unflatten(0, views)
-        ]
+        epsilon, gather = loss.coding_rate.epsilon, distributed.gather_rows
+        rates = [coding_rate_loss(cls, epsilon, gather) for cls in each_view]
         losses["coding_rate"] = sum(rates) / len(rates)
     if targets.gram is not None:
         losses["gram"] = gram_loss(out.patches, targets.gram)
