@@ -27,10 +27,13 @@ TRIES = 10
 AREA, ASPECT, TOP, LEFT, FLIP = slice(0, TRIES), slice(TRIES, 2 * TRIES), 20, 21, 22
 JITTER, FACTORS, ORDER = 23, slice(24, 28), slice(28, 32)
 GRAYSCALE, BLUR, SIGMA, SOLARIZE = 32, 33, 34, 35
-FIRST_NUMBERS = 36  # drawn first; later columns are drawn after them, so old seeds keep their views
 TURN, STAINS = 36, slice(37, 43)
-NUMBERS = 43
-TARGET = slice(43, 45)  # row and column in pixels; only in guided runs, and not drawn (guided.py)
+# Blocks of columns, drawn one after another. New columns are a new block at the end: then the views
+# of old seeds stay as they are.
+DRAWN = (36, 7)
+NUMBERS = sum(DRAWN)
+# Row and column in pixels; only in guided runs, and not drawn (guided.py).
+TARGET = slice(NUMBERS, NUMBERS + 2)
 
 IMAGES_HELD = 16  # decoded images held in memory while their crops are cut
 CPU_CHUNK = 1 << 18  # values of a photometric pass: about 1 MB, which stays in the cache
@@ -88,9 +91,7 @@ POLICIES = {
 
 def draw(generator: torch.Generator, crops: int) -> Tensor:
     """(crops, NUMBERS) float32 uniform in [0, 1): all the randomness of one image's views."""
-    first = torch.rand((crops, FIRST_NUMBERS), generator=generator)
-    later = torch.rand((crops, NUMBERS - FIRST_NUMBERS), generator=generator)
-    return torch.cat([first, later], 1)
+    return torch.cat([torch.rand((crops, block), generator=generator) for block in DRAWN], 1)
 
 
 class MultiCrop:

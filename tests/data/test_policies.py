@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import augment
 from data.augment import POLICIES, CropSpec, MultiCrop, draw, resized_crop
 from data.stains import ABSORPTION, stain_jitter
 from tests.deep import noise
@@ -80,3 +81,28 @@ def test_policies_take_any_channels_that_make_sense(name, channels):
             8,
         )
         assert global_crops.isfinite().all() and global_crops.abs().max() <= 2 + 1e-5
+
+
+def test_every_column_of_the_random_table_has_one_use_and_keeps_its_numbers():
+    """Columns drawn elsewhere, or twice, would change the views of every old seed."""
+    names = ("AREA", "ASPECT", "TOP", "LEFT", "FLIP", "JITTER", "FACTORS", "ORDER", "GRAYSCALE")
+    names += ("BLUR", "SIGMA", "SOLARIZE", "TURN", "STAINS", "TARGET")
+    used = []
+    for name in names:
+        columns = getattr(augment, name)
+        whole = range(augment.NUMBERS + 2)
+        used += [columns] if isinstance(columns, int) else list(whole)[columns]
+    assert sorted(used) == list(range(augment.NUMBERS + 2))
+    table = augment.draw(torch.Generator().manual_seed(7), 3)
+    assert table.shape[1] == augment.NUMBERS
+    # Of the first version that drew each column; a new block is drawn after them.
+    sums = [table[:, :36].sum().item(), table[:, 36:43].sum().item()]
+    assert sums == pytest.approx([54.28177, 9.13279], abs=1e-4)
+
+
+def test_a_new_block_of_columns_leaves_the_numbers_of_the_others(monkeypatch):
+    before = augment.draw(torch.Generator().manual_seed(7), 3)
+    monkeypatch.setattr(augment, "DRAWN", (*augment.DRAWN, 4))
+    after = augment.draw(torch.Generator().manual_seed(7), 3)
+    assert after.shape[1] == before.shape[1] + 4
+    assert torch.equal(after[:, : before.shape[1]], before)
