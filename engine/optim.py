@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine import distributed, parallel
 from engine.logger import notice
@@ -100,13 +101,16 @@ def build_schedules(cfg: "TrainConfig", total_steps: int) -> dict[str, Callable[
 
 # ----------------------------------------------------------------- parameter groups
 
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BatchNorm)
+
 
 def layer_multiplier(name: str, depth: int, decay: float) -> float:
     """Layer-wise decay (DINOv2): decay^(depth + 1 - layer), for a parameter of the backbone.
 
     Tokens and patch embedding are layer 0, the final norm is the last layer.
     """
-    first = ("patch_embed", "cls_token", "mask_token", "pos_embed", "register")
+    name = name.removeprefix("backbone.").removeprefix("model.")  # of timm
+    first = ("patch_embed", "cls_token", "mask_token", "pos_embed", "register", "reg_token")
     if name.startswith("blocks."):
         layer = int(name.split(".")[1]) + 1
     elif any(part in name for part in first):
@@ -116,9 +120,10 @@ def layer_multiplier(name: str, depth: int, decay: float) -> float:
     return decay ** (depth + 1 - layer)
 
 
-def is_decayed(name: str) -> bool:
-    """No weight decay on biases, norms and LayerScale, but on tokens (as in the authors' code)."""
-    return not (name.endswith("bias") or "norm" in name or "gamma" in name)
+def is_decayed(module: nn.Module, parameter: Tensor) -> bool:
+    """No weight decay on biases, norms, LayerScale and other vectors, but on tokens (as in the
+    authors' code)."""
+    return parameter.ndim > 1 and not isinstance(module, NORMS)
 
 
 def parameter_groups(
@@ -129,16 +134,20 @@ def parameter_groups(
     `set_rates` multiplies the schedules' values by a group's `lr_scale` and `weight_decay_scale`.
     The last layers of the heads have groups of their own, so that their rate can be 0.
     """
-    depth = len(getattr(model.backbone, "blocks", []))
+    depth, modules = len(parallel.blocks(model)), dict(model.named_modules())
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         scale = 1.0
         if name.startswith("backbone."):
-            scale = layer_multiplier(name.removeprefix("backbone."), depth, layer_decay)
+            scale = layer_multiplier(name, depth, layer_decay)
             scale *= patch_embed_lr if "patch_embed" in name else 1.0
-        key = (scale, float(is_decayed(name)), "last_layer" in name)
+        key = (
+            scale,
+            float(is_decayed(modules[name.rpartition(".")[0]], parameter)),
+            "last_layer" in name,
+        )
         names = ("lr_scale", "weight_decay_scale", "is_last_layer")
         empty = {"params": [], **dict(zip(names, key, strict=True))}
         groups.setdefault(key, empty)["params"].append(parameter)

@@ -32,13 +32,13 @@ def prepare(module: nn.Module, checkpointing: str, compiled: bool) -> None:
         checkpointing: "none", "blocks" (of the backbone) or "full" (the heads as well).
         compiled: whether torch.compile is used; where it fails, the block runs as it is.
     """
-    blocks = _blocks(module)
+    own = blocks(module)
     heads = [child for name, child in module.named_children() if name != "backbone"]
-    for part in {"none": [], "blocks": blocks, "full": [*blocks, *heads]}[checkpointing]:
+    for part in {"none": [], "blocks": own, "full": [*own, *heads]}[checkpointing]:
         part.forward = partial(checkpoint, part.forward, use_reentrant=False)
     if compiled:
         torch._dynamo.config.suppress_errors = True
-        for block in blocks:
+        for block in own:
             block.compile()
 
 
@@ -82,7 +82,7 @@ def place(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     children = list(module.children()) if hasattr(module, "backbone") else []
     roots = [module] if trains or not children else []
-    for part in [*_blocks(module), *children, *roots]:
+    for part in [*blocks(module), *children, *roots]:
         # Resharded right after use: the teacher must not run on weights before its last update.
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     backbone = getattr(module, "backbone", module)
@@ -92,7 +92,8 @@ def place(
     return module
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a backbone, or of what has one; [] if it has none."""
     backbone = getattr(module, "backbone", module)
     timm_model = getattr(backbone, "model", None)
     return list(getattr(backbone, "blocks", getattr(timm_model, "blocks", [])))

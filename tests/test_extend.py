@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import train
+from models.weights.load import load_backbone
 from tests.conftest import TINY
 from tests.test_pages import blocks
 from tests.test_train import metrics
@@ -95,3 +96,20 @@ def test_a_head_learns_labels(fork):
     values = [record["loss/labels"] for record in records]
     assert values[0] == pytest.approx(math.log(10), abs=1)
     assert sum(values[-5:]) < sum(values[:5])
+
+
+@pytest.mark.parametrize("fork", ["block"], indirect=True)
+def test_a_parameter_of_a_block_trains_and_is_read_back(fork, tmp_path):
+    plain = tmp_path / "plain"
+    train.main([*TINY, f"output_dir={plain}"])
+    constant = ["schedule.lr=0.01", "schedule.ema_momentum=0.5", f"init={plain}"]
+    train_in(fork, *constant, "output_dir=gated")
+    code = (
+        "from models.weights.load import load_backbone;"
+        "print([block.attn.gate.tolist() for block in load_backbone('gated').blocks])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=fork, text=True, capture_output=True)
+    gates = sum(json.loads(done.stdout), [])
+    assert done.returncode == 0 and len(gates) == 4 and 0 < max(abs(g - 1) for g in gates) < 0.5
+    with pytest.raises(ValueError, match="unexpected"):  # the program without gates
+        load_backbone(fork / "gated")

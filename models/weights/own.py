@@ -5,6 +5,7 @@ transformers has such a model. So both transformers' AutoModel and `load_backbon
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from models.weights.read import (
 MODEL_TYPE = "nanodino"
 # Of a teacher in Hugging Face's format: the key of our options in config.json, and the file of
 # tensors for which that format has no place.
+_said: set[str] = set()  # reasons why a teacher is not in Hugging Face's format, each said once
 OPTIONS, EXTRA = "nanodino", "extra.safetensors"
 
 
@@ -83,7 +85,10 @@ def save_teacher(backbone: nn.Module, folder: str | Path, preprocessing: Preproc
         if not isinstance(backbone, VisionTransformer):
             raise UserError("timm's models are written under timm's names")
         tensors, config, _ = hugging_face.convert(backbone, preprocessing)
-    except ValueError:
+    except ValueError as error:
+        if isinstance(backbone, VisionTransformer) and str(error) not in _said:
+            _said.add(str(error))
+            print(f"{folder} is written in our own format only: {error}", file=sys.stderr)
         save_backbone(backbone, folder, preprocessing)
         return
     names = hugging_face.dialect_of(config).names

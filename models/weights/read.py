@@ -21,6 +21,12 @@ from models.weights.dialect import OWN, Dialect
 ASIDE = (
     r"(model\.)?(\w*head(_dist)?s?|classifier|pooler|fc)\.|norms\.3\.|(embeddings\.)?mask_token$"
 )
+# Tensors of a `VisionTransformer`. Others are a fork's own: no foreign format has a place for them.
+PUBLISHED = re.compile(
+    r"(cls_token|mask_token|pos_embed|register_tokens|patch_embed\.\w+|rope\.periods"
+    r"|(local_)?(cls_)?norm\.\w+|blocks\.\d+\.(norm[12]\.(weight|bias)|ls[12]\.gamma"
+    r"|attn\.(qkv|proj)\.(weight|bias|bias_mask)|mlp\.(fc1|fc2|w12|w3)\.(weight|bias)))$"
+)
 NAMES_SHOWN = 8  # of missing or unexpected tensors; a wrong file has hundreds
 
 
@@ -101,10 +107,13 @@ def load_tensors(
         UserError: if names or shapes differ, with those that do and the likely cause.
     """
     own = backbone.state_dict()
-    state, defaults, used = {}, [], set()
+    fresh = fresh_tensors(backbone, tensors)
+    state, defaults, used = dict(fresh), [], set()
     faults: dict[str, list[str]] = {"missing": [], "unexpected": [], "of another shape": []}
     misshapen = {}  # our name -> the shape found, the shape needed
     for name, wanted in own.items():
+        if name in fresh:
+            continue
         names = dialect.names(name) or ()
         used.update(names)
         absent = [part for part in names if part and part not in tensors]
@@ -131,8 +140,10 @@ def load_tensors(
     unused = [name for name in tensors if name not in used]
     aside = [name for name in unused if re.match(ASIDE, name)]
     faults["unexpected"] = [name for name in unused if name not in aside]
-    count = len(state) - len(defaults)
-    report = [f"{source}: matched {count} / {len(own) - len(defaults)} tensors", *notes]
+    started = len(defaults) + len(fresh)
+    report = [f"{source}: matched {len(state) - started} / {len(own) - started} tensors", *notes]
+    if fresh:
+        report.append(f"not in these weights, so they start fresh: {shorten(kinds(fresh))}")
     if "mask_token" in defaults:
         report.append("the mask token, which it lacks, starts at zeros")
     if aside:
@@ -191,6 +202,28 @@ def default_tensor(backbone: nn.Module, name: str, wanted: Tensor) -> Tensor | N
     if name == "rope.periods":
         return RotaryPositions(4 * len(wanted), backbone.config["rope_base"]).periods
     return torch.zeros(wanted.shape) if name == "mask_token" else None
+
+
+def own_of_fork(backbone: nn.Module) -> list[str]:
+    """Names of the tensors that a fork added to `VisionTransformer`."""
+    names = backbone.state_dict() if isinstance(backbone, VisionTransformer) else ()
+    return [name for name in names if not PUBLISHED.match(name)]
+
+
+def fresh_tensors(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Initial values of a fork's own tensors of which a file has none of the kind."""
+    held = kinds(tensors)
+    missing = [name for name in own_of_fork(backbone) if kinds([name])[0] not in held]
+    if not missing:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        initial = type(backbone)(**backbone.config).state_dict()
+    return {name: initial[name] for name in missing}
+
+
+def kinds(names: Iterable[str]) -> list[str]:
+    """Names with `*` for the number of the block, each once."""
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
 
 
 def shorten(names: list[str]) -> str:

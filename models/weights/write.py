@@ -1,7 +1,5 @@
 """What writers of all formats share: tensors under other names, and notes on what is lost."""
 
-import re
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from errors import UserError
 from models.timm_backbone import TimmBackbone
 from models.vit import VisionTransformer
 from models.weights.dialect import Dialect
+from models.weights.read import kinds, own_of_fork
 from models.weights.shapes import CONVNEXT_SIZES
 
 Converted = tuple[dict[str, Tensor], dict[str, Any], list[str]]  # tensors, config.json, notes
@@ -40,9 +39,15 @@ def rename(state: dict[str, Tensor], dialect: Dialect) -> tuple[dict[str, Tensor
 def complete(backbone: VisionTransformer, **options: Any) -> tuple[dict[str, Tensor], list[str]]:
     """The weights with the tensors that `options` add, and a note that names these.
 
+    Raises UserError for tensors that a fork added: no other software computes with them.
+
     Added tensors change nothing: LayerScales are ones; biases and mask tokens are zeros. Biases
     of keys that a mask switches off become zeros, for formats that have no such mask.
     """
+    if own := own_of_fork(backbone):
+        raise UserError(
+            f"only our own format holds {', '.join(kinds(own))}; others would compute without it"
+        )
     with torch.device("meta"):
         larger = VisionTransformer(**{**backbone.config, **options})
     state = {name: tensor.detach() for name, tensor in backbone.state_dict().items()}
@@ -53,7 +58,7 @@ def complete(backbone: VisionTransformer, **options: Any) -> tuple[dict[str, Ten
         if name.endswith(".bias_mask"):
             bias = name.removesuffix("_mask")
             state[bias] = state[bias] * state[name]
-    return state, [f"added without effect: {', '.join(_kinds(added))}"] if added else []
+    return state, [f"added without effect: {', '.join(kinds(added))}"] if added else []
 
 
 def require(options: dict[str, Any], format: str, **allowed: Any) -> None:
@@ -72,9 +77,9 @@ def list_losses(
 ) -> list[str]:
     """Notes on what the written files do not tell; `interpolation` is what the format does."""
     options, notes = backbone.config, []
-    kinds = _kinds(name for name in dropped if not name.endswith(".bias_mask"))
-    if "rope.periods" in kinds:
-        kinds.remove("rope.periods")  # the format computes them
+    lost = kinds(name for name in dropped if not name.endswith(".bias_mask"))
+    if "rope.periods" in lost:
+        lost.remove("rope.periods")  # the format computes them
         quarter = len(backbone.rope.periods)
         exact = backbone.rope.base ** (torch.arange(quarter) / quarter)
         if not torch.allclose(backbone.rope.periods.cpu().float(), exact, rtol=1e-5, atol=0):
@@ -82,8 +87,8 @@ def list_losses(
                 "its rotary periods are rounded, there they are computed exactly, so features "
                 "differ slightly"
             )
-    if kinds:
-        notes.append(f"not held: {', '.join(kinds)}")
+    if lost:
+        notes.append(f"not held: {', '.join(lost)}")
     here = options["interpolation"]
     if options["positions"] == "learned" and interpolation not in (None, here):
         notes.append(
@@ -107,8 +112,3 @@ def convnext_sizes(backbone: TimmBackbone) -> tuple[list[int], list[int]]:
         raise UserError(f"a ConvNeXt with {odd} has no counterpart outside timm")
     depths, dims = CONVNEXT_SIZES[options["name"].partition(".")[0]]
     return list(options.get("depths", depths)), list(options.get("dims", dims))
-
-
-def _kinds(names: Iterable[str]) -> list[str]:
-    """Names with `*` for the number of the block, each once."""
-    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))

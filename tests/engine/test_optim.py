@@ -18,7 +18,7 @@ from engine.optim import (
 )
 from models.head import ProjectionHead
 from models.ssl_model import SSLModel, make_teacher, update_ema
-from models.vit import VisionTransformer
+from models.vit import VisionTransformer, build_backbone
 
 
 def values(total_steps, **options):
@@ -79,17 +79,22 @@ def test_groups_hold_every_parameter_once_with_its_factors():
     model = small_model()
     groups = parameter_groups(model, layer_decay=0.5, patch_embed_lr=0.2)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    modules = dict(model.named_modules())
+    decayed = {
+        name: is_decayed(modules[name.rpartition(".")[0]], parameter)
+        for name, parameter in model.named_parameters()
+    }
     seen = [names[id(p)] for group in groups for p in group["params"]]
     assert sorted(seen) == sorted(names.values())
     for group in groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
-            assert group["weight_decay_scale"] == float(is_decayed(name))
+            assert group["weight_decay_scale"] == float(decayed[name])
             if "patch_embed" in name:
                 assert group["lr_scale"] == pytest.approx(0.5**3 * 0.2)
             if "head" in name:
                 assert group["lr_scale"] == 1
-    undecayed = {name for name in names.values() if not is_decayed(name)}
+    undecayed = {name for name in names.values() if not decayed[name]}
     assert "backbone.blocks.0.ls1.gamma" in undecayed and "backbone.norm.weight" in undecayed
     assert "backbone.cls_token" not in undecayed  # as in the authors' code
 
@@ -145,3 +150,40 @@ def test_teacher_is_a_separate_copy_that_follows_by_the_formula():
     update_ema(teacher, student, 0.9)
     for old, new, followed in zip(before, student.parameters(), teacher.parameters(), strict=True):
         torch.testing.assert_close(followed, 0.9 * old + 0.1 * new)
+
+
+def by_name(name: str) -> bool:
+    """The rule as the authors' code has it, for the names of a ViT."""
+    return not (name.endswith("bias") or "norm" in name or "gamma" in name)
+
+
+def test_decay_goes_by_shape_and_kind_and_not_by_name():
+    model = small_model()
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        module = modules[name.rpartition(".")[0]]
+        assert is_decayed(module, parameter) == by_name(name), name
+    for vector in (nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.LayerNorm((3, 4))):
+        assert not any(is_decayed(vector, parameter) for parameter in vector.parameters())
+    gate = nn.Module()
+    gate.normalizer_gate = nn.Parameter(torch.ones(3))  # a fork's, of any name
+    gate.biased_mix = nn.Parameter(torch.ones(3, 3))
+    assert not is_decayed(gate, gate.normalizer_gate) and is_decayed(gate, gate.biased_mix)
+
+
+@pytest.mark.parametrize("arch", ["timm:vit_tiny_patch16_224", "timm:resnet18"])
+def test_timm_models_have_no_decay_on_norms_and_vits_decay_by_layer(arch):
+    model = SSLModel(build_backbone(arch), ProjectionHead(8, 8, hidden=8, bottleneck=8))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scales = {}
+    for group in parameter_groups(model, layer_decay=0.5):
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            scales[name] = group["lr_scale"]
+            assert group["weight_decay_scale"] == float(parameter.ndim > 1), name
+    if "vit" in arch:
+        depth = 12
+        assert scales["backbone.model.patch_embed.proj.weight"] == 0.5 ** (depth + 1)
+        assert scales["backbone.model.blocks.0.attn.qkv.weight"] == 0.5**depth
+        assert scales["backbone.model.blocks.11.attn.qkv.weight"] == 0.5
+        assert scales["backbone.model.norm.weight"] == 1
