@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from errors import UserError
 # In the order in which a folder is searched; the index of shards comes with the file it stands for.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # What training checkpoints nest a model under, the one to evaluate first.
-NESTS = ("teacher", "model_ema", "model", "state_dict")
+NESTS = ("teacher", "model_ema", "ema", "state_dict_ema", "ema_state_dict", "ema_model")
+NESTS += ("model", "state_dict")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -87,6 +89,7 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
+    _refuse_other_files(path)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -96,6 +99,18 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"{path} holds no tensors by name")
     return tensors
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Raises UserError for what a failed download leaves in place of weights."""
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise UserError(f"{path} is a web page, such as an error or a login; download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a pointer of Git LFS; `git lfs pull` fetches the file itself")
+    if not path.stat().st_size:
+        raise UserError(f"{path} is empty; download it again")
 
 
 def _read_shards(folder: Path, index: str) -> dict[str, Tensor]:
@@ -134,8 +149,14 @@ def _unpickle(path: Path) -> Any:
 def _unnest(found: Any) -> dict[str, Tensor]:
     """The first model in a checkpoint; the file itself if it maps names to tensors."""
     while isinstance(found, dict):
-        inner = next((found[name] for name in NESTS if isinstance(found.get(name), dict)), None)
-        if inner is None:
+        nests = [name for name in NESTS if isinstance(found.get(name), dict)]
+        if not nests:
             return {name: t for name, t in found.items() if isinstance(t, Tensor)}
-        found = inner
+        if len(nests) > 1:
+            others = ", ".join(nests[1:])
+            print(
+                f"of several networks in the file {nests[0]} is taken, not {others}",
+                file=sys.stderr,
+            )
+        found = found[nests[0]]
     return {}

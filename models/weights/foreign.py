@@ -22,6 +22,7 @@ from models.weights.shapes import CONVNEXT_SIZES, convnext_options, vit_options
 
 KNOWN = "Meta's DINO, DINOv2 and DINOv3, Hugging Face's and timm's copies of them, and our own"
 CONVNEXTS = (timm.CONVNEXT, meta.CONVNEXT, hugging_face.CONVNEXT)
+TEACHER = r"(?i)teacher|(?<![a-z])(ema|momentum|target|averaged?|avg)(?![a-z])"
 ROOTS = r"cls_token$|pos_embed$|patch_embed\.|blocks\.\d|embeddings\.|encoder\.layer\.\d|layer\.\d"
 ROOTS += r"|stages\.\d|stem\.\d|downsample_layers\.\d"
 
@@ -63,12 +64,14 @@ def _open(path: Path) -> WeightsFile:
             f"{config_file} has model_type {kind!r}; readable are {readable} and timm's"
         )
     tensors = {name: tensor for name, tensor in read_weights(path).items() if tensor.numel()}
-    tensors, aside = strip(tensors)
+    tensors, aside = strip(tensors, str(path))
     return WeightsFile(path, tensors, aside, config)
 
 
-def strip(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def strip(tensors: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
     """The backbone's tensors without their common prefix, and the names of the other tensors.
+
+    Of several networks alike the teacher is taken, and said on standard error.
 
     `module.backbone.blocks.2.7.norm1.weight`, a block in a chunk of blocks, becomes
     `blocks.7.norm1.weight`. Heads beside the backbone are among the others.
@@ -77,7 +80,7 @@ def strip(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     tensors = {re.sub(r"^model\.(layer|stages)\.", r"\1.", name): t for name, t in tensors.items()}
     hits = (re.match(rf"((?:\w+\.)*?)(?:{ROOTS})", name) for name in tensors)
     prefixes = Counter(hit[1] for hit in hits if hit)
-    prefix = prefixes.most_common(1)[0][0] if prefixes else ""
+    prefix = _choose(prefixes, source)
     inside, aside = {}, []
     for name, tensor in tensors.items():
         if name.startswith(prefix):
@@ -86,6 +89,20 @@ def strip(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         else:
             aside.append(name)
     return inside, aside
+
+
+def _choose(prefixes: Counter, source: str) -> str:
+    """The prefix of the most tensors; of networks alike that of the teacher."""
+    if not prefixes:
+        return ""
+    most = max(prefixes.values())
+    alike = [prefix for prefix, count in prefixes.items() if count >= 0.9 * most]
+    teachers = [prefix for prefix in alike if re.search(TEACHER, prefix)]
+    chosen = max(teachers or alike, key=prefixes.__getitem__)
+    if len(alike) > 1:
+        others = ", ".join(prefix or "(no prefix)" for prefix in alike if prefix != chosen)
+        _warn(f"{source} holds several networks: {chosen or '(no prefix)'} is taken, not {others}")
+    return chosen
 
 
 def find_dialect(tensors: Mapping[str, Any], from_timm: bool) -> Dialect | None:
