@@ -181,23 +181,36 @@ def model_card(spec: str, format: str, backbone: nn.Module, notes: list[str]) ->
     data = (recipe.get("data") or {}).get("train", "unknown")
     preprocessing: Preprocessing = backbone.preprocessing
     crop = " x ".join(map(str, preprocessing.size))
+    channels, scale = len(preprocessing.mean), preprocessing.scale
     facts = {
         "Exported from": f"`{spec}`",
         "Architecture": ", ".join(f"{name}={value}" for name, value in backbone.config.items()),
         "Trained on": f"`{data}`",
         "Started from": f"`{start}`",
         "Licence of the starting weights": license_of(start),
-        "Images": f"values in [0, 1]; short side to {preprocessing.resize} pixels "
+        "Images": f"{channels} channels, values from 0 to {scale:g} scaled to [0, 1]; "
+        f"short side to {preprocessing.resize} pixels "
         f"({preprocessing.interpolation}), centre crop {crop}, mean {preprocessing.mean}, "
         f"std {preprocessing.std}",
         "Not held by this format": "; ".join(notes) or "nothing is lost",
     }
+    if format == "hf":
+        facts["Its image processor"] = processor_notes(channels, scale)
     card = ["# Vision backbone, self-supervised", "", "```python", USAGE[format], "```", ""]
     card += [f"- {title}: {text}" for title, text in facts.items()]
     if recipe:
         text = yaml.safe_dump(recipe, sort_keys=False).rstrip()
         card += ["", "Recipe:", "", "```yaml", text, "```"]
     return "\n".join(card) + "\n"
+
+
+def processor_notes(channels: int, scale: float) -> str:
+    """What a user of AutoImageProcessor has to know beside its files."""
+    text = f"for images from 0 to {scale:g}; others need `rescale_factor` = 1 / their largest value"
+    text += "; its centre crop lies half a pixel off where the margin is odd"
+    if channels not in (1, 3, 4):
+        text += '; give tensors (C, H, W) and `input_data_format="channels_first"`'
+    return text
 
 
 def license_of(start: str, followed: tuple[str, ...] = ()) -> str:

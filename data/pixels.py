@@ -79,7 +79,12 @@ def to_unit(image: Tensor) -> Tensor:
     """float32 in [0, 1] from uint8 or uint16; a float image is taken to be in that range."""
     if image.is_floating_point():
         return image.float()
-    return image.float().div_(torch.iinfo(image.dtype).max)
+    return image.float().div_(full_scale(image))
+
+
+def full_scale(image: Tensor) -> int:
+    """The value of an image that becomes 1."""
+    return 1 if image.is_floating_point() else torch.iinfo(image.dtype).max
 
 
 def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

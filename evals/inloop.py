@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from data.annotated import Annotated, has_masks
 from data.loader import EvalDataset
-from data.pixels import channel_statistics
+from data.pixels import channel_statistics, full_scale
 from data.sources.specs import ImageData, open_labelled
 from engine import distributed
 from engine.config import ProbeConfig, TrainConfig
@@ -71,7 +71,9 @@ def teacher_outputs(
 
     locality = partial(mean_locality, data=prepare(images), device=device)
     locality = partial(locality, unreadable=reading["unreadable"])
-    export = partial(save_model, preprocessing=Preprocessing(size, max(size), mean, std))
+    scale = max((full_scale(images.image(index)) for index in first_readable(images, 1)), default=1)
+    preprocessing = Preprocessing(size, max(size), mean, std, scale=float(scale))
+    export = partial(save_model, preprocessing=preprocessing)
     return TeacherOutputs(export, report, None if train is None else probe, locality, draw_curves)
 
 

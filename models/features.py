@@ -1,9 +1,12 @@
 """What every backbone returns, and how images must be prepared for it."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from errors import UserError
 
 
 @dataclass
@@ -35,7 +38,9 @@ class Preprocessing:
         size: (height, width) in pixels of the centre crop.
         resize: short side in pixels before the crop.
         mean, std: one number a channel, for values in [0, 1].
-        interpolation: nearest, lanczos, bilinear or bicubic.
+        interpolation: nearest, bilinear or bicubic; the last two antialiased.
+        scale: the value in files that becomes 1: 255 for 8 bits, 65,535 for 16, 1 for floats. Our
+            reader knows it from each file; other libraries have to be told.
     """
 
     size: tuple[int, int]
@@ -43,3 +48,24 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
+    scale: float = 255.0
+
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+NEAREST_FILTER = {"lanczos": "bicubic", "box": "bilinear", "hamming": "bilinear"}
+
+
+def read_interpolation(name: str, source: str) -> str:
+    """The filter that `source` asks for, or the one of ours that comes nearest, which is said.
+
+    Raises:
+        UserError: if it is none that we know.
+    """
+    if name in NEAREST_FILTER:
+        ours = NEAREST_FILTER[name]
+        print(f"{source} asks for {name}; images are resized with {ours}", file=sys.stderr)
+        return ours
+    if name not in INTERPOLATIONS:
+        allowed = ", ".join((*INTERPOLATIONS, *NEAREST_FILTER))
+        raise UserError(f"{source} asks for interpolation {name!r}; allowed are {allowed}")
+    return name

@@ -14,7 +14,7 @@ from errors import UserError
 from models.features import Preprocessing
 from models.timm_backbone import TimmBackbone
 from models.vit import VisionTransformer
-from models.weights import hugging_face, meta, own, timm
+from models.weights import hugging_face, meta, own, processors, timm
 from models.weights.dialect import OWN, Dialect
 from models.weights.files import WEIGHT_FILES, read_json, read_weights
 from models.weights.read import WeightsFile, build_empty, check_options, load_tensors, shorten
@@ -193,7 +193,7 @@ def _read_preprocessing(file: WeightsFile, backbone: nn.Module) -> Preprocessing
         values = file.config.get("pretrained_cfg") or {}
         found = timm.read_preprocessing(values, str(file.folder / "config.json"))
     elif file.kind and path.is_file():
-        found = hugging_face.read_preprocessing(read_json(path), str(path))
+        found = processors.read_preprocessing(read_json(path), str(path))
     elif file.kind:
         _warn(f"{path} is missing; images are prepared as published for such models")
     if len(found.mean) != channels or len(found.std) != channels:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from errors import UserError
 from models.features import Preprocessing
 from models.vit import VisionTransformer, build_backbone
-from models.weights import hugging_face
+from models.weights import hugging_face, processors
 from models.weights.dialect import Dialect
 from models.weights.files import read_json, read_weights, write_json, write_tensors
 from models.weights.read import (
@@ -63,7 +63,7 @@ def read_own(folder: Path, options: Mapping[str, Any]) -> nn.Module:
         raise UserError(f"{path} does not describe a backbone: {error}") from error
     load_tensors(backbone, read_weights(folder), str(folder))
     path = folder / "preprocessor_config.json"
-    backbone.preprocessing = hugging_face.read_preprocessing(read_json(path), str(path))
+    backbone.preprocessing = processors.read_preprocessing(read_json(path), str(path))
     return backbone
 
 
@@ -142,5 +142,5 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
     path = folder / "preprocessor_config.json"
-    write_json(path, hugging_face.write_preprocessing(preprocessing))
+    write_json(path, processors.write_preprocessing(preprocessing))
     write_tensors(folder / "model.safetensors", tensors)

@@ -111,15 +111,12 @@ def load_tensors(
     state, defaults, used = dict(fresh), [], set()
     faults: dict[str, list[str]] = {"missing": [], "unexpected": [], "of another shape": []}
     misshapen = {}  # our name -> the shape found, the shape needed
-    for name, wanted in own.items():
-        if name in fresh:
-            continue
+    for name, wanted in ((name, own[name]) for name in own if name not in fresh):
         names = dialect.names(name) or ()
         used.update(names)
         absent = [part for part in names if part and part not in tensors]
-        default = None
-        if dialect is not OWN and len(absent) == len(names):
-            default = default_tensor(backbone, name, wanted)
+        whole = dialect is not OWN and len(absent) == len(names)
+        default = default_tensor(backbone, name, wanted) if whole else None
         if default is not None:
             state[name] = default
             defaults.append(name)
@@ -142,12 +139,9 @@ def load_tensors(
     faults["unexpected"] = [name for name in unused if name not in aside]
     started = len(defaults) + len(fresh)
     report = [f"{source}: matched {len(state) - started} / {len(own) - started} tensors", *notes]
-    if fresh:
-        report.append(f"not in these weights, so they start fresh: {shorten(kinds(fresh))}")
-    if "mask_token" in defaults:
-        report.append("the mask token, which it lacks, starts at zeros")
-    if aside:
-        report.append(f"left aside: {shorten(aside)}")
+    report += [f"not in these weights, so they start fresh: {shorten(kinds(fresh))}"] * bool(fresh)
+    report += ["the mask token, which it lacks, starts at zeros"] * ("mask_token" in defaults)
+    report += [f"left aside: {shorten(aside)}"] * bool(aside)
     print("; ".join(report), file=sys.stderr)
     if any(faults.values()):
         listed = "; ".join(f"{kind}: {shorten(them)}" for kind, them in faults.items() if them)

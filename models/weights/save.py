@@ -10,7 +10,7 @@ from models.lora import merged_copy
 from models.ssl_model import SSLModel, save_heads
 from models.timm_backbone import TimmBackbone
 from models.vit import VisionTransformer
-from models.weights import hugging_face, meta, timm
+from models.weights import hugging_face, meta, processors, timm
 from models.weights.files import write_json, write_tensors
 from models.weights.own import save_backbone, save_teacher
 from models.weights.shapes import CONVNEXT_SIZES
@@ -49,7 +49,7 @@ def write_backbone(
     write_json(folder / "config.json", config)
     write_tensors(folder / "model.safetensors", tensors)
     if format == "hf":
-        values = hugging_face.write_preprocessing(preprocessing)
+        values = processors.write_preprocessing(preprocessing)
         write_json(folder / "preprocessor_config.json", values)
     return notes
 

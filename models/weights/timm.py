@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
-from models.features import Preprocessing
+from models.features import Preprocessing, read_interpolation
 from models.timm_backbone import TimmBackbone
 from models.weights.dialect import Dialect, has_name, replace_mlp
 from models.weights.meta import IMAGENET_MEAN, IMAGENET_STD, SCALES, SHARED
@@ -253,8 +253,6 @@ def _config(
 
 # ----------------------------------------------------------------- preprocessing
 
-INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic")
-
 
 def read_preprocessing(values: Mapping[str, Any], source: str) -> Preprocessing:
     """From a `pretrained_cfg`.
@@ -267,12 +265,7 @@ def read_preprocessing(values: Mapping[str, Any], source: str) -> Preprocessing:
         resize = int(max(height, width) / values.get("crop_pct", 0.875) + 1e-6)
         mean = tuple(map(float, values.get("mean", IMAGENET_MEAN)))
         std = tuple(map(float, values.get("std", IMAGENET_STD)))
-        interpolation = values.get("interpolation", "bicubic")
-        if interpolation not in INTERPOLATIONS:
-            allowed = ", ".join(INTERPOLATIONS)
-            raise UserError(
-                f"{source} asks for interpolation {interpolation!r}; allowed are {allowed}"
-            )
+        interpolation = read_interpolation(values.get("interpolation", "bicubic"), source)
     except (TypeError, ZeroDivisionError) as error:
         raise UserError(
             f"{source} has a pretrained_cfg that we do not understand: {error}"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import export
 from data.loader import EvalDataset
 from data.sources.specs import open_data
+from engine.cli import preparation
 from models import load_backbone
 from models.features import Preprocessing
 from models.pixels import PixelBackbone
@@ -211,7 +212,9 @@ def test_the_image_processor_prepares_images_as_we_do(tmp_path):
     )
     (tmp_path / "images").mkdir()
     picture.save(tmp_path / "images" / "a.png")
-    ours, _, _ = EvalDataset(open_data(f"folder:{tmp_path / 'images'}"), **vars(PREPROCESSING))[0]
+    ours, _, _ = EvalDataset(
+        open_data(f"folder:{tmp_path / 'images'}"), **preparation(PREPROCESSING, None, None)
+    )[0]
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     theirs = processor(picture, return_tensors="pt")["pixel_values"][0]
     assert theirs.shape == ours.shape
