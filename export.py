@@ -21,6 +21,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from engine.checkpoint import save_folder
 from engine.cli import path_argument, print_result, run_script
 from errors import UserError
 from files import read_yaml_file, split_query
@@ -83,19 +84,26 @@ def main(argv: list[str] | None = None) -> None:
     spec, format, folder = arguments.model, arguments.format, arguments.output
     backbone = load_backbone(spec)
     result = {"task": "export", "model": spec, "format": format, "output": str(folder)}
-    notes = []
+    size = ()
     if format == "onnx":
         size = tuple(arguments.size or backbone.preprocessing.size)
         if len(size) > 2 or min(size) < 1:
             given = " ".join(map(str, size))
             raise UserError(f"--size is {given}; give one number, or height and width, in pixels")
         size = (size[0], size[-1])
-        result |= write_onnx(backbone, folder, size, arguments.opset, arguments.dynamic_batch)
-    else:
-        notes = write_backbone(backbone, backbone.preprocessing, folder, format)
+    notes: list[str] = []
+
+    def write(unfinished: Path) -> None:
+        if format == "onnx":
+            options = size, arguments.opset, arguments.dynamic_batch
+            result.update(write_onnx(backbone, unfinished, *options))
+        else:
+            notes.extend(write_backbone(backbone, backbone.preprocessing, unfinished, format))
+        (unfinished / "README.md").write_text(model_card(spec, format, backbone, notes))
+
+    save_folder(folder, write)
     for note in notes:
         print(f"{folder}: {note}", file=sys.stderr)
-    (folder / "README.md").write_text(model_card(spec, format, backbone, notes))
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     files = sorted(path.name for path in folder.iterdir())
     print_result(result | {"parameters": parameters, "not_held": notes, "files": files})

@@ -16,10 +16,12 @@ memory. Read them the same way: numpy.load("features/patches.npy", mmap_mode="r"
 """
 
 import argparse
+import contextlib
 import csv
 import math
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -66,23 +68,67 @@ def extract(arguments: argparse.Namespace, model: FrozenModel) -> dict:
     data = open_data(arguments.data, model.channels)
     say_passed_over(data)
     folder, kinds = arguments.output, dict.fromkeys(arguments.features)
-    folder.mkdir(parents=True, exist_ok=True)
-    writers = {kind: Writer(folder / f"{kind}.npy", len(data), arguments.dtype) for kind in kinds}
-    rows, grid = write_features(model, data, writers, folder)
-    if not distributed.is_main():
-        return {}
-    shapes = {kind: writer.close() for kind, writer in writers.items()}
-    write_index(folder, data, rows, model.unreadable)
+    refuse_other_arrays(folder, kinds)
+    with unfinished_folder(folder) as unfinished:
+        writers = {
+            kind: Writer(unfinished / f"{kind}.npy", len(data), arguments.dtype) for kind in kinds
+        }
+        rows, grid = write_features(model, data, writers, folder)
+        if not distributed.is_main():
+            return {}
+        shapes = {kind: writer.close() for kind, writer in writers.items()}
+        write_index(unfinished, data, rows, model.unreadable)
+        replace_arrays(folder, unfinished)
+    if model.unreadable:
+        count, listed = len(model.unreadable), folder / "bad_images.txt"
+        notice(f"{count} images could not be read; {listed} names them")
     result = {"task": "extract", "model": arguments.model, "data": arguments.data, "n": len(rows)}
     return result | {"features": shapes, "grid": grid, "dtype": arguments.dtype}
 
 
+def refuse_other_arrays(folder: Path, kinds: Iterable[str]) -> None:
+    """
+    Raises:
+        UserError: for arrays that no call of this script left.
+    """
+    there = [kind for kind in kinds if (folder / f"{kind}.npy").exists()]
+    if there and not (folder / "index.csv").is_file():
+        raise UserError(
+            f"{folder} holds {there[0]}.npy, but no index.csv of an earlier call; give another "
+            "--output"
+        )
+
+
+@contextlib.contextmanager
+def unfinished_folder(folder: Path) -> Iterator[Path]:
+    """A folder inside for files that are not whole; nothing of it stays."""
+    unfinished = folder / ".unfinished"
+    if distributed.is_main():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+    finally:
+        if distributed.is_main():
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def replace_arrays(folder: Path, unfinished: Path) -> None:
+    """Puts the new files in place of all files of an earlier call; index.csv comes last.
+
+    So wherever index.csv stands, the arrays beside it are its own.
+    """
+    for name in ("index.csv", "bad_images.txt", *(f"{kind}.npy" for kind in KINDS)):
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "index.csv"):
+        os.replace(path, folder / path.name)
+
+
 class Writer:
-    """A .npy file that is filled from the front; until `close` it ends in .part."""
+    """A .npy file that is filled from the front."""
 
     def __init__(self, path: Path, most: int, dtype: str):
         self.path, self.most, self.dtype = path, most, dtype
-        self.unfinished = path.with_suffix(".part")
         self.array, self.filled = None, 0
 
     def append(self, values: Tensor) -> None:
@@ -100,7 +146,10 @@ class Writer:
             )
         if self.array is None:
             shape = (self.most, *values.shape[1:])
-            self.array = open_memmap(self.unfinished, "w+", self.dtype, shape)
+            self.array = open_memmap(self.path, "w+", self.dtype, shape)
+            if hasattr(os, "posix_fallocate"):  # a full disk would kill the process later
+                with open(self.path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, self.path.stat().st_size)
         self.array[self.filled : self.filled + len(values)] = values
         self.filled += len(values)
 
@@ -112,8 +161,7 @@ class Writer:
             self.array = open_memmap(shorter, "w+", self.dtype, (self.filled, *whole.shape[1:]))
             self.array[:] = whole[: self.filled]
             self.array.flush()
-            os.replace(shorter, self.unfinished)
-        os.replace(self.unfinished, self.path)
+            os.replace(shorter, self.path)
         return list(self.array.shape)
 
 
@@ -169,12 +217,9 @@ def write_index(folder: Path, data: ImageData, rows: list[int], bad: dict[str, s
         for row, index in enumerate(rows):
             label = -1 if data.labels is None else int(data.labels[index])
             writer.writerow([row, data.name(index), label, class_name(data, index)])
-    listed = folder / "bad_images.txt"
-    listed.unlink(missing_ok=True)  # of an earlier call
     if bad:
-        notice(f"{len(bad)} images could not be read; {listed} names them")
         lines = [f"{name}: {reason}".translate(ESCAPES) for name, reason in bad.items()]
-        listed.write_text("".join(f"{line}\n" for line in lines), **text)
+        (folder / "bad_images.txt").write_text("".join(f"{line}\n" for line in lines), **text)
 
 
 if __name__ == "__main__":

@@ -174,11 +174,13 @@ class CheckpointWriter:
             shutil.rmtree(self.folder / f"{step}.unfinished", ignore_errors=True)
             if isinstance(error, RunFailed):
                 raise
-            reason = " ".join(str(error).split())[-300:]
+            reason, before = " ".join(str(error).split())[-300:], latest_step(self.run)
+            kept = (
+                f"The one before, of step {before}, is untouched" if before else "None was before"
+            )
             raise RunFailed(
                 f"the checkpoint of step {step} could not be written ({reason}); is the disk full? "
-                f"The one before, of step {latest_step(self.run)}, is untouched: "
-                "make room and start again"
+                f"{kept}: make room and start again"
             ) from error
         distributed.barrier()
 
@@ -231,7 +233,7 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise RunFailed(
                 f"{folder} could not be written ({error}); is the disk full? "
-                "What stood there, and the last checkpoint, are untouched"
+                "What stood there is untouched"
             ) from error
         raise
     folder.mkdir(parents=True, exist_ok=True)

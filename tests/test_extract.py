@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+import extract
 from data.loader import EvalDataset
 from data.sources.specs import open_data
 from engine.cli import preparation
+from errors import UserError
 from extract import main
 from models import load_backbone
 from models.weights.save import save_backbone
@@ -193,3 +195,45 @@ def test_a_mistake_ends_with_status_two(tmp_path):
         and done.stderr.startswith("error: --batch-size is 0")
         and not done.stdout
     )
+
+
+# ----------------------------------------------------------------- what an earlier call left
+
+
+def written(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def extract_scenes(output, size, *kinds, model="random:vit_nano?depth=1&patch_size=8"):
+    arguments = ["--model", model, "--data", f"scenes?size={size}", "--size", "32"]
+    extract.main([*arguments, "--output", str(output), "--features", *kinds])
+
+
+def test_a_further_call_leaves_no_arrays_of_the_earlier_one(tmp_path):
+    extract_scenes(tmp_path, 24, "cls", "patches")
+    extract_scenes(tmp_path, 3, "cls")
+    assert sorted(written(tmp_path)) == ["cls.npy", "extract.json", "index.csv"]
+    assert len(np.load(tmp_path / "cls.npy")) == 3
+
+
+def test_a_call_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    extract_scenes(tmp_path, 4, "cls")
+    before = written(tmp_path)
+    append = extract.Writer.append
+
+    def full(self, values):
+        append(self, values)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(extract.Writer, "append", full)
+    with pytest.raises(OSError, match="No space left"):
+        extract_scenes(tmp_path, 5, "patches", "cls")
+    assert written(tmp_path) == before
+
+
+def test_arrays_of_other_programs_are_not_replaced(tmp_path):
+    np.save(tmp_path / "cls.npy", np.zeros(3))
+    before = written(tmp_path)
+    with pytest.raises(UserError, match=r"holds cls\.npy, but no index\.csv"):
+        extract_scenes(tmp_path, 4, "cls")
+    assert written(tmp_path) == before

@@ -8,17 +8,19 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import export
 from data.loader import EvalDataset
 from data.sources.specs import open_data
-from engine.cli import preparation
+from engine.cli import RunFailed, preparation
 from models import load_backbone
 from models.features import Preprocessing
 from models.pixels import PixelBackbone
 from models.timm_backbone import TimmBackbone
 from models.vit import VisionTransformer, build_backbone
+from models.weights import own, save
 from models.weights.save import save_backbone, save_teacher, write_backbone
 from tests.dialects import HF_CLASSES, deviation, draw, hf_tokens, hugging_face, meta_file, tokens
 from tests.processes import run_process
@@ -513,3 +515,23 @@ def test_a_mistake_is_one_sentence_and_exit_two(arguments, words, tmp_path):
         and "Traceback" not in done.stderr
         and not done.stdout
     )
+
+
+@pytest.mark.parametrize("format", ["hf", "timm", "meta", "own"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O")])
+def test_a_full_disk_leaves_no_half_export(format, error, tmp_path, monkeypatch):
+    def full(path, tensors):
+        path.write_bytes(b"half")
+        raise error
+
+    for module in (save, own):
+        monkeypatch.setattr(module, "write_tensors", full)
+    model = "random:vit_nano?depth=1&patch_size=8&layerscale=1"
+    arguments = ["--model", model, "--format", format, "--output", str(tmp_path / "out")]
+    with pytest.raises(RunFailed, match="is the disk full"):
+        export.main(arguments)
+    assert not list(tmp_path.rglob("*.*"))
+    monkeypatch.undo()
+    export.main(arguments)
+    assert (tmp_path / "out" / "README.md").is_file()
+    assert not list(tmp_path.glob("*.unfinished"))
