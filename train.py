@@ -27,6 +27,7 @@ from engine.config import LossConfig, TrainConfig, load_config
 from engine.gram import build_anchor, build_gram_teacher, check_gram_teachers
 from engine.health import warn_of_same_pictures
 from engine.logger import notice, say_passed_over
+from engine.resume import say_stretched
 from engine.run import Run, run_of_its_own
 from engine.stages import Stage
 from engine.start import build_student, load_init, plan_run
@@ -69,6 +70,7 @@ def train(cfg: TrainConfig, device: torch.device) -> None:
     notice(f"{cfg.model.arch}: {backbone:,} parameters, {whole:,} with the heads")
     centering = build_centering(cfg.loss, terms)
     trainer = Trainer(cfg, student, centering, stages, device, run.start_step)
+    say_stretched(cfg, stages, run.start_step)
     if run.start_step == 0:
         warn_of_same_pictures(images, cfg.health.on_collapse)
     outputs = teacher_outputs(cfg, images, trainer.teacher, device)

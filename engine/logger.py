@@ -108,7 +108,7 @@ class Logger:
         self.total_steps = total_steps
         self.enter(None, 0, 0)
         self.last_step, self.last_time, self.waited = start_step, time.perf_counter(), 0.0
-        self.began, self.began_step, self.said = self.last_time, start_step, float("-inf")
+        self.trained_seconds, self.trained_steps, self.said = 0.0, 0, float("-inf")
         self.bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -130,6 +130,8 @@ class Logger:
         if step <= self.last_step:
             return {}
         seconds = max(time.perf_counter() - self.last_time, 1e-9)
+        self.trained_seconds += seconds
+        self.trained_steps += step - self.last_step
         return {
             "images_per_second": (step - self.last_step) * self.batch_size / seconds,
             "data_wait_fraction": min(self.waited / seconds, 1.0),
@@ -164,8 +166,9 @@ class Logger:
             self.bar.update(step - self.bar.n)
         elif now - self.said > 5 or "probe/knn" in record or step == self.total_steps:
             self.said = now
-            done = step - self.began_step
-            left = (now - self.began) / done * (self.total_steps - step) if done else None
+            # Without the seconds of probes and pictures.
+            pace = self.trained_seconds / self.trained_steps if self.trained_steps else None
+            left = None if pace is None else pace * (self.total_steps - step)
             words = "  ".join(f"{name} {value}" for name, value in shown.items())
             ending = "" if left is None else f"  {left / 60:.1f} min left"
             line = f"{self.name}step {step}/{self.total_steps}  {words}{ending}"

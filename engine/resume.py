@@ -8,11 +8,13 @@ from data.images import ImageData
 from data.sources.specs import open_data
 from engine import checkpoint, settings
 from engine.logger import notice
-from engine.stages import stage_configs
+from engine.optim import build_schedules
+from engine.stages import plan_stages, stage_configs
 from errors import UserError
 
 if TYPE_CHECKING:
     from engine.config import TrainConfig
+    from engine.stages import Stage
 
 RECORD = "data.json"  # beside the checkpoints, without which it means nothing
 
@@ -57,6 +59,29 @@ def check_images(cfg: "TrainConfig", images: ImageData) -> None:
     elif changes:
         remedy = "give the old images, another output_dir, or data.allow_change=true"
         raise UserError(f"{cfg.output_dir}: {'; '.join(changes)}; {remedy}")
+
+
+def say_stretched(cfg: "TrainConfig", stages: list["Stage"], step: int) -> None:
+    """Says what a longer run changes of schedules that follow its length, at the step it goes on.
+
+    Shares of a run, such as a warm-up of 10%, grow with it; so a rate may move back.
+    """
+    if not step:
+        return
+    old = settings.load_saved(Path(cfg.output_dir) / "config.yaml", type(cfg))
+    if old.total_steps == cfg.total_steps or None in (old.total_steps, cfg.total_steps):
+        return
+    (stage,) = [stage for stage in stages if stage.first <= step < stage.stop][:1]
+    before = plan_stages(old, old.total_steps, build_schedules)
+    (was,) = [stage for stage in before if stage.first <= step][-1:]
+    now, then = stage.now(step), was.now(step)
+    changed = [name for name in now if name in then and abs(now[name] - then[name]) > 1e-9]
+    if changed:
+        moves = ", ".join(f"{name} {then[name]:.4g} -> {now[name]:.4g}" for name in changed)
+        notice(
+            f"total_steps was {old.total_steps} and is {cfg.total_steps}, which stretches warm-up "
+            f"and decay; at step {step}: {moves}"
+        )
 
 
 def _content(cfg: "TrainConfig", images: ImageData) -> dict[str, dict]:

@@ -207,7 +207,10 @@ class Run:
         self.restore(state)
         self.logger = Logger(self.folder, self.total_steps, self.start_step, self.cfg.mirrors)
         self.bad_images = BadImages(self.folder, images, self.cfg.data.max_bad)
-        self.best = self.guard.recall(read_metrics(self.folder / "metrics.jsonl"))
+        # Rank 0 has just cut this file: what the others would read of it is anybody's guess.
+        log = self.folder / "metrics.jsonl"
+        records = read_metrics(log) if distributed.is_main() else []
+        self.best = self.guard.recall(distributed.from_main(records))
 
     def enter(self, stage: Stage) -> int:
         """Begins a stage or goes on within it; probes at step 0. Returns the first step."""

@@ -1,6 +1,7 @@
 """engine/resume.py: what may change when a run goes on, and what it needs no more."""
 
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -13,10 +14,13 @@ import yaml
 import distill
 import train
 from data.sources.specs import open_data
+from engine import run as run_module
 from engine.checkpoint import latest_step
+from engine.logger import Logger
 from errors import UserError
 from export import main as export
 from models import load_backbone
+from tests.processes import run_process
 from tests.test_train import metrics
 
 
@@ -176,3 +180,62 @@ def test_students_go_on_without_their_initial_weights_and_with_moved_images(tiny
     (moved / "0.png").unlink()
     with pytest.raises(UserError, match="students/a: data.train had 12 images and has 11"):
         distill.main([*call, f"data.train={moved}", "total_steps=3"])
+
+
+# ----------------------------------------------------------------- longer runs, several ranks
+
+
+def test_a_longer_run_says_how_its_schedules_are_stretched(tiny, capsys):
+    train.main([*tiny, "total_steps=4"])
+    capsys.readouterr()
+    train.main([*tiny, "total_steps=8"])
+    said = capsys.readouterr().err
+    assert "total_steps was 4 and is 8" in said and "at step 4: lr " in said
+    constant = ["schedule.lr=1e-3", "schedule.teacher_temp=0.05"]
+    constant += ["schedule.weight_decay=0.04", "schedule.ema_momentum=0.99"]
+    train.main([*tiny, *constant, "overwrite=true"])
+    capsys.readouterr()
+    train.main([*tiny, *constant, "total_steps=6"])
+    assert "stretches" not in capsys.readouterr().err
+
+
+def only_rank_0_reads_the_log():
+    """Rank 0 cuts the log as it resumes: what another rank reads then is anybody's guess."""
+    read = run_module.read_metrics
+
+    def reading(path):
+        return read(path) if os.environ["RANK"] == "0" else [{"step": 0, "probe/knn": 1.0}]
+
+    run_module.read_metrics = reading
+
+
+def test_ranks_agree_on_the_best_of_a_resumed_run(tiny, tmp_path):
+    probes = ["probe.every=2", "probe.train=scenes?size=30", "probe.val=scenes?size=20"]
+    steps = ["schedule.lr=0.01", "schedule.ema_momentum=0.5", "schedule.teacher_temp=0.05"]
+    keys = [*tiny, *probes, *steps, f"output_dir={tmp_path / 'run'}"]
+    train.main([*keys, "total_steps=4"])
+    (log := tmp_path / "run" / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps(record | ({"probe/knn": 0.0} if "probe/knn" in record else {})) + "\n"
+            for record in metrics(tmp_path / "run")
+        )
+    )
+    done = run_process(
+        "train.py", *keys, "total_steps=8", ranks=2, before=only_rank_0_reads_the_log
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "best").is_dir() and len(log.read_text().splitlines()) > 8
+
+
+def test_the_time_left_leaves_out_the_seconds_of_probes(tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("engine.logger.time.perf_counter", lambda: clock[0])
+    logger = Logger(tmp_path, total_steps=100, start_step=0)
+    logger.enter(None, 8, 0)
+    logger.restart_clock(0)
+    for step in (10, 20):
+        clock[0] += 60.0  # ten steps a minute
+        logger.log(step, logger.speed(step) | {"probe/knn": 0.5})
+        clock[0] += 3600.0  # a probe
+        logger.restart_clock(step)
+    assert "8.0 min left" in capsys.readouterr().err.splitlines()[-1]
