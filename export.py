@@ -216,7 +216,7 @@ def processor_notes(channels: int, scale: float) -> str:
     """What a user of AutoImageProcessor has to know beside its files."""
     text = f"for images from 0 to {scale:g}; others need `rescale_factor` = 1 / their largest value"
     text += "; its centre crop lies half a pixel off where the margin is odd"
-    if channels not in (1, 3, 4):
+    if channels not in (1, 3):
         text += '; give tensors (C, H, W) and `input_data_format="channels_first"`'
     return text
 
