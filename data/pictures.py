@@ -23,10 +23,10 @@ TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Tags of TIFF 6.0.
 WIDTH, HEIGHT, BITS, ORIENTATION, SAMPLES, EXTRA, FORMAT = 256, 257, 258, 274, 277, 338, 339
 SUBFILE, PHOTOMETRIC = 254, 262
-MASK_PAGE = 4  # a bit of SUBFILE: the page says which pixels of another one count
-WHITE_IS_ZERO = 0  # a value of PHOTOMETRIC
+MASK_PAGE, WHITE_IS_ZERO = 4, 0  # a bit of SUBFILE: such pages hold no pixels; of PHOTOMETRIC
 ALPHA = (1, 2)  # values of EXTRA: with and without premultiplied colours; anything else is a band
 Window = tuple[float, float]
+ROUNDING, USE_WINDOW = 1e-6, "window=centre,width says which become 0 to 1"
 
 
 class UnreadableImage(OSError):
@@ -114,29 +114,29 @@ def finish(image: Tensor, name: str, channels: int | None, window: Window | None
     Args:
         channels: grey is repeated to 3, colour is reduced to its luminance for 1; None keeps all.
         window: centre and width of the values to keep, in the file's own unit (Hounsfield in CT).
-            Values are clipped to it and become 0 at its lower and 1 at its upper end.
+            Values are clipped to it and become 0 at its lower and 1 at its upper end; NaN is 0.
 
     Raises:
         UnreadableImage: without a window, for values that have no known range (wide or signed
-            integers, floats outside [0, 1]); for NaN, and for a number of channels that cannot
-            become `channels`.
+            integers, floats outside [0, 1]) and for NaN; for channels that cannot be `channels`.
     """
-    if image.is_floating_point() and not image.isfinite().all():
-        raise UnreadableImage(name, "holds NaN or infinite values")
     if window is not None:
         centre, width = window
-        image = ((image.to(torch.float64) - (centre - width / 2)) / width).clamp_(0, 1).float()
+        image = (image.to(torch.float64) - (centre - width / 2)) / width
+        image = image.clamp_(0, 1).nan_to_num_(0.0).float()  # nodata is NaN
+    elif image.is_floating_point() and not image.isfinite().all():
+        raise UnreadableImage(name, f"holds NaN or infinite values; {USE_WINDOW}, and NaN 0")
     elif image.dtype == torch.bool:
         image = image.to(torch.uint8) * 255
     elif image.dtype not in (torch.uint8, torch.uint16):
         low, high = image.min().item(), image.max().item()
-        if not image.is_floating_point() or low < 0 or high > 1:
+        if not image.is_floating_point() or low < -ROUNDING or high > 1 + ROUNDING:
             raise UnreadableImage(
                 name,
-                f"values from {low:g} to {high:g} are neither 8 or 16 bits without sign nor floats "
-                "from 0 to 1; window=centre,width says which become 0 to 1",
+                f"values from {low:.9g} to {high:.9g} are neither 8 or 16 bits without sign nor "
+                f"floats from 0 to 1; {USE_WINDOW}",
             )
-        image = image.float()
+        image = image.float().clamp_(0, 1)
     return fit_channels(image, channels, name)
 
 

@@ -107,15 +107,18 @@ def update_ema(
 ) -> None:
     """teacher <- momentum · teacher + (1 - momentum) · student, over what trains, paired by order.
 
-    `local` gives this rank's shards of sharded parameters. Buffers (running statistics of batch
-    norms in convolutional backbones) become copies of the student's.
+    `local` gives this rank's shards of sharded parameters. The running statistics of batch norms
+    (buffers of convolutional backbones) are averaged as the weights are; counts are copied.
     """
     pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
     averages = [own for own, new in pairs if new.requires_grad]
     weights = [new for _, new in pairs if new.requires_grad]
     torch._foreach_lerp_(local(averages), local(weights), 1.0 - momentum)
     for own, new in zip(teacher.buffers(), student.buffers(), strict=True):
-        own.copy_(new)
+        if own.is_floating_point():
+            own.lerp_(new, 1.0 - momentum)
+        else:
+            own.copy_(new)
 
 
 class HeadSizes(Protocol):

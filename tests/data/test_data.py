@@ -408,3 +408,24 @@ def test_masks_and_local_crops_are_optional(folder):
     batch = next(iter(loader))
     assert batch.local_crops is None and batch.masks is None
     assert [part.global_crops.shape[0] for part in batch.split(3)] == [6, 2]
+
+
+# ----------------------------------------------------------------- floats
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_nodata_becomes_0_with_a_window_and_is_refused_without(kind, tmp_path):
+    image = np.array([[0.25, np.nan], [np.inf, -np.inf]], kind)
+    np.save(tmp_path / "a.npy", image)
+    with pytest.raises(UnreadableImage, match=r"NaN or infinite values; window=.*, and NaN 0"):
+        open_data(f"folder:{tmp_path}").image(0)
+    read = open_data(f"folder:{tmp_path}?window=0.5,1", 1).image(0)[0]
+    assert read.tolist() == [[0.25, 0.0], [1.0, 0.0]]
+
+
+def test_floats_a_hair_outside_are_clamped_and_others_named_to_the_last_digit(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([[-5e-7, 0.5], [1, 1 + 5e-7]], np.float64))
+    assert open_data(f"folder:{tmp_path}", 1).image(0)[0].tolist() == [[0.0, 0.5], [1.0, 1.0]]
+    np.save(tmp_path / "a.npy", np.array([[0, 0.5], [1, 1 + 5e-6]], np.float64))
+    with pytest.raises(UnreadableImage, match=r"values from 0 to 1\.000005"):
+        open_data(f"folder:{tmp_path}", 1).image(0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import models.head
 from models import load_backbone
@@ -13,6 +14,7 @@ from models.features import Preprocessing
 from models.head import ProjectionHead
 from models.layers import DropPath, SwiGLU
 from models.positions import RotaryPositions, rotate
+from models.ssl_model import update_ema
 from models.timm_backbone import TimmBackbone
 from models.vit import PRESETS, VisionTransformer, build_backbone
 from models.weights.save import save_backbone
@@ -839,3 +841,17 @@ def test_pixels_are_patches_and_the_whole_image():
         backbone(x, torch.zeros(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="PixelBackbone"):
         save_backbone(backbone, "unused", backbone.preprocessing)
+
+
+def test_a_teacher_averages_the_statistics_of_batch_norms():
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+    teacher = copy.deepcopy(student).eval()
+    expected = teacher[1].running_mean.clone()
+    for _ in range(3):
+        student(torch.rand(8, 3, 4, 4) + 2)
+        expected = 0.9 * expected + 0.1 * student[1].running_mean
+        update_ema(teacher, student, 0.9)
+    torch.testing.assert_close(teacher[1].running_mean, expected)
+    assert not torch.equal(teacher[1].running_mean, student[1].running_mean)
+    assert teacher[1].num_batches_tracked == 3
