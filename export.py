@@ -199,11 +199,12 @@ def model_card(spec: str, format: str, backbone: nn.Module, notes: list[str]) ->
         "Images": f"{channels} channels, values from 0 to {scale:g} scaled to [0, 1]; "
         f"short side to {preprocessing.resize} pixels "
         f"({preprocessing.interpolation}), centre crop {crop}, mean {preprocessing.mean}, "
-        f"std {preprocessing.std}",
+        f"std {preprocessing.std}"
+        + (f"; window (centre, width) {preprocessing.window}" if preprocessing.window else ""),
         "Not held by this format": "; ".join(notes) or "nothing is lost",
     }
     if format == "hf":
-        facts["Its image processor"] = processor_notes(channels, scale)
+        facts["Its image processor"] = processor_notes(channels, scale, preprocessing.window)
     card = ["# Vision backbone, self-supervised", "", "```python", USAGE[format], "```", ""]
     card += [f"- {title}: {text}" for title, text in facts.items()]
     if recipe:
@@ -212,9 +213,11 @@ def model_card(spec: str, format: str, backbone: nn.Module, notes: list[str]) ->
     return "\n".join(card) + "\n"
 
 
-def processor_notes(channels: int, scale: float) -> str:
+def processor_notes(channels: int, scale: float, window: tuple[float, float] | None = None) -> str:
     """What a user of AutoImageProcessor has to know beside its files."""
     text = f"for images from 0 to {scale:g}; others need `rescale_factor` = 1 / their largest value"
+    if window:
+        text += f"; clip values to the window (centre {window[0]:g}, width {window[1]:g}) before"
     text += "; its centre crop lies half a pixel off where the margin is odd"
     if channels not in (1, 3):
         text += '; give tensors (C, H, W) and `input_data_format="channels_first"`'

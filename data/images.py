@@ -33,6 +33,7 @@ class ImageData(Dataset):
         classes: their names, or None.
         passed_over: a sentence with counts for each kind of thing that is not used.
         left_out: images that a probe cannot use, see `known_images` of data/sources/specs.py.
+        window: centre and width of the values that become 0 to 1, or None.
         origin: what a spec says of its images, but for where they lie.
     """
 
@@ -41,6 +42,7 @@ class ImageData(Dataset):
     classes: list[str] | None = None
     passed_over: list[str] | tuple = ()
     left_out: int = 0
+    window: tuple[float, float] | None = None
     origin: str = ""
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from engine import distributed
 from engine.cli import preparation, print_result
 from engine.distributed import choose_device, has_fast_bf16
 from engine.launch import loader_workers
+from engine.logger import notice
 from errors import UserError
 from evals.knn import FeatureRows, extract_features
 from models.weights.load import load_backbone
@@ -41,6 +42,7 @@ class FrozenModel:
         in_bf16(self.backbone, arguments.precision, self.device)
         self.channels = self.backbone.in_channels
         self.prepare = preparation(self.backbone.preprocessing, arguments.resize, arguments.size)
+        say_missing_window(self.backbone.preprocessing.window, vars(arguments).values())
         ranks = distributed.world_size()
         workers = loader_workers(arguments.workers, self.device.type, ranks)
         self.unreadable: dict[str, str] = {}
@@ -61,6 +63,13 @@ class FrozenModel:
         progress = progress_bar(f"features of {name}", unit="batch")
         options = self.loading | options
         return extract_features(describe, items, self.device, progress=progress, **options)
+
+
+def say_missing_window(window: tuple[float, float] | None, arguments: Iterable[Any]) -> None:
+    """Says that the model was trained on windowed values, where no DATA asks for a window."""
+    if window and not any("window=" in str(argument) for argument in arguments):
+        given = f"window={window[0]:g},{window[1]:g}"
+        notice(f"the model was trained on images with {given}, which no DATA here has")
 
 
 def in_bf16(backbone: nn.Module, precision: str, device: torch.device) -> None:

@@ -72,7 +72,8 @@ def teacher_outputs(
     locality = partial(mean_locality, data=prepare(images), device=device)
     locality = partial(locality, unreadable=reading["unreadable"])
     scale = max((full_scale(images.image(index)) for index in first_readable(images, 1)), default=1)
-    preprocessing = Preprocessing(size, max(size), mean, std, scale=float(scale))
+    values = {"scale": float(scale), "window": images.window}
+    preprocessing = Preprocessing(size, max(size), mean, std, **values)
     export = partial(save_model, preprocessing=preprocessing)
     return TeacherOutputs(export, report, None if train is None else probe, locality, draw_curves)
 

@@ -41,6 +41,8 @@ class Preprocessing:
         interpolation: nearest, bilinear or bicubic; the last two antialiased.
         scale: the value in files that becomes 1: 255 for 8 bits, 65,535 for 16, 1 for floats. Our
             reader knows it from each file; other libraries have to be told.
+        window: centre and width of the values that became 0 to 1 in training, or None. DATA says
+            it anew for other images.
     """
 
     size: tuple[int, int]
@@ -49,6 +51,7 @@ class Preprocessing:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     scale: float = 255.0
+    window: tuple[float, float] | None = None
 
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")

@@ -74,6 +74,7 @@ def open_data(spec: str, channels: int | None = 3, base: Path = Path()) -> Image
         raise UserError(f"{kind!r} needs a path: {kind}:PATH")
     data = _opener(kind)(path, channels, **options)
     data.origin = _origin(kind, path, options)
+    data.window = options.get("window")
     return data
 
 

@@ -43,6 +43,7 @@ def read_preprocessing(values: Mapping[str, Any], source: str) -> Preprocessing:
             std=tuple(map(float, std)),
             interpolation=read_interpolation(names[values.get("resample", 3)], source),
             scale=float(round(scale, 6)),
+            window=tuple(values["window"]) if values.get("window") else None,
         )
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{source} is no image processor that we know: {error!r}") from error
@@ -62,7 +63,11 @@ def write_preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:
     """A BitImageProcessor: resize the short side, centre crop, rescale, normalise."""
     height, width = preprocessing.size
     # It would make RGB of whatever it is given.
-    as_they_are = {} if len(preprocessing.mean) == 3 else {"do_convert_rgb": False}
+    as_they_are: dict[str, Any] = {}
+    if len(preprocessing.mean) != 3:
+        as_they_are["do_convert_rgb"] = False
+    if preprocessing.window:  # for our readers; transformers has no such step
+        as_they_are["window"] = list(preprocessing.window)
     return as_they_are | {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+import export
+import extract
 import train
 from data.loader import EvalDataset
 from data.sources.specs import open_data
@@ -96,3 +98,24 @@ def test_squeezing_is_said(capsys):
         {"size": {"height": 32, "width": 32}, "image_mean": [0.5], "image_std": [0.5]}, "file"
     )
     assert "squeezes images into 32 x 32 pixels" in capsys.readouterr().err
+
+
+def test_a_window_travels_with_the_weights_and_is_missed(tiny, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "ct").mkdir()
+    for number in range(12):
+        values = rng.uniform(-1000, 1000, (32, 32)).astype(np.float32)
+        np.save(tmp_path / "ct" / f"{number}.npy", values)
+    data = f"{tmp_path / 'ct'}?window=40,400"
+    train.main([*tiny, f"data.train={data}", "data.channels=1"])
+    assert load_backbone(tmp_path / "run").preprocessing.window == (40, 400)
+    export.main(["--model", str(tmp_path / "run"), "--format", "hf", "--output", f"{tmp_path}/hf"])
+    assert load_backbone(tmp_path / "hf").preprocessing.window == (40, 400)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "window (centre, width) (40.0, 400.0)" in card and "clip values to the window" in card
+    capsys.readouterr()
+    arguments = ["--model", str(tmp_path / "run"), "--output", str(tmp_path / "out")]
+    extract.main([*arguments, "--data", "scenes?size=2"])
+    assert "trained on images with window=40,400" in capsys.readouterr().err
+    extract.main([*arguments, "--data", data])
+    assert "trained on images" not in capsys.readouterr().err
