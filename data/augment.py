@@ -27,7 +27,7 @@ TRIES = 10
 AREA, ASPECT, TOP, LEFT, FLIP = slice(0, TRIES), slice(TRIES, 2 * TRIES), 20, 21, 22
 JITTER, FACTORS, ORDER = 23, slice(24, 28), slice(28, 32)
 GRAYSCALE, BLUR, SIGMA, SOLARIZE = 32, 33, 34, 35
-TURN, STAINS = 36, slice(37, 43)
+ROTATION, STAINS = 36, slice(37, 43)
 # Blocks of columns, drawn one after another. New columns are a new block at the end: then the views
 # of old seeds stay as they are.
 DRAWN = (36, 7)
@@ -67,7 +67,7 @@ class AugmentPolicy:
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)  # first global, further globals, locals
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     solarize: float = 0.2  # further globals only; inverts what is brighter than 0.5
-    turn: float = 0.0  # probability of a turn by 90, 180 or 270 degrees; 0.75 where there is no up
+    rotate90: float = 0.0  # probability of 90, 180 or 270 degrees; 0.75 without an up
     stain: float = 0.0  # strength of the jitter of histological stains: data/stains.py
 
 
@@ -83,9 +83,9 @@ POLICIES = {
     "crops_only": AugmentPolicy(jitter=0.0, grayscale=0.0, blur=(0.0, 0.0, 0.0), solarize=0.0),
     # X-ray, CT, MR; flip=0 where sides matter
     "grey-medical": replace(_MEASURED, brightness=0.2, contrast=0.2),
-    "histology": replace(_MEASURED, brightness=0.2, contrast=0.2, turn=0.75, stain=0.2),
-    "aerial": replace(_MEASURED, saturation=0.2, hue=0.05, grayscale=0.1, turn=0.75),
-    "microscopy": replace(_MEASURED, turn=0.75),
+    "histology": replace(_MEASURED, brightness=0.2, contrast=0.2, rotate90=0.75, stain=0.2),
+    "aerial": replace(_MEASURED, saturation=0.2, hue=0.05, grayscale=0.1, rotate90=0.75),
+    "microscopy": replace(_MEASURED, rotate90=0.75),
 }
 
 
@@ -200,10 +200,10 @@ class MultiCrop:
             places, target = u[:, TOP : LEFT + 1].double().numpy(), u[:, TARGET].double().numpy()
             boxes = move_to_points(boxes, target, places, sizes)
         turns = torch.zeros(len(u), dtype=torch.int)
-        if self.policy.turn > 0:
+        if self.policy.rotate90 > 0:
             # One number says whether and how far: below the probability it is uniform again.
-            amount = 1 + 3 * u[:, TURN] / self.policy.turn
-            turns = torch.where(u[:, TURN] < self.policy.turn, amount, 0).int()
+            amount = 1 + 3 * u[:, ROTATION] / self.policy.rotate90
+            turns = torch.where(u[:, ROTATION] < self.policy.rotate90, amount, 0).int()
         return boxes, u[:, FLIP] < self.policy.flip, turns
 
     def finish(self, views: list[Tensor], u: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

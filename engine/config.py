@@ -77,7 +77,7 @@ class CropsConfig:
     local_count: CountOrZero = 8  # Local crops of an image; each costs a fifth of a global one.
     policy: str = "natural"  # Of data/augment.py; a later policy drops colour keys before it.
     flip: Probability | None = None  # A crop is flipped left-right; 0 where sides matter.
-    turn: Probability | None = None  # A crop turns by 90, 180 or 270 degrees; 0.75 if none is up.
+    rotate90: Probability | None = None  # Turned by 90, 180 or 270 degrees; 0.75 without an up.
     jitter: Probability | None = None  # Brightness, contrast, saturation and hue change together.
     brightness: Share | None = None  # x: 1 - x to 1 + x; DINO 0.4; low where intensity matters.
     contrast: Share | None = None  # As brightness.

@@ -50,6 +50,7 @@ KINDS = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "text"},
     **{list: "a list such as [0.1, 0.5]", dict: "names and their keys", types.NoneType: "null"},
 }
+RENAMED = {"crops": {"turn": "rotate90"}}  # keys of earlier versions: section, old name, new
 NULLS = ("", "~", "null", "Null", "NULL")  # in YAML
 Config = TypeVar("Config")  # a dataclass
 
@@ -137,7 +138,15 @@ def read_yaml(path: Path, schema: type, above: tuple[Path, ...] = ()) -> list[di
         beside = path.parent / expand(str(base))
         below = beside if beside.is_file() else find_config(str(base))
         layers += read_yaml(below, schema, (*above, path.resolve()))
-    return [*layers, values]
+    return [*layers, by_new_names(values)]
+
+
+def by_new_names(values: Any, section: str = "") -> Any:
+    """Keys of earlier versions, at any depth, under today's names."""
+    if not isinstance(values, dict):
+        return values
+    names = RENAMED.get(section, {})
+    return {names.get(key, key): by_new_names(value, str(key)) for key, value in values.items()}
 
 
 def parse_override(argument: str, schema: type) -> dict:
@@ -154,7 +163,7 @@ def parse_override(argument: str, schema: type) -> dict:
         value = None if text in NULLS else text
     for part in reversed(path):
         value = {part: value}
-    return value
+    return by_new_names(value)
 
 
 def write_out(cls: type, values: Any, path: str = "") -> dict:

@@ -28,7 +28,7 @@ TWICE = {
         "hidden",
         "lines 3 and 5",
     ),
-    "line": ("crops: {flip: 0, turn: 0, flip: 1}\n", "flip", "line 1"),
+    "line": ("crops: {flip: 0, rotate90: 0, flip: 1}\n", "flip", "line 1"),
     "stage": ("stages:\n  a: {steps: 1}\n  b: {steps: 2}\n  a: {steps: 3}\n", "a", "lines 2 and 4"),
     "in a stage": ("stages:\n  a:\n    steps: 2\n    steps: 3\n", "steps", "lines 3 and 4"),
     "student": ("distill:\n  students:\n    s: {}\n    s: {share: 2}\n", "s", "lines 3 and 4"),

@@ -51,7 +51,7 @@ def on_device(
 
 def plain_crops(channels: int, turn: float = 0.0, gram: bool = True) -> MultiCrop:
     """Geometry only, values from 0 to 1; sizes that are no squares."""
-    policy = replace(POLICIES["crops_only"], turn=turn)
+    policy = replace(POLICIES["crops_only"], rotate90=turn)
     specs = CropSpec((40, 32), (0.3, 1.0), 2), CropSpec((16, 24), (0.05, 0.3), 3)
     return MultiCrop(
         *specs, policy, (0.0,) * channels, (1.0,) * channels, (60, 48) if gram else None

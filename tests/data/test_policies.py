@@ -23,7 +23,7 @@ def test_a_turn_is_that_of_the_crop():
 
 
 def test_turns_come_in_equal_parts():
-    policy = replace(POLICIES["crops_only"], flip=0.0, turn=0.75)
+    policy = replace(POLICIES["crops_only"], flip=0.0, rotate90=0.75)
     crops = MultiCrop(CropSpec((4, 4), (1.0, 1.0), 400), None, policy, (0.0,), (1.0,))
     image = torch.arange(16, dtype=torch.uint8).view(1, 4, 4)
     views = (
@@ -86,7 +86,7 @@ def test_policies_take_any_channels_that_make_sense(name, channels):
 def test_every_column_of_the_random_table_has_one_use_and_keeps_its_numbers():
     """Columns drawn elsewhere, or twice, would change the views of every old seed."""
     names = ("AREA", "ASPECT", "TOP", "LEFT", "FLIP", "JITTER", "FACTORS", "ORDER", "GRAYSCALE")
-    names += ("BLUR", "SIGMA", "SOLARIZE", "TURN", "STAINS", "TARGET")
+    names += ("BLUR", "SIGMA", "SOLARIZE", "ROTATION", "STAINS", "TARGET")
     used = []
     for name in names:
         columns = getattr(augment, name)

@@ -130,8 +130,8 @@ def test_a_policy_on_the_command_line_wins_over_colours_of_a_file(policy, tmp_pa
 
 def test_colours_beside_a_policy_or_after_it_change_it(tmp_path):
     (tmp_path / "below.yaml").write_text("crops: {policy: aerial, flip: 0}\n")
-    (tmp_path / "above.yaml").write_text("base: below.yaml\ncrops: {turn: 1}\n")
-    assert colours(load_config(str(tmp_path / "above.yaml"), [])) == {"flip": 0, "turn": 1}
+    (tmp_path / "above.yaml").write_text("base: below.yaml\ncrops: {rotate90: 1}\n")
+    assert colours(load_config(str(tmp_path / "above.yaml"), [])) == {"flip": 0, "rotate90": 1}
     for order in (["crops.flip=0", "crops.policy=aerial"], ["crops.policy=aerial", "crops.flip=0"]):
         assert colours(load_config(None, order)) == {"flip": 0}
 
@@ -158,3 +158,17 @@ def test_auto_makes_crops_on_a_device_only_where_that_was_measured(kind, name, w
     assert not crops_on_device("workers", torch.device(kind))
     page = (Path(__file__).parents[2] / "docs/performance.md").read_text()
     assert all(f"NVIDIA {name}" in page for name in MEASURED)
+
+
+def test_a_key_of_an_earlier_version_is_read_under_its_new_name(tiny, tmp_path):
+    train.main([*tiny, "crops.rotate90=0.5", "total_steps=1"])
+    file = tmp_path / "run/config.yaml"
+    old = file.read_text().replace("rotate90:", "turn:")
+    assert "turn:" in old
+    file.write_text(old)
+    train.main(["--config", str(file), "total_steps=2"])
+    assert "rotate90: 0.5" in file.read_text()
+    stages = ["crops.turn=0.25", "stages={a: {steps: 1, crops: {turn: 0.5}}, b: {steps: 1}}"]
+    cfg = load_config(None, [*stages, "stages.b.crops.turn=0.75"])
+    assert cfg.crops.rotate90 == 0.25
+    assert [stage.crops.rotate90 for _, _, stage in stage_configs(cfg)] == [0.5, 0.75]
