@@ -123,9 +123,8 @@ def train_step(
 
     # 1. The teacher sees the global crops only and gives the targets, of the whole batch at once.
     with update.forward("teacher"):
-        targets = teacher_targets(
-            update.teacher, micro_batches, centering, now["teacher_temp"], *frozen
-        )
+        temp = now["teacher_temp"]
+        targets = teacher_targets(update.teacher, micro_batches, centering, temp, *frozen)
 
     for crops, target in update.micro_batches(micro_batches, targets):
         # 2. The student sees every crop, with patches of the global crops hidden.
@@ -216,14 +215,10 @@ def compute_losses(
     views = (-1, len(crops.images))  # (G·B, ...) -> (G, B, ...)
     losses = {}
     if "dino" in now:
+        global_logits = out.global_logits.unflatten(0, views)
         local_logits = None if out.local_logits is None else out.local_logits.unflatten(0, views)
-        losses["dino"] = multicrop_dino_loss(
-            out.global_logits.unflatten(0, views),
-            local_logits,
-            targets.dino,
-            loss.dino.student_temp,
-            now["dino_local"],
-        )
+        temp, local = loss.dino.student_temp, now["dino_local"]
+        losses["dino"] = multicrop_dino_loss(global_logits, local_logits, targets.dino, temp, local)
     if "ibot" in now:
         student_temp = loss.ibot.student_temp
         losses["ibot"] = ibot_loss(out.patch_logits, targets.ibot, crops.masks, student_temp)

@@ -127,13 +127,8 @@ class Centering(nn.Module):
     ) -> Tensor:
         """(B, K) logits, any float type -> (B, K) float32 targets, no gradient; rows sum to 1."""
         if self.mode == "sinkhorn":
-            return sinkhorn_knopp(
-                logits,
-                temp,
-                self.iterations,
-                all_reduce_sum=all_reduce_sum,
-                all_reduce_max=all_reduce_max,
-            )
+            reduce = {"all_reduce_sum": all_reduce_sum, "all_reduce_max": all_reduce_max}
+            return sinkhorn_knopp(logits, temp, self.iterations, **reduce)
         scores = torch.empty_like(logits, dtype=torch.float32)
         for rows in row_chunks(logits):
             part = logits[rows].float()
