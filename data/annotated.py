@@ -34,9 +34,9 @@ class Annotated(Dataset):
         flip: images, but no annotations, are mirrored left to right.
 
     Raises:
-        UserError: if the data has no such annotation (asked of its first image).
-        UnreadableImage: from an item whose image or annotation cannot be read, or that has more
-            than MAX_PATCHES patches.
+        UserError: if the data has no such annotation (asked of the first image that has any).
+        UnreadableImage: from an item whose image or annotation cannot be read, that has no such
+            annotation, or more than MAX_PATCHES patches.
     """
 
     def __init__(
@@ -57,8 +57,13 @@ class Annotated(Dataset):
         self.size, self.multiple, self.ignore, self.flip = size, multiple, ignore, flip
         self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
         if self.kinds:
+            held = first_annotations(data)
             with contextlib.suppress(UnreadableImage):
-                self.annotations(0)
+                held = held or data.annotations(0)  # which says why it has none
+            missing = [kind for kind in self.kinds if kind not in held]
+            if missing:
+                names = ", ".join(held) or "nothing"
+                raise UserError(f"{data.name(0)} has no {missing[0]}; it has {names}")
 
     def __len__(self) -> int:
         return len(self.data)
@@ -75,7 +80,10 @@ class Annotated(Dataset):
             )
         try:
             return self.prepare(image), self.annotations(index), index
-        except UnreadableImage as error:  # of a file beside the image
+        except UnreadableImage as error:
+            if error.name == self.data.name(index):
+                raise
+            # of a file beside the image
             raise UnreadableImage(self.data.name(index), f"its annotation {error}") from error
 
     def prepare(self, image: Tensor) -> Tensor:
@@ -89,8 +97,7 @@ class Annotated(Dataset):
         notes = self.data.annotations(index) if self.kinds else {}
         missing = [kind for kind in self.kinds if kind not in notes]
         if missing:
-            held = ", ".join(notes) or "nothing"
-            raise UserError(f"{self.data.name(index)} has no {missing[0]}; it has {held}")
+            raise UnreadableImage(self.data.name(index), f"comes without {missing[0]}")
         found = {kind: torch.from_numpy(np.ascontiguousarray(notes[kind])) for kind in self.kinds}
         if self.ignore != 255 and "mask" in found:
             found["mask"] = torch.where(found["mask"] == self.ignore, 255, found["mask"])

@@ -191,7 +191,7 @@ class Marks:
         return file in self.masks or file in self.boxes
 
     def of(self, file: str, size: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-        """`mask` (H, W) of classes, 255 unknown, or `boxes` (m, 4) float32, (0, 4) without marks.
+        """`mask` (H, W) of classes, 255 unknown, or `boxes` (m, 4) float32; empty without marks.
 
         Args:
             size: height and width in pixels of the image, which the marks must fit.
@@ -207,8 +207,10 @@ class Marks:
                     f"its image {file} has {size[0]} x {size[1]}"
                 )
             return {"mask": mask}
-        boxes = np.array(self.boxes.get(file, ()), dtype=np.float32).reshape(-1, 4)
-        if size is not None and len(boxes):
+        if file not in self.boxes:
+            return {}
+        boxes = np.array(self.boxes[file], dtype=np.float32)
+        if size is not None:
             self._require_inside(file, boxes, size)
         return {"boxes": boxes}
 

@@ -100,14 +100,16 @@ class Chosen(ImageData):
 
 
 def first_annotations(data: ImageData) -> dict:
-    """Those of the first image whose annotations can be read; empty where it has none."""
+    """Those of the first image that has some which can be read; empty where none has."""
     for index in range(len(data)):
         try:
-            return data.annotations(index)
+            notes = data.annotations(index)
         except UnreadableImage:
             continue
         except NoAnnotations:
             break
+        if notes:
+            return notes
     return {}
 
 

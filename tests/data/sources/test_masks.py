@@ -1,13 +1,17 @@
 """Masks of one's own files: classes for probes, marks for crops, no images."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
+import eval_dense
 from data.annotated import Annotated
 from data.guided import marked_points
 from data.sources.specs import open_data
 from errors import UserError
+from evals.reading import read_batches
 
 CLASSES = np.repeat(np.array([[0, 1, 2, 7, 255, 0]], np.uint8), 8, 0)
 
@@ -54,3 +58,26 @@ def test_a_coloured_mask_is_refused(folder):
         Image.fromarray(colours).save(folder / "masks" / name)
     with pytest.raises(UserError, match="coloured"):
         open_data(f"{folder}?marks=m.csv")
+
+
+def test_images_without_a_row_are_left_out_and_counted(folder, capsys):
+    for name in ("3.png", "0.png"):  # of which one is the first
+        Image.fromarray(np.full((8, 6), 9, np.uint8)).save(folder / name)
+    for name in ("1.png", "2.png"):
+        Image.fromarray(CLASSES).save(folder / "masks" / name)
+    data = Annotated(open_data(f"{folder}?marks=m.csv"), "mask", 8, 1, (0.5,), (0.5,))
+    unreadable = {}
+    found = list(read_batches(data, 4, collate=list, unreadable=unreadable))
+    assert [index for _, _, index in found[0]] == [1, 2]
+    assert len(unreadable) == 2 and "0.png: comes without mask" in capsys.readouterr().err
+
+
+def test_localization_leaves_out_images_without_a_box(folder, capsys):
+    (folder / "m.csv").write_text("file,x0,y0,x1,y1\n2.png,1,1,5,6\n")
+    data = f"{folder}?marks=m.csv"
+    command = ["localization", "--model", "pixels?patch_size=2", "--val", data]
+    eval_dense.main(command)
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["n_images"] == 1 and result["unreadable"] == 1
+    assert "1.png: comes without boxes" in err
