@@ -4,6 +4,7 @@
     python export.py --model runs/quickstart --format timm --output exported/timm
     python export.py --model runs/quickstart --format meta --output exported/meta
     python export.py --model runs/quickstart --format onnx --output exported/onnx --dynamic-batch
+    python export.py --model runs/quickstart --format hf --dtype float16 --output exported/half
 
 README.md beside the weights is a model card and says how to read them. What a format cannot hold is
 named on standard error and in the card. A model without a counterpart in a format is refused.
@@ -49,6 +50,7 @@ LICENSES = {
     r"(hf:)?facebook/dinov3-.*|timm:.*[._]dinov3[._].*": DINOV3,
     r"(hf:)?facebook/(dinov2|dino)-.*|timm:.*[._]dinov2[._].*|timm:.*\.dino": "Apache-2.0",
 }
+DTYPES = ("float32", "float16", "bfloat16")
 UNKNOWN = "unknown; that of the named weights holds"
 
 
@@ -75,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--model", required=True, help=model_help)
     add("--format", required=True, choices=[*FORMATS, "onnx"])
     add("--output", required=True, type=path_argument, help="folder for the files")
+    dtype_help = "of the written numbers, not for onnx; loading gives float32 (float32)"
+    add("--dtype", choices=DTYPES, default="float32", help=dtype_help)
     add("--size", type=int, nargs="+", help="onnx: one number, or height and width, in pixels")
     add("--opset", type=int, default=18, help="onnx: version of its operators, from 18 on")
     batch_help = "onnx: any number of images a call, not one"
@@ -85,6 +89,9 @@ def main(argv: list[str] | None = None) -> None:
     backbone = load_backbone(spec)
     result = {"task": "export", "model": spec, "format": format, "output": str(folder)}
     size = ()
+    if format == "onnx" and arguments.dtype != "float32":
+        raise UserError(f"--dtype {arguments.dtype} goes with the other formats; onnx is float32")
+    store_as(backbone, getattr(torch, arguments.dtype))
     if format == "onnx":
         size = tuple(arguments.size or backbone.preprocessing.size)
         if len(size) > 2 or min(size) < 1:
@@ -107,6 +114,21 @@ def main(argv: list[str] | None = None) -> None:
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     files = sorted(path.name for path in folder.iterdir())
     print_result(result | {"parameters": parameters, "not_held": notes, "files": files})
+
+
+def store_as(backbone: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the parameters. Buffers, such as periods of rotary positions, keep their digits.
+
+    Raises:
+        UserError: if a number lies beyond the largest of `dtype`.
+    """
+    for name, parameter in backbone.named_parameters():
+        cast = parameter.data.to(dtype)
+        if cast.isinf().any() and not parameter.isinf().any():
+            raise UserError(
+                f"{name} has numbers too large for {dtype}; --dtype bfloat16 holds them"
+            )
+        parameter.data = cast
 
 
 def write_onnx(

@@ -229,10 +229,14 @@ def convert(backbone: nn.Module, preprocessing: Preprocessing) -> Converted:
     Raises UserError if transformers has no such model.
     """
     if isinstance(backbone, TimmBackbone):
-        return _convert_convnext(backbone, preprocessing)
-    require(backbone.config, "Hugging Face", untie_cls_norm=False)
-    rotary = backbone.config["positions"] == "rope"
-    return _convert_rotary(backbone) if rotary else _convert_learned(backbone)
+        tensors, config, notes = _convert_convnext(backbone, preprocessing)
+    else:
+        require(backbone.config, "Hugging Face", untie_cls_norm=False)
+        rotary = backbone.config["positions"] == "rope"
+        converted = _convert_rotary(backbone) if rotary else _convert_learned(backbone)
+        tensors, config, notes = converted
+    stored = next(backbone.parameters()).dtype
+    return tensors, {**config, "torch_dtype": str(stored).removeprefix("torch.")}, notes
 
 
 def _convert_learned(backbone: VisionTransformer) -> Converted:
@@ -251,7 +255,6 @@ def _convert_learned(backbone: VisionTransformer) -> Converted:
         "image_size": height * options["patch_size"],
         "hidden_act": "gelu",
         "qkv_bias": options["qkv_bias"],
-        "torch_dtype": "float32",
     }
     if not gated and not registers and scale is None:
         dialect, kind, name = VIT, "vit", "ViTModel"
@@ -311,7 +314,6 @@ def _convert_rotary(backbone: VisionTransformer) -> Converted:
         "key_bias": key_bias,
         "value_bias": options["qkv_bias"],
         "layerscale_value": scale,
-        "torch_dtype": "float32",
     }
     return tensors, config, notes + list_losses(backbone, dropped, None)
 
@@ -328,7 +330,6 @@ def _convert_convnext(backbone: TimmBackbone, preprocessing: Preprocessing) -> C
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
         "image_size": max(preprocessing.size),
-        "torch_dtype": "float32",
     }
     return tensors, config, []
 

@@ -142,6 +142,9 @@ def load_tensors(
     report += [f"not in these weights, so they start fresh: {shorten(kinds(fresh))}"] * bool(fresh)
     report += ["the mask token, which it lacks, starts at zeros"] * ("mask_token" in defaults)
     report += [f"left aside: {shorten(aside)}"] * bool(aside)
+    types = {t.dtype for t in tensors.values() if t.is_floating_point()} - {torch.float32}
+    stored = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
+    report += [f"stored in {stored}, loaded as float32"] * bool(types)
     print("; ".join(report), file=sys.stderr)
     if any(faults.values()):
         listed = "; ".join(f"{kind}: {shorten(them)}" for kind, them in faults.items() if them)

@@ -53,11 +53,11 @@ def complete(backbone: VisionTransformer, **options: Any) -> tuple[dict[str, Ten
     state = {name: tensor.detach() for name, tensor in backbone.state_dict().items()}
     added = {name: t.shape for name, t in larger.state_dict().items() if name not in state}
     for name, shape in added.items():
-        state[name] = torch.ones(shape) if name.endswith(".gamma") else torch.zeros(shape)
+        state[name] = state["cls_token"].new_full(shape, name.endswith(".gamma"))
     for name in state:
         if name.endswith(".bias_mask"):
             bias = name.removesuffix("_mask")
-            state[bias] = state[bias] * state[name]
+            state[bias] = state[bias] * state[name].to(state[bias].dtype)
     return state, [f"added without effect: {', '.join(kinds(added))}"] if added else []
 
 
