@@ -75,6 +75,8 @@ class CropsConfig:
     local_size: Pixels = 96  # Side of a local crop, as global_size; 98 for patches of 14 (DINO).
     local_scale: Area = listed(0.05, 0.32)  # Higher where crops lose the object.
     local_count: CountOrZero = 8  # Local crops of an image; each costs a fifth of a global one.
+    # Of what becomes a crop; 3/4 to 4/3 in DINO; [1, 1] where shapes carry meaning.
+    ratio: Annotated[list[float], rising("(0, inf)"), "width / height"] = listed(3 / 4, 4 / 3)
     policy: str = "natural"  # Of data/augment.py; a later policy drops colour keys before it.
     flip: Probability | None = None  # A crop is flipped left-right; 0 where sides matter.
     rotate90: Probability | None = None  # Turned by 90, 180 or 270 degrees; 0.75 without an up.

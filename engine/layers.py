@@ -10,7 +10,7 @@ ONE_OF = ("total_steps", "epochs", "images")
 # policy in a layer above replaces.
 NOT_OF_POLICY = {
     *("global_size", "global_scale", "global_count", "local_size", "local_scale", "local_count"),
-    *("policy", "guided", "guided_globals", "guided_share", "mix"),
+    *("ratio", "policy", "guided", "guided_globals", "guided_share", "mix"),
 }
 
 

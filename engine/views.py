@@ -65,12 +65,12 @@ def multi_crop_from(
             changes[name] = tuple(value) if isinstance(value, list) else value
     sizes = sizes or crops
     global_size, local_size = size_pair(sizes.global_size), size_pair(sizes.local_size)
-    gram_size = None
+    gram_size, ratio = None, tuple(crops.ratio)
     if gram is not None and (gram.teacher_scale != 1 or not gram.distortions):
         gram_size = tuple(round(side * gram.teacher_scale) for side in global_size)
     return MultiCrop(
-        CropSpec(global_size, tuple(crops.global_scale), crops.global_count),
-        CropSpec(local_size, tuple(crops.local_scale), crops.local_count),
+        CropSpec(global_size, tuple(crops.global_scale), crops.global_count, ratio),
+        CropSpec(local_size, tuple(crops.local_scale), crops.local_count, ratio),
         replace(POLICIES[crops.policy], **changes),
         mean,
         std,

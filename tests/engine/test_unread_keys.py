@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import train
-from data.augment import POLICIES, AugmentPolicy
+from data.augment import NUMBERS, POLICIES, AugmentPolicy, crop_boxes
 from engine.config import CropsConfig, ModelConfig, load_config
 from engine.distill_config import DistillTrainConfig
 from engine.layers import NOT_OF_POLICY
@@ -89,6 +89,17 @@ def test_every_key_of_crops_is_a_field_of_the_policy_or_read_by_name():
     keys = {field.name for field in fields(CropsConfig)}
     assert keys >= NOT_OF_POLICY
     assert keys - NOT_OF_POLICY <= {field.name for field in fields(AugmentPolicy)}
+
+
+@pytest.mark.parametrize("aspect", [1.0, 2.0])
+def test_crops_have_the_aspect_that_is_asked_for(aspect):
+    cfg = load_config(None, [f"crops.ratio=[{aspect}, {aspect}]", "crops.global_scale=[0.1, 0.4]"])
+    views = multi_crop_from(cfg.crops, (0.5,) * 3, (0.2,) * 3)
+    u = torch.rand(50, NUMBERS, generator=torch.Generator().manual_seed(0))
+    for spec, _ in views.cuts:
+        boxes = crop_boxes(u, 1000, 1000, spec)
+        shapes = boxes[:, 3] / boxes[:, 2]
+        assert len(set(boxes[:, 2])) > 30 and (abs(shapes / aspect - 1) < 0.01).all()
 
 
 def test_a_new_key_of_crops_without_a_field_in_the_policy_fails_in_the_first_batch():
