@@ -12,6 +12,8 @@ Protocols are as published except for their length, which follows the size of th
              and the mean patch (arXiv 2104.14294)
     logreg   logistic regression on the last CLS, C chosen on a tenth of --train (2304.07193);
              for small data
+--pool attention trains attentive probes instead, which read the patches of the last 4 blocks
+(evals/attentive.py); for models without a trained CLS, and for small objects.
 
 Features are computed once for each image and kept; --stream computes them anew for random crops and
 flips, as published. The best head is chosen on --val, also as published. A choice among many heads
@@ -38,6 +40,8 @@ from engine import distributed
 from engine.cli import evaluation_parser, run_script
 from engine.logger import say_passed_over
 from errors import UserError
+from evals import attentive
+from evals.attentive import AttentiveGrid, AttentiveHead, describe_tokens
 from evals.frozen import FrozenModel, check_least, progress_bar, run_evaluation
 from evals.linear import (
     BATCH_SIZE,
@@ -74,14 +78,18 @@ class Probe(FrozenModel):
     def __init__(self, arguments: argparse.Namespace):
         super().__init__(arguments)
         self.arguments = arguments
+        self.attentive = arguments.pool == "attention"
         self.heads = self._heads()
         self.blocks = max(head.blocks for head in self.heads)
         blank = torch.zeros(1, self.channels, *self.prepare["size"], device=self.device)
         self.width = self._describe(blank).shape[1]
 
-    def _heads(self) -> list[Head]:
+    def _heads(self) -> list[Head] | list[AttentiveHead]:
         """The grid of the protocol; where a shallow backbone makes heads equal, one of them."""
         rates = self.arguments.lr
+        if self.attentive:
+            blocks = available_blocks(self.backbone, (attentive.BLOCKS,))[0]
+            return [AttentiveHead(blocks, lr) for lr in rates or attentive.LEARNING_RATES]
         if self.arguments.protocol == "logreg":
             return [Head(1, False, 0.0)]
         if self.arguments.protocol == "dino":
@@ -94,7 +102,8 @@ class Probe(FrozenModel):
 
     @torch.inference_mode()
     def _describe(self, images: Tensor) -> Tensor:
-        return describe(self.backbone, images, self.blocks)
+        row_of = describe_tokens if self.attentive else describe
+        return row_of(self.backbone, images, self.blocks)
 
     def rows(self, items: Dataset, name: str) -> tuple[Tensor, Tensor]:
         """Features (n, width) and labels (n,) of the images that could be read, on the host.
@@ -143,18 +152,19 @@ def train_grid(
     """
     flags = probe.arguments
     is_dino, images = flags.protocol == "dino", len(train if rows is None else rows[1])
-    batch_size = min(DINO_BATCH if is_dino else BATCH_SIZE, images)
+    usual = attentive.BATCH_SIZE if probe.attentive else DINO_BATCH if is_dino else BATCH_SIZE
+    batch_size = min(usual, images)
     length = {"epochs": DINO_EPOCHS, "most": None} if is_dino else {}
-    steps = flags.steps or default_steps(images, batch_size, **length)
-    grid = HeadGrid(
-        probe.heads,
-        width=probe.width,
-        pooled=probe.backbone.embed_dim,
-        classes=classes,
-        batch_size=batch_size,
-        device=probe.device,
-        seed=flags.seed,
-    )
+    steps = attentive.STEPS if probe.attentive else default_steps(images, batch_size, **length)
+    steps = flags.steps or steps
+    options = {"classes": classes, "batch_size": batch_size}
+    options |= {"device": probe.device, "seed": flags.seed}
+    if probe.attentive:
+        dim = probe.blocks * probe.backbone.embed_dim
+        grid = AttentiveGrid(probe.heads, dim=dim, **options)
+    else:
+        pooled = probe.backbone.embed_dim
+        grid = HeadGrid(probe.heads, width=probe.width, pooled=pooled, **options)
     if rows is None:
         batches = probe.stream(train, batch_size, steps)
     else:
@@ -217,6 +227,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--train", required=True, help="DATA with labels to learn from")
     add("--val", required=True, help="DATA with labels to predict; the best head is chosen on it")
     add("--protocol", choices=("dinov2", "dino", "logreg"), default="dinov2", help="see above")
+    pool_help = "what heads read: CLS and the mean patch, or all patches by attention"
+    add("--pool", choices=("mean", "attention"), default="mean", help=pool_help)
     add("--lr", type=float, nargs="+", help="learning rates of a batch of 256; else the protocol's")
     add("--steps", type=int, help="updates; by default the protocol's epochs, at least 1000")
     add("--stream", action="store_true", help="train on random crops and flips; keep no features")
@@ -228,6 +240,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     check_least(arguments, 1, "batch_size", "steps", "shots")
     if min(arguments.lr or [1]) <= 0 or arguments.seed < 0:
         raise UserError("--lr must be more than 0, --seed at least 0")
+    if arguments.pool == "attention" and arguments.protocol != "dinov2":
+        raise UserError(f"--pool attention has its own protocol; leave out {arguments.protocol}")
     if arguments.protocol == "logreg" and (arguments.stream or arguments.lr or arguments.steps):
         raise UserError(
             "--protocol logreg fits all images at once; "
@@ -251,7 +265,8 @@ def evaluate(probe: Probe) -> dict:
         classifier, report = train_logistic(probe, *rows, val_rows, classes)
     else:
         classifier, report = train_grid(probe, train, rows, val_rows, classes)
-    result = {"task": "linear", "model": flags.model, "protocol": flags.protocol, **report}
+    protocol = "attentive" if probe.attentive else flags.protocol
+    result = {"task": "linear", "model": flags.model, "protocol": protocol, **report}
     result |= {"n_train": len(train if rows is None else rows[1]), "n_val": len(val_rows[1])}
     result["left_out"] = val.left_out
     also = {spec: further_set(probe, classifier, every, spec) for spec in flags.also}
