@@ -142,9 +142,7 @@ def load_tensors(
     report += [f"not in these weights, so they start fresh: {shorten(kinds(fresh))}"] * bool(fresh)
     report += ["the mask token, which it lacks, starts at zeros"] * ("mask_token" in defaults)
     report += [f"left aside: {shorten(aside)}"] * bool(aside)
-    types = {t.dtype for t in tensors.values() if t.is_floating_point()} - {torch.float32}
-    stored = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
-    report += [f"stored in {stored}, loaded as float32"] * bool(types)
+    report += _other_types(tensors)
     print("; ".join(report), file=sys.stderr)
     if any(faults.values()):
         listed = "; ".join(f"{kind}: {shorten(them)}" for kind, them in faults.items() if them)
@@ -153,6 +151,12 @@ def load_tensors(
     # Copied into the parameters that exist, which an optimizer may hold. Those on the meta device
     # hold nothing and are replaced.
     backbone.load_state_dict(state, assign=any(tensor.is_meta for tensor in own.values()))
+
+
+def _other_types(tensors: Mapping[str, Tensor]) -> list[str]:
+    types = {t.dtype for t in tensors.values() if t.is_floating_point()} - {torch.float32}
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
+    return [f"stored in {names}, loaded as float32"] if types else []
 
 
 def _join(parts: list[Tensor], wanted: Tensor) -> Tensor:
