@@ -110,9 +110,10 @@ def train(arm: str, seed: int) -> Path:
 
 def measure(model: Path, clipart: Path) -> dict[str, float]:
     labelled = [f"list:{clipart}/{name}.csv" for name in ("train", "val")]
-    both = ["--model", model, "--size", 98, "--train", labelled[0], "--val", labelled[1]]
+    model = ["--model", model, "--precision", "bf16"]
+    both = [*model, "--size", 98, "--train", labelled[0], "--val", labelled[1]]
     scenes = [f"scenes?split={name}" for name in ("train&size=200", "val&size=100")]
-    dense = ["--model", model, "--size", 224, "--val", scenes[1]]
+    dense = [*model, "--size", 224, "--val", scenes[1]]
     knn = call("eval_knn.py", *both, "--k", 10, 20)
     linear = call("eval_linear.py", *both, "--protocol", "logreg")
     masks = call("eval_dense.py", "segmentation", *dense, "--train", scenes[0], "--head", "knn")
