@@ -190,6 +190,7 @@ def dedup(arguments: argparse.Namespace, pool: Pool, against: Pool | None) -> tu
     thumbs = pool.thumbs
     if thumbs is not None and against is not None:
         thumbs = torch.cat([thumbs, against.thumbs])
+    rows, thumbs = (None if t is None else t.to(pool.model.device) for t in (rows, thumbs))
     options = {"thumbs": thumbs, "layout": arguments.layout, "examples": 2 * SHOWN}
     found = find_duplicates(rows, arguments.threshold, **options, progress=bar)
     groups = found.roots[:own]
@@ -246,7 +247,8 @@ def balance(arguments: argparse.Namespace, pool: Pool, _: None) -> tuple:
 
 def retrieve(arguments: argparse.Namespace, pool: Pool, seeds: Pool) -> tuple:
     bar = progress_bar("neighbours", unit="block")
-    cosines, rows = nearest(seeds.rows, pool.rows, arguments.neighbours, progress=bar)
+    both = (part.rows.to(pool.model.device) for part in (seeds, pool))
+    cosines, rows = nearest(*both, arguments.neighbours, progress=bar)
     best: dict[int, tuple[float, int]] = {}  # row -> its highest cosine and that seed
     for seed, (values, found) in enumerate(zip(cosines.tolist(), rows.tolist(), strict=True)):
         for value, row in zip(values, found, strict=True):

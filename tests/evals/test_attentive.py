@@ -51,9 +51,9 @@ def test_one_small_patch_decides_and_a_head_that_diverges_harms_no_other():
     x[torch.arange(512), place, 0] = 6.0
     x[torch.arange(512), place, 1] = 4.0 * (2 * labels - 1).float()
     rows = x.flatten(1)
-    heads = [AttentiveHead(1, 0.01), AttentiveHead(1, 1e30)]
-    grid = AttentiveGrid(heads, dim=8, classes=2, batch_size=64, device=CPU)
-    for step in range(120):
+    heads = [AttentiveHead(1, 3e-3), AttentiveHead(1, 1e30)]
+    grid = AttentiveGrid(heads, dim=8, classes=2, batch_size=256, device=CPU)
+    for step in range(60):
         part = slice(64 * (step % 6), 64 * (step % 6) + 64)
         grid.step(rows[part], labels[part])
     found = grid.accuracies(rows[384:], labels[384:])
