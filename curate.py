@@ -39,7 +39,7 @@ from data.images import ImageData
 from data.sources.folder import FileImages
 from data.sources.specs import open_data
 from engine import distributed
-from engine.cli import evaluation_parser, run_script
+from engine.cli import evaluation_parser, path_argument, run_script
 from engine.logger import notice, say_passed_over
 from errors import UserError
 from evals.curation import (
@@ -66,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("task", choices=TASKS)
     add("--data", required=True, help="DATA to choose from: a folder or list of files")
-    add("--features", type=Path, help="a folder that extract.py wrote of these images")
+    add("--features", type=path_argument, help="a folder that extract.py wrote of these images")
     add("--threshold", type=float, default=0.9, help="dedup: cosine of near duplicates (0.9)")
     add("--layout", type=float, default=0.8, help="dedup: cosine of their thumbnails (0.8)")
     add("--against", help="dedup: DATA, such as a test set, whose near duplicates are dropped")
