@@ -23,7 +23,8 @@ retrieve  keeps the --neighbours images nearest to each image of --seeds, at mos
 
 --features DIR takes the CLS features from a folder of extract.py instead of computing them; dedup
 then sees colours, and no thumbnails.
-All similarities are exact: 100,000 images take minutes on two cores, a million hours.
+Similarities are exact. On two cores dedup of 100,000 images takes a minute and of a million hours,
+balance of 100,000 images seven minutes, without the time of the features.
 """
 
 import argparse

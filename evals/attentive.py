@@ -76,7 +76,7 @@ class AttentiveGrid:
         self.pools: list[AttentivePool] = []
         for _ in self.heads:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)
                 self.pools.append(AttentivePool(dim, classes).to(device))
         groups = []
         for head, pool in zip(self.heads, self.pools, strict=True):
