@@ -30,7 +30,7 @@ def prepare(module: nn.Module, checkpointing: str, compiled: bool) -> None:
 
     Args:
         checkpointing: "none", "blocks" (of the backbone) or "full" (the heads as well).
-        compiled: whether torch.compile is used; where it fails, the block runs as it is.
+        compiled: whether torch.compile is used; where it fails, the part runs as it is.
     """
     own = blocks(module)
     heads = [child for name, child in module.named_children() if name != "backbone"]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import kernels
 from data.sources.specs import ImageData
 from engine import checkpoint, distributed, optim, parallel
 from engine.config import TrainConfig
@@ -53,6 +54,8 @@ class Trainer:
         self.copies = parallel.HostCopies(teacher, cfg.strategy)
         compiled = device.type == "cuda" if cfg.compile is None else cfg.compile
         parallel.prepare(student, cfg.checkpointing, compiled)
+        parallel.prepare(teacher, "none", compiled)
+        kernels.compiled = compiled
         self.student, self.teacher = self.place(student, trains=True), self.place(teacher)
         self.centering = centering.to(device)
         begun = [stage for stage in stages if stage.first < max(start_step, 1)]

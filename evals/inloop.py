@@ -78,6 +78,7 @@ def teacher_outputs(
     return TeacherOutputs(export, report, None if train is None else probe, locality, draw_curves)
 
 
+@torch.compiler.set_stance("eager_on_recompile")  # images of other sizes compile nothing anew
 def probe_teacher(
     which: ProbeConfig,
     backbone: nn.Module,

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import kernels
 from losses.cross_entropy import row_chunks
 
 Reduce = Callable[[Tensor], Tensor]
 
 MODES = ("ema", "sinkhorn", "none")
-MIN_EXPONENT = -70.0  # so that no sum is 0 and 1e8 rows, each scaled by e^70, are still finite
 
 
 def identity(tensor: Tensor) -> Tensor:
@@ -69,8 +69,7 @@ def sinkhorn_knopp(
         row_scale = ((row_max - all_reduce_max(batch_max)) / temp).exp()
         scores = torch.empty_like(logits, dtype=torch.float32)
         for rows in row_chunks(logits):
-            torch.sub(logits[rows], row_max[rows, None], out=scores[rows])
-            scores[rows].div_(temp).clamp_(min=MIN_EXPONENT).exp_()
+            kernels.write_exponentials(scores[rows], logits[rows], row_max[rows], temp)
         prototype_scale = None
         for _ in range(iterations):
             sums = scores.new_zeros(scores.shape[1])
@@ -81,9 +80,7 @@ def sinkhorn_knopp(
             prototype_scale = 1 / all_reduce_sum(sums)
             prototype_scale /= prototype_scale.amax()  # a common factor, which rows take out again
         for rows in row_chunks(logits):
-            part = scores[rows].mul_(prototype_scale)
-            # The last row factor comes from sum(): over 1e5 prototypes mv is off by 1e-4 on a CPU.
-            part.div_(part.sum(dim=1, keepdim=True))
+            kernels.scale_prototypes_then_rows(scores[rows], prototype_scale)
         return scores
 
 

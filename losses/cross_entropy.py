@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+import kernels
+
 # Bytes of float32 scores held at a time: a CPU keeps them in its cache, and a device does enough
 # work for one kernel launch.
 CHUNK = {"cpu": 1 << 20}
@@ -34,9 +36,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
         logsumexp = logits.new_empty(logits.shape[:2], dtype=torch.float32)
         dots, mass = torch.empty_like(logsumexp), targets.sum(-1)
         for rows in row_chunks(logits, dim=1):
-            scores = _scores(logits[:, rows], temp)
-            dots[:, rows] = torch.linalg.vecdot(scores, targets[..., rows, :])
-            logsumexp[:, rows] = torch.logsumexp(scores, -1)
+            sums = kernels.score_sums(logits[:, rows], targets[..., rows, :], temp)
+            dots[:, rows], logsumexp[:, rows] = sums
         ctx.save_for_backward(logits, targets, logsumexp, mass)
         ctx.temp = temp
         return mass * logsumexp - dots
@@ -46,15 +47,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
         logits, targets, logsumexp, mass = ctx.saved_tensors
         result = torch.empty_like(logits)
         for rows in row_chunks(logits, dim=1):
-            probs = _scores(logits[:, rows], ctx.temp).sub_(logsumexp[:, rows, None]).exp_()
-            slope = probs.mul_(mass[..., rows, None]).sub_(targets[..., rows, :])  # by the scores
-            result[:, rows] = slope.mul_((grad[:, rows] / ctx.temp)[..., None])
+            known = targets[..., rows, :], logsumexp[:, rows], mass[..., rows], grad[:, rows]
+            kernels.write_slope(result[:, rows], logits[:, rows], *known, ctx.temp)
         return result, None, None
-
-
-def _scores(logits: Tensor, temp: float) -> Tensor:
-    """A float32 copy, divided by the temperature."""
-    return logits.to(torch.float32, copy=True).div_(temp)
 
 
 def row_chunks(scores: Tensor, dim: int = 0) -> list[slice]:

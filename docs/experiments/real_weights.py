@@ -35,6 +35,15 @@ ARMS = {  # changes of continue.yaml, and steps in about the time of 150 steps o
     "lora_gram": (LORA, 150),
     "partial": (f"{PLAIN} {LAST}", 220),
     "anchor": (f"{PLAIN} loss.anchor.weight=1", 130),
+    # What LoRA adapts, how and how fast; how many blocks train.
+    "lora_rank4": (f"{PLAIN} {LORA} stages.adapt.tune.rank=4", 180),
+    "lora_rank64": (f"{PLAIN} {LORA} stages.adapt.tune.rank=64", 180),
+    "lora_all": (f"{PLAIN} {LORA} stages.adapt.tune.targets=[qkv,attn.proj,fc1,fc2]", 150),
+    "lora_slower": (f"{PLAIN} {LORA} schedule.lr.peak=3e-4", 180),
+    "lora_faster": (f"{PLAIN} {LORA} schedule.lr.peak=3e-3", 180),
+    "partial_one": (f"{PLAIN} {LAST.replace('blocks.10,', '')}", 230),
+    "partial_four": (f"{PLAIN} {LAST.replace('blocks.10', 'blocks.8,blocks.9,blocks.10')}", 200),
+    "partial_fast": (f"{PLAIN} {LAST} schedule.lr.peak=5e-4", 220),
 }
 
 
