@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = ("errors", "hubconf", "files")  # at the top of the checkout, but no scripts
+LIBRARY = ("errors", "files", "hubconf", "kernels")  # at the top of the checkout, but no scripts
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in LIBRARY)
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([*SCRIPTS, "matplotlib.backends.backend_agg"])

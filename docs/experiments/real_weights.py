@@ -20,6 +20,8 @@ from pathlib import Path
 import yaml
 
 FOLDER = Path("runs/real")
+BF16 = ("--precision", "bf16")
+STOPPED = 3  # exit status of a run whose time is over
 CROPS = {"global_size": 98, "local_size": 42, "local_count": 4}
 NAIVE = "schedule.lr.peak=1e-3 schedule.lr.end=1e-3 schedule.ema_momentum=0.992"
 PLAIN = "loss.gram.weight=0"
@@ -80,17 +82,12 @@ def read(path: Path) -> dict:
 
 
 def write_configs(weights: Path, clipart: Path) -> None:
-    """unlabelled.csv, and a configuration for the careful arms and one for the naive one."""
-    with open(clipart / "val.csv", newline="") as file:
-        val = {row["file"] for row in csv.DictReader(file)}
-    files = (path.relative_to(clipart).as_posix() for path in sorted(clipart.rglob("*.png")))
-    rows = [[clipart / file] for file in files if file not in val]
-    with open(FOLDER / "unlabelled.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["file"], *rows])
+    """A configuration for the careful arms and one for the naive one."""
+    unlabelled = write_unlabelled(clipart, FOLDER)
     configs = Path("configs").resolve()
     common = {
         "init": str(weights),
-        "data": {"train": f"list:{(FOLDER / 'unlabelled.csv').resolve()}", "workers": 0},
+        "data": {"train": f"list:{unlabelled}", "workers": 0},
         "crops": CROPS,
         "batch_size": 32,
         "probe": {"every": 0},
@@ -108,6 +105,18 @@ def write_configs(weights: Path, clipart: Path) -> None:
         (FOLDER / f"{name}.yaml").write_text(yaml.safe_dump(values))
 
 
+def write_unlabelled(clipart: Path, folder: Path) -> Path:
+    """unlabelled.csv: the pictures that are not in val.csv."""
+    with open(clipart / "val.csv", newline="") as file:
+        val = {row["file"] for row in csv.DictReader(file)}
+    files = (path.relative_to(clipart).as_posix() for path in sorted(clipart.rglob("*.png")))
+    rows = [[clipart / file] for file in files if file not in val]
+    path = (folder / "unlabelled.csv").resolve()
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([["file"], *rows])
+    return path
+
+
 def train(arm: str, seed: int) -> Path:
     changes, steps = ARMS[arm]
     run = FOLDER / f"{arm}-{seed}"
@@ -118,30 +127,38 @@ def train(arm: str, seed: int) -> Path:
 
 
 def measure(model: Path, clipart: Path) -> dict[str, float]:
-    labelled = [f"list:{clipart}/{name}.csv" for name in ("train", "val")]
-    model = ["--model", model, "--precision", "bf16"]
-    both = [*model, "--size", 98, "--train", labelled[0], "--val", labelled[1]]
+    return accuracy(model, clipart) | dense(model)
+
+
+def accuracy(model: Path, clipart: Path) -> dict[str, float]:
+    """On val.csv."""
+    labelled = ["--train", f"list:{clipart}/train.csv", "--val", f"list:{clipart}/val.csv"]
+    pictures = [*BF16, "--model", model, "--size", 98, *labelled]
+    knn = call("eval_knn.py", *pictures, "--k", 20)
+    linear = call("eval_linear.py", *pictures, "--protocol", "logreg")
+    return {"knn": knn["k"]["20"], "linear": linear["top1"]}
+
+
+def dense(model: str | Path) -> dict[str, float]:
+    """The old domain here: segmentation of scenes by k-NN of patches, and correspondence."""
     scenes = [f"scenes?split={name}" for name in ("train&size=200", "val&size=100")]
-    dense = [*model, "--size", 224, "--val", scenes[1]]
-    knn = call("eval_knn.py", *both, "--k", 10, 20)
-    linear = call("eval_linear.py", *both, "--protocol", "logreg")
-    masks = call("eval_dense.py", "segmentation", *dense, "--train", scenes[0], "--head", "knn")
-    match = call("eval_dense.py", "correspondence", *dense)
-    return {
-        "knn": knn["k"]["20"],
-        "linear": linear["top1"],
-        "miou": masks["miou"],
-        "recall": match["recall"]["0.05"],
-    }
+    options = [*BF16, "--model", model, "--size", 224, "--val", scenes[1]]
+    masks = call("eval_dense.py", "segmentation", *options, "--train", scenes[0], "--head", "knn")
+    match = call("eval_dense.py", "correspondence", *options)
+    return {"miou": masks["miou"], "recall": match["recall"]["0.05"]}
 
 
-def call(script: str, *arguments) -> dict:
-    """The line of JSON that a script prints; {} of train.py."""
+def call(script: str, *arguments, also: int = 0) -> dict:
+    """The line of JSON that a script prints; {} of train.py.
+
+    Args:
+        also: an exit status that is well, besides 0.
+    """
     command = [sys.executable, script, *map(str, arguments)]
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    run = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **threads}
-    )
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **threads})
+    if run.returncode not in (0, also):
+        sys.exit(f"{script} ended with status {run.returncode}")
     lines = run.stdout.strip().splitlines()
     return json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
 

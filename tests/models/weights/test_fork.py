@@ -37,7 +37,7 @@ class Gated(Attention):
 def forked(monkeypatch):
     """Backbones have gates, as after a fork's change of models/layers.py."""
     own._said.clear()
-    monkeypatch.setattr("models.vit.Attention", Gated)
+    monkeypatch.setattr("models.layers.Attention", Gated)
     return VisionTransformer
 
 
@@ -94,7 +94,7 @@ def test_weights_without_the_parameter_load_and_say_what_starts_fresh(
     write_backbone(plain, RGB, tmp_path / "plain", written)
     path = tmp_path / "plain" / ("backbone.pth" if written == "meta" else "")
     query = "?num_heads=2" if written == "meta" else ""
-    monkeypatch.setattr("models.vit.Attention", Gated)
+    monkeypatch.setattr("models.layers.Attention", Gated)
     loaded = load_backbone(f"{path}{query}")
     assert "start fresh: blocks.*.attn.gate" in capsys.readouterr().err
     torch.testing.assert_close(loaded(IMAGES).cls, plain(IMAGES).cls)
