@@ -108,6 +108,16 @@ def is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (Union, types.UnionType)
 
 
+def options_of(union: Any) -> list[Any]:
+    """The types in a union, numbers first, for `typing` caches equal unions of another order."""
+
+    def rank(option: Any) -> int:
+        kind = typing.get_origin(option) or option
+        return [*WORDS].index(kind) if kind in WORDS else -1
+
+    return sorted(typing.get_args(union), key=rank)
+
+
 def sections_of(cls: type) -> dict[str, type]:
     """The fields of `cls` that hold a dataclass, or a dataclass or None."""
     sections = {}
@@ -188,7 +198,7 @@ def type_in_words(hint: Any) -> str:
     if kind is Literal:
         return " | ".join(map(str, options))
     if is_union(hint):
-        return " | ".join(map(type_in_words, options))
+        return " | ".join(map(type_in_words, options_of(hint)))
     if kind is list:
         return f"list of {type_in_words(options[0])}"
     return WORDS.get(kind) or kind.__name__.removesuffix("Config").lower()

@@ -27,6 +27,7 @@ from engine.keys import (
     is_text,
     is_union,
     notes,
+    options_of,
     sections_of,
     suggestion,
 )
@@ -213,7 +214,7 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     kind, options = typing.get_origin(hint) or hint, typing.get_args(hint)
     if is_union(hint):
         errors = []
-        for option in options:
+        for option in options_of(hint):
             try:
                 return convert(value, option, name)
             except UserError as error:

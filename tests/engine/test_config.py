@@ -10,8 +10,8 @@ import distill
 import train
 from engine.config import Schedule, TrainConfig, load_config
 from engine.distill_config import DistillTrainConfig
-from engine.keys import sections
-from engine.settings import all_keys, changed_keys, to_dict, to_yaml
+from engine.keys import sections, type_in_words
+from engine.settings import all_keys, changed_keys, convert, to_dict, to_yaml
 from errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -182,6 +182,11 @@ def printed(main, arguments: list[str], capsys) -> str:
 def test_the_page_of_the_configuration_is_what_the_program_prints(capsys):
     page = (ROOT / "docs" / "configuration.md").read_text()
     assert printed(distill.main, ["--keys", "--markdown"], capsys) == page
+
+
+def test_the_order_of_a_union_does_not_matter(capsys):
+    assert type_in_words(str | int | None) == type_in_words(int | str | None) == "int | text | null"
+    assert convert("10", str | int, "key") == convert("10", int | str, "key") == 10
 
 
 def test_keys_are_printed_for_a_terminal_of_100_columns(capsys):
