@@ -113,7 +113,7 @@ def options_of(union: Any) -> list[Any]:
 
     def rank(option: Any) -> int:
         kind = typing.get_origin(option) or option
-        return [*WORDS].index(kind) if kind in WORDS else -1
+        return [*WORDS].index(kind if kind in WORDS else bool)
 
     return sorted(typing.get_args(union), key=rank)
 
