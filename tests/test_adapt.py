@@ -368,7 +368,7 @@ def test_the_other_settings_of_the_page_run_too(place):
     run_as_written(blocks("bash")[1])
     settings = [
         "tune.mode=lora",
-        "tune.mode=partial 'tune.targets=[blocks.11, norm]'",
+        "tune.mode=partial 'tune.targets=[blocks.10, blocks.11, norm]'",
         "loss.gram.weight=1",
         "micro_batch_size=16",
         "checkpointing=blocks",
