@@ -4,6 +4,8 @@ r"""Dense probes on frozen patch tokens: segmentation, depth, matching, tracking
         --val "scenes?split=val&size=90"
     python eval_dense.py depth --model "pixels?patch_size=6" --train "scenes?size=900" \
         --val "scenes?split=val&size=90"
+    python eval_dense.py segmentation --head mask --model runs/quickstart \
+        --train "scenes?size=900" --val "scenes?split=val&size=90" --output runs/masks
     python eval_dense.py correspondence --model runs/quickstart --val "scenes?split=val&size=200"
     python eval_dense.py tracking --model runs/quickstart --val "scenes?split=val&size=50&frames=8"
     python eval_dense.py localization --model runs/quickstart --val "scenes?split=val&size=200"
@@ -11,7 +13,9 @@ r"""Dense probes on frozen patch tokens: segmentation, depth, matching, tracking
 The model gets whole images, their short side at its own size unless --size says otherwise. Results
 are measured at the full size of the annotations. "limit" in a result is the score of the truth
 itself after pooling to the patch grid: no features do much better. segmentation and depth train a
-linear head on --train. localization chooses TokenCut's threshold on --train, if it is given.
+head on --train: a linear one, a mask decoder (--head mask) or DPT (--head dpt). With --output it is
+kept there, and `visualize.py predictions --head DIR` draws with it (docs/systems.md). localization
+chooses TokenCut's threshold on --train, if it is given.
 """
 
 import argparse
@@ -32,7 +36,9 @@ from engine.cli import evaluation_parser, run_script
 from engine.logger import notice, say_passed_over
 from errors import UserError
 from evals.dense import SEGMENTATION, Recipe, linear_segmentation
+from evals.dense_heads import MAPS, dpt_depth, keep_linear, mask_head_segmentation
 from evals.depth import DEPTH, linear_depth
+from evals.dpt import BINS
 from evals.frozen import FrozenModel, progress_bar, run_evaluation
 from evals.localization import localize, read_truth
 from evals.matching import match_keypoints, match_views, track
@@ -41,15 +47,15 @@ from evals.reading import first_readable, in_order, read_batches
 
 SCALES = (0.75, 1.0, 1.25, 1.5)  # of --multi-scale; each also mirrored
 HELP = {
-    "segmentation": "mIoU of a linear or k-NN head",
-    "depth": "RMSE and delta1 of a linear head",
+    "segmentation": "mIoU of a linear, k-NN or mask head",
+    "depth": "RMSE and delta1 of a linear or DPT head",
     "correspondence": "recall of matched points and keypoints",
     "tracking": "J&F of propagated labels",
     "localization": "CorLoc, IoU and pointing game of attention, LOST and TokenCut",
 }
 POSITIVE = (
     *("batch_size", "layers", "window", "steps", "k", "lr", "thresholds"),
-    *("context", "radius", "top", "temperature", "span"),
+    *("context", "radius", "top", "temperature", "span", "minutes"),
 )
 
 
@@ -86,7 +92,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--train", required=trains, help="DATA with annotations to fit a head or threshold to")
         add("--val", required=True, help="DATA with annotations to predict")
         if name != "localization":
-            add("--layers", type=int, default=1, help="last blocks, concatenated; DINOv2's +ms: 4")
+            blocks = "last blocks, concatenated, by default 1; DINOv2's +ms: 4"
+            if trains:
+                blocks += "; of --head mask and dpt, which four blocks, from 0"
+            add("--layers", type=int, nargs="+", help=blocks)
             add("--window", type=int, help="side in pixels of a sliding window; else whole images")
         if trains:
             add("--lr", type=float, nargs="+", help="learning rates; the best on --val is reported")
@@ -97,13 +106,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 action="store_true",
                 help=f"mean over {SCALES} of the size, mirrored",
             )
+            keeps = "whether maps of --head mask and dpt are kept, if they fit into 4 GiB"
+            add("--cache", choices=("auto", "off"), default="auto", help=keeps)
+            limit = "of training with --head mask and dpt; the same command goes on from --output"
+            add("--minutes", type=float, help=limit)
     add = tasks.choices["segmentation"].add_argument
-    add("--head", choices=("linear", "knn"), default="linear")
+    add("--head", choices=("linear", "knn", "mask"), default="linear")
     add("--k", type=int, default=30, help="patches that vote, of --head knn")
     add("--ignore-index", type=int, default=255, help="class to leave out, besides 255")
     add = tasks.choices["depth"].add_argument
     span = "metres of the bins; by default those of --train"
     add("--span", type=float, nargs=2, metavar=("LOW", "HIGH"), help=span)
+    add("--head", choices=("linear", "dpt"), default="linear")
+    add("--bins", choices=BINS, default="linear", help="of --head dpt: how they are spaced")
+    align = "measure after the scale and shift of each image that fit best"
+    add("--align", action="store_true", help=align)
     add = tasks.choices["correspondence"].add_argument
     add("--thresholds", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     add = tasks.choices["tracking"].add_argument
@@ -123,6 +140,8 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
     if arguments.size is not None and (len(arguments.size) > 2 or min(arguments.size) < 1):
         raise UserError("--size takes the short side, or height and width, in pixels")
     for name in POSITIVE:
+        if name == "layers" and getattr(arguments, "head", "") in ("mask", "dpt"):
+            continue  # indices, from 0
         value = getattr(arguments, name, None)
         values = value if isinstance(value, list) else [value]
         if value is not None and min(values) <= 0:
@@ -130,8 +149,35 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
     span = getattr(arguments, "span", None)
     if span is not None and span[0] >= span[1]:
         raise UserError(f"--span is {span[0]:g} {span[1]:g}; the first must be the smaller")
-    if getattr(arguments, "head", "") == "knn" and arguments.multi_scale:
+    return (check_head if hasattr(arguments, "head") else check_layers)(arguments)
+
+
+def check_head(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Refuses flags that --head does not read."""
+    head, layers = arguments.head, arguments.layers
+    if head != "linear" and arguments.multi_scale:
         raise UserError("--multi-scale goes with --head linear only")
+    if head in ("linear", "knn"):
+        if arguments.minutes is not None:
+            raise UserError("--minutes goes with --head mask and dpt only")
+        return check_layers(arguments)
+    if arguments.window is not None:
+        raise UserError(f"--window goes with --head linear only; {head} trains on whole images")
+    if arguments.lr is not None and len(arguments.lr) > 1:
+        raise UserError(f"--lr has {len(arguments.lr)} rates; --head {head} trains at one")
+    if layers is not None and len(layers) != MAPS:
+        raise UserError(f"--layers names {len(layers)} blocks; --head {head} takes {MAPS}")
+    if arguments.minutes is not None and arguments.output is None:
+        raise UserError("--minutes needs --output, where the training is kept to go on from")
+    return arguments
+
+
+def check_layers(arguments: argparse.Namespace) -> argparse.Namespace:
+    """--layers as a number: 1 by default."""
+    layers = getattr(arguments, "layers", None) or [1]
+    if len(layers) > 1:
+        raise UserError(f"--layers has {len(layers)} numbers; give how many of the last blocks")
+    arguments.layers = layers[0]
     return arguments
 
 
@@ -161,7 +207,7 @@ class DenseModel(FrozenModel):
         self.flags = arguments
         self.loading["progress"] = progress_bar(arguments.task)
         self.windowed: nn.Module = self.backbone
-        if getattr(arguments, "layers", 1) > 1:
+        if isinstance(getattr(arguments, "layers", None), int) and arguments.layers > 1:
             self.windowed = LastLayers(self.windowed, arguments.layers)
         if getattr(arguments, "window", None) is not None:
             self.windowed = Sliding(self.windowed, arguments.window)
@@ -201,15 +247,25 @@ class DenseModel(FrozenModel):
     ) -> dict:
         """Trains heads with `recipe`, --lr, --steps and --seed."""
         flags = self.flags
+        if flags.output is not None and flags.window is None:
+            options["keep"] = partial(keep_linear, self.backbone, flags)
         options |= {"recipe": replace(recipe, lrs=tuple(flags.lr or recipe.lrs))}
         options |= {"steps": flags.steps, "seed": flags.seed, **self.loading}
         training, vals = self.annotated(train, kind), self.variants(val, kind)
         return probe(self.windowed, training, vals, self.device, **options)
 
+    def train_head(self, task: Callable, train: ImageData, val: ImageData, kind: str) -> dict:
+        """Trains and measures a head of evals/dense_heads.py."""
+        both = self.annotated(train, kind), self.annotated(val, kind)
+        scores, _ = task(self.backbone, *both, self.flags, self.device, **self.loading)
+        return scores
+
 
 def segment(model: DenseModel, train: ImageData, val: ImageData) -> dict:
     flags = model.flags
-    if flags.head == "linear":
+    if flags.head == "mask":
+        scores = model.train_head(mask_head_segmentation, train, val, "mask")
+    elif flags.head == "linear":
         scores = model.probe_linear(linear_segmentation, SEGMENTATION, train, val, "mask")
     else:
         both = model.annotated(train, "mask"), model.annotated(val, "mask")
@@ -219,8 +275,13 @@ def segment(model: DenseModel, train: ImageData, val: ImageData) -> dict:
 
 
 def estimate_depth(model: DenseModel, train: ImageData, val: ImageData) -> dict:
-    span = model.flags.span
-    return model.probe_linear(linear_depth, DEPTH, train, val, "depth", span=span)
+    flags = model.flags
+    if flags.head == "dpt":
+        scores = model.train_head(dpt_depth, train, val, "depth")
+    else:
+        options = {"span": flags.span, "align": flags.align}
+        scores = model.probe_linear(linear_depth, DEPTH, train, val, "depth", **options)
+    return {"head": flags.head, **scores}
 
 
 def match(model: DenseModel, train: None, val: ImageData) -> dict:

@@ -9,6 +9,7 @@ r"""Pictures as PNG: patch tokens, attention, similarity, maps of images, traini
     python visualize.py crops --config configs/quickstart.yaml --images scenes --output crops.png
     python visualize.py masks --config configs/quickstart.yaml --images scenes --output masks.png
     python visualize.py curves --runs runs/quickstart --output curves.png
+    python visualize.py predictions --head runs/masks --images scenes --output predictions.png
 
 pca draws the first three principal components of the patch tokens as red, green and blue. Each
 image has its own colours. With --joint a colour means the same in all images. With --basis FILE it
@@ -17,6 +18,7 @@ the side of the first component that touches the border more.
 attention draws softmax(q k) of CLS for each head and their mean; registers have maps of their own.
 similarity draws the cosine between the patch at each point and all others.
 embedding places whole images by their CLS features.
+predictions draws masks, depth or boxes of a head that `eval_dense.py --output DIR` kept.
 Images keep their aspect, and more pixels give more tokens: --size 448 for photographs,
 --size 4096 --window 512 for scans.
 """
@@ -41,10 +43,12 @@ from evals.curves import draw_curves
 from evals.embedding import draw_embedding, pca_map, tsne_map
 from evals.figures import enlarge
 from evals.frozen import check_least, class_name
+from evals.heads import load_head
 from evals.knn import cls_features
 from evals.maps import to_picture
 from evals.patches import patch_tokens
 from evals.photographs import load_images, read_photographs
+from evals.predictions import draw_predictions
 from evals.token_maps import draw_attention, draw_components, draw_similarity
 from evals.views import Views, draw_views, hide_in_crops, make_views
 from models.weights.load import load_backbone
@@ -99,6 +103,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--points", action="store_true", help=f"no thumbnails, as with more than {MANY} images")
     add("--batch-size", type=int, default=64, help="images a forward pass")
 
+    task = tasks.add_parser("predictions", help="masks, depth or boxes of a kept head")
+    kept = "folder that eval_dense.py --output wrote"
+    task.add_argument("--head", required=True, type=path_argument, metavar="DIR", help=kept)
+    add_model(task, required=False)
+    add_window(task)
+
     for name, text in (("crops", "views of a configuration"), ("masks", "patches that it hides")):
         task = tasks.add_parser(name, help=text)
         task.add_argument("--config", help="a YAML file, by path or by its name in configs/")
@@ -115,9 +125,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def add_model(task: argparse.ArgumentParser, count: int = 8) -> None:
+def add_model(task: argparse.ArgumentParser, count: int = 8, required: bool = True) -> None:
     known = "a run folder, RUN@step, RUN@best, weights, random:vit_small, pixels ..."
-    task.add_argument("--model", required=True, help=known)
+    task.add_argument("--model", required=required, help=known)
     add_images(task, count)
     task.add_argument("--size", type=int, help="short side in pixels; by default the model's own")
     task.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -199,6 +209,15 @@ def embedding(arguments: argparse.Namespace) -> dict:
     return result | {"method": arguments.method, "classes": len(set(names) - {""})}
 
 
+def predictions(arguments: argparse.Namespace) -> dict:
+    trained = load_head(arguments.head, arguments.model, choose_device(arguments.device))
+    size = min(trained.settings.size) if arguments.size is None else arguments.size
+    options = {"size": size, "height": 320}
+    photographs = read_photographs(arguments.images, arguments.count, trained.backbone, **options)
+    found = draw_predictions(arguments.output, photographs, trained)
+    return {"head": str(arguments.head), "size": size, "images": found}
+
+
 def named_squares(arguments: argparse.Namespace, wanted: dict) -> Iterator[tuple[str, Tensor]]:
     """Class name, else the spec where there are several, and image (C, h, w) as for k-NN."""
 
@@ -258,7 +277,8 @@ def curves(arguments: argparse.Namespace) -> dict:
 
 
 TASKS = {
-    task.__name__: task for task in (pca, attention, similarity, embedding, crops, masks, curves)
+    task.__name__: task
+    for task in (pca, attention, similarity, embedding, predictions, crops, masks, curves)
 }
 
 if __name__ == "__main__":

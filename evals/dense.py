@@ -101,19 +101,21 @@ class FrozenPatches:
         fits = sum(used for used, _ in totals) <= limit
         self.kept = in_order(kept, distributed.gather_to_main) if fits else None
 
-    def draws(self, steps: int, batch_size: int, seed: int) -> Iterator[list[Patches]]:
-        """`steps` batches, epoch after epoch in a new order; a batch may span two epochs."""
+    def draws(
+        self, steps: int, batch_size: int, seed: int, first: int = 0
+    ) -> Iterator[list[Patches]]:
+        """Batches `first` to `steps`, epoch after epoch in a new order; one may span two epochs."""
         generator = torch.Generator().manual_seed(seed)
         images, count = len(self.indices), steps * batch_size
         epochs = range(math.ceil(count / images))
         order = torch.cat([torch.randperm(images, generator=generator) for _ in epochs])
-        order = order[:count].tolist()
+        order = order[first * batch_size : count].tolist()
         if self.kept is None:
             drawn = Subset(self.data, [self.indices[number] for number in order])
             items = self.extract(drawn, batch_size=batch_size, shared=False)
         else:
             items = (self.kept[number] for number in order)
-        for _ in range(steps):
+        for _ in range(steps - first):
             yield list(islice(items, batch_size))
 
 
@@ -252,6 +254,7 @@ def linear_segmentation(
     vals: Sequence[Dataset],
     device: torch.device,
     *,
+    keep: Callable[[nn.Module, dict], None] | None = None,
     recipe: Recipe = SEGMENTATION,
     steps: int | None = None,
     seed: int = 0,
@@ -264,6 +267,7 @@ def linear_segmentation(
             out.
         vals: the same images at one or several sizes, or mirrored where `flip` is set; class
             probabilities are averaged.
+        keep: called with the best head and its options besides the width.
         options: of `extract_patches`.
 
     Returns:
@@ -295,6 +299,8 @@ def linear_segmentation(
     counts = {name: distributed.all_reduce_sum(count) for name, count in counts.items()}
     scores = {name: mean_iou(count) for name, count in counts.items()}
     best = max(heads, key=lambda lr: scores[lr][0])
+    if keep is not None:
+        keep(heads[best], {"classes": classes})
     accuracy = float(counts[best].diag().sum() / counts[best].sum())
     result = {"miou": scores[best][0], "pixel_accuracy": accuracy, "iou": scores[best][1]}
     result["lr"] = {f"{lr:g}": scores[lr][0] for lr in heads}

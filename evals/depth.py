@@ -1,6 +1,7 @@
 """Depth from frozen patches by a linear head, as DINOv3 measures it; training as in dense.py."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,8 @@ def linear_depth(
     device: torch.device,
     *,
     span: tuple[float, float] | None = None,
+    align: bool = False,
+    keep: Callable[[nn.Module, dict], None] | None = None,
     recipe: Recipe = DEPTH,
     steps: int | None = None,
     seed: int = 0,
@@ -55,21 +58,18 @@ def linear_depth(
     Args:
         train, vals: as of `linear_segmentation`, with depth (H', W') in metres as the target.
         span: depth of the first and last bin in metres; None takes the range of train.
+        align: see `depth_errors`.
+        keep: called with the best head and its options besides the width.
 
     Returns:
-        {"rmse": metres, lower is better, "delta1": share of pixels within a factor of 1.25,
-        "lr": {rate: rmse}, "limit": {"rmse", "delta1"} of the truth pooled to the patch grid,
-        "constant": RMSE of train's mean depth, "span", "steps"}.
+        {what `depth_errors` measures, "lr": {rate: rmse}, "limit": {"rmse", "delta1"} of the truth
+        pooled to the patch grid, "constant": RMSE of train's mean depth, "span", "steps"}.
 
     Raises:
         UserError: if no pixel has a depth.
     """
     patches = FrozenPatches(backbone, train, device, depth_summary, **options)
-    known = [summary for summary in patches.summaries if summary is not None]
-    if not known:
-        raise UserError("no pixel of the training depth is above 0")
-    lows, highs, means = zip(*known, strict=True)
-    low, high = span or (min(lows), max(highs))
+    low, high, middle = depth_range(patches.summaries, span)
     steps = recipe.steps(len(patches.indices)) if steps is None else steps
     build = partial(DepthHead, patches.dim, low, high)
     loss = partial(sig_loss, begin=min(0.1, 100 / steps))
@@ -79,23 +79,23 @@ def linear_depth(
     for variants in zip(*streams, strict=True):
         depth = variants[0].target.to(device)
         if is_depth(depth).any():
-            constant = torch.full_like(depth, sum(means) / len(means))
+            constant = torch.full_like(depth, middle)
             guesses = {"limit": pooled_depth(depth, variants[0].grid), "constant": constant}
             for lr, head in heads.items():
                 guesses[lr] = predict(head, variants, flips, torch.clone)[0].clamp(low, high)
-            errors = {name: depth_errors(guess, depth) for name, guess in guesses.items()}
+            errors = {name: depth_errors(guess, depth, align) for name, guess in guesses.items()}
             found.append((variants[0].index, errors))
-    if not (found := in_order(found)):
-        raise UserError("no pixel of the validation depth is above 0")
-    rmse, delta = (
-        {name: sum(of_image[name][k] for of_image in found) / len(found) for name in found[0]}
-        for k in range(2)
-    )
-    best = min(heads, key=rmse.get)
-    result = {"rmse": rmse[best], "delta1": delta[best]}
-    result["lr"] = {f"{lr:g}": rmse[lr] for lr in heads}
-    result["limit"] = {"rmse": rmse["limit"], "delta1": delta["limit"]}
-    return result | {"constant": rmse["constant"], "span": [low, high], "steps": steps}
+    found = in_order(found)
+    means = {
+        name: mean_errors([of_image[name] for of_image in found])
+        for name in (*heads, "limit", "constant")
+    }
+    best = min(heads, key=lambda lr: means[lr]["rmse"])
+    if keep is not None:
+        keep(heads[best], {"low": low, "high": high})
+    result = means[best] | {"lr": {f"{lr:g}": means[lr]["rmse"] for lr in heads}}
+    result["limit"] = {name: means["limit"][name] for name in ("rmse", "delta1")}
+    return result | {"constant": means["constant"]["rmse"], "span": [low, high], "steps": steps}
 
 
 def is_depth(depth: Tensor) -> Tensor:
@@ -106,6 +106,22 @@ def depth_summary(depth: Tensor) -> tuple[float, float, float] | None:
     """Least, largest and mean depth; None where there is none."""
     known = depth[is_depth(depth)].float()
     return (float(known.min()), float(known.max()), float(known.mean())) if len(known) else None
+
+
+def depth_range(
+    summaries: Sequence[tuple[float, float, float] | None], span: Sequence[float] | None = None
+) -> tuple[float, float, float]:
+    """Least and largest depth, or `span`, and the images' mean depth.
+
+    Raises:
+        UserError: if no image has depth.
+    """
+    known = [summary for summary in summaries if summary is not None]
+    if not known:
+        raise UserError("no pixel of the training depth is above 0")
+    lows, highs, means = zip(*known, strict=True)
+    low, high = span or (min(lows), max(highs))
+    return low, high, sum(means) / len(means)
 
 
 def sig_loss(
@@ -127,13 +143,49 @@ def sig_loss(
     return (spread + 0.15 * g.mean().square()).clamp(min=1e-12).sqrt()
 
 
-def depth_errors(guess: Tensor, depth: Tensor) -> tuple[float, float]:
-    """RMSE in metres and delta1 of one image (H, W)."""
+def depth_errors(guess: Tensor, depth: Tensor, align: bool = False) -> dict[str, float]:
+    """The usual measures of one image (H, W), over its pixels with depth.
+
+    Args:
+        guess: metres; it counts as at least a millimetre.
+        align: by the scale and shift that fit the truth best (least squares), as for relative
+            depth.
+
+    Returns:
+        "rmse" and "mae" in metres, "abs_rel", "sq_rel", "rmse_log", "log10", "silog" (times 100),
+        and the shares of pixels within a factor of 1.25, 1.25² and 1.25³, "delta1" to "delta3".
+    """
     known = is_depth(depth)
     guess, depth = guess[known].cpu().double(), depth[known].cpu().double()
-    rmse = (guess - depth).square().mean().sqrt()
-    within = torch.maximum(guess / depth, depth / guess) < 1.25
-    return float(rmse), float(within.double().mean())
+    if align:
+        design = torch.stack([guess, torch.ones_like(guess)], dim=1)
+        # Of a constant guess, whose scale is free, this driver takes the shift that fits.
+        guess = design @ torch.linalg.lstsq(design, depth[:, None], driver="gelsd").solution[:, 0]
+    guess = guess.clamp(min=1e-3)
+    difference, g = guess - depth, guess.log() - depth.log()
+    worst = torch.maximum(guess / depth, depth / guess)
+    errors = {
+        "rmse": difference.square().mean().sqrt(),
+        "mae": difference.abs().mean(),
+        "abs_rel": (difference.abs() / depth).mean(),
+        "sq_rel": (difference.square() / depth).mean(),
+        "rmse_log": g.square().mean().sqrt(),
+        "log10": g.abs().mean() / math.log(10),
+        "silog": 100 * g.var(correction=0).sqrt(),
+    }
+    errors |= {f"delta{k}": (worst < 1.25**k).double().mean() for k in (1, 2, 3)}
+    return {name: float(value) for name, value in errors.items()}
+
+
+def mean_errors(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean over images.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not found:
+        raise UserError("no pixel of the validation depth is above 0")
+    return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
 
 
 def pooled_depth(depth: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -96,14 +96,14 @@ class Attention(nn.Module):
 
     def _attend(self, qkv: Tensor, rotation: Rotation | None) -> Tensor:
         """(B, T, 3·D) -> (B, T, D), before the last projection."""
-        return attend(*self._heads(qkv, rotation)).transpose(1, 2).flatten(2)
+        return attend(*self.split_heads(qkv, rotation)).transpose(1, 2).flatten(2)
 
     def weights(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """softmax(q kᵀ / √d) (B, heads, T, T) in float32, a matrix `forward` never holds."""
-        q, k, _ = self._heads(self.qkv(x), rotation)
+        q, k, _ = self.split_heads(self.qkv(x), rotation)
         return torch.softmax((q @ k.mT).float() * q.shape[-1] ** -0.5, dim=-1)
 
-    def _heads(self, qkv: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
+    def split_heads(self, qkv: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
         """q, k, v, each (B, heads, T, d), of (B, T, 3·D)."""
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, d)
         if rotation is None:

@@ -22,7 +22,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 WEIGHTS = Path("weights/dinov2-small")
-HEADS, HEAL, EVERY = 20, 120, 40  # steps
+HEADS, EVERY = 20, 40  # steps
 LABELS = {
     "probe/knn": "k-NN, clip art",
     "probe/locality": "locality, clip art",
@@ -38,11 +38,16 @@ def main() -> None:
     flags.add_argument("shared", type=Path)
     flags.add_argument("--wreck", type=int, default=120, help="steps of the wrecking recipe")
     flags.add_argument("--rate", type=float, default=5e-4, help="its learning rate")
+    flags.add_argument("--heal", type=int, default=120, help="steps of the Gram stage")
+    follows = "of the teacher, which is what is measured"
+    flags.add_argument("--momentum", type=float, default=0.99, help=follows)
+    alone = "in the Gram stage the Gram term alone, at weight 10"
+    flags.add_argument("--alone", action="store_true", help=alone)
     flags.add_argument("--folder", type=Path, default=Path("runs/heal"))
     arguments = flags.parse_args()
     shared, folder = arguments.shared.resolve(), arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    call("train.py", "--config", write_config(shared, folder, arguments.wreck, arguments.rate))
+    call("train.py", "--config", write_config(shared, arguments))
     results = read(folder / "results.json")
     for step, probed in probes(folder / "run").items():
         if str(step) not in results:
@@ -53,9 +58,14 @@ def main() -> None:
     draw(results, HEADS + arguments.wreck, folder / "curve.png")
 
 
-def write_config(shared: Path, folder: Path, wreck: int, rate: float) -> Path:
+def write_config(shared: Path, arguments: argparse.Namespace) -> Path:
+    folder, rate = arguments.folder, arguments.rate
     clipart, configs = shared / "datasets/openclipart", Path("configs").resolve()
     constant = {"start": 0, "peak": rate, "end": rate, "warmup": "10%", "shape": "constant"}
+    gram = {"ibot": {"weight": 0.0}, "gram": {"weight": 2.0, "teacher": "auto"}}
+    if arguments.alone:  # DINO's term keeps a trace, so that its head has a gradient
+        gram |= {"dino": {"weight": 1e-4}, "koleo": {"weight": 0.0}}
+        gram["gram"]["weight"] = 10.0
     values = {
         "base": [f"{configs}/dinov2_vits14.yaml", f"{configs}/continue.yaml"],
         "output_dir": str(folder / "run"),
@@ -65,16 +75,17 @@ def write_config(shared: Path, folder: Path, wreck: int, rate: float) -> Path:
         "batch_size": 32,
         "loss": {"gram": {"weight": 0.0}},
         "optim": {"layer_decay": 1.0},
+        "schedule": {"ema_momentum": {"peak": arguments.momentum, "end": arguments.momentum}},
         "stages": {
             "heads": {"steps": HEADS},
             "adapt": {
-                "steps": wreck,
+                "steps": arguments.wreck,
                 "loss": {"ibot": {"weight": 0.0}},
                 "schedule": {"lr": constant},
             },
             "heal": {
-                "steps": HEAL,
-                "loss": {"ibot": {"weight": 0.0}, "gram": {"weight": 2.0, "teacher": "auto"}},
+                "steps": arguments.heal,
+                "loss": gram,
                 "schedule": {"lr": {"peak": 2e-4}},
             },
         },

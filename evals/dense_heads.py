@@ -1,0 +1,172 @@
+"""Training and measuring the heads of evals/heads.py that are not linear, for eval_dense.py."""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from engine import distributed
+from errors import UserError
+from evals.dense import FrozenPatches, Recipe, largest_class
+from evals.depth import depth_errors, depth_range, depth_summary, is_depth, mean_errors
+from evals.heads import (
+    ChosenBlocks,
+    HeadSettings,
+    LinearMaps,
+    TrainedHead,
+    fingerprint,
+    save_head,
+    train_head,
+)
+from evals.patches import CLASSES, confusion, extract_patches, mean_iou
+from evals.reading import in_order
+
+# Rates and lengths are ours, for the small heads and short runs here.
+MASK = Recipe((5e-4,), 0.05, (0.9, 0.999), 0.05, 1e-2, 0.0, 32, 40_000, clip=1.0, batch_size=8)
+DPT = Recipe((1e-3,), 1e-2, (0.9, 0.999), 0.05, 1e-2, 0.0, 25, 38_400, clip=1.0, batch_size=8)
+RECIPES = {("segmentation", "mask"): MASK, ("depth", "dpt"): DPT}
+MAPS = 4  # that these heads take
+QUERIES = 50  # of a mask head, or as many as there are classes
+CACHE = 4 * 2**30  # bytes of maps that are kept
+
+
+def fit(
+    backbone: nn.Module,
+    train: Dataset,
+    flags: argparse.Namespace,
+    device: torch.device,
+    summary: Callable[[Any], Any],
+    options_of: Callable[[Sequence[Any]], dict[str, Any]],
+    **loading: Any,
+) -> tuple[TrainedHead, int]:
+    """The trained head of --head, and its steps.
+
+    Args:
+        train: items (image, target, index).
+        summary: of a target; `options_of` makes the head's options of all of them.
+    """
+    windowed = ChosenBlocks(backbone, flags.layers)
+    limit = CACHE if flags.cache == "auto" else 0
+    patches = FrozenPatches(windowed, train, device, summary, limit=limit, **loading)
+    recipe = RECIPES[flags.task, flags.head]
+    if flags.lr:
+        recipe = Recipe(**{**vars(recipe), "lrs": tuple(flags.lr)})
+    steps = flags.steps or recipe.steps(len(patches.indices))
+    settings = head_settings(backbone, windowed, patches.dim, flags, MAPS)
+    settings.options = options_of(patches.summaries)
+    settings.training |= {"steps": steps, "lr": recipe.lrs[0]}
+    trained = TrainedHead(backbone, settings.build(flags.seed).to(device), settings)
+    options = {"folder": flags.output, "minutes": flags.minutes or math.inf, "seed": flags.seed}
+    train_head(trained, patches, recipe, steps=steps, **options)
+    return trained, steps
+
+
+def head_settings(
+    backbone: nn.Module, windowed: ChosenBlocks, dim: int, flags: argparse.Namespace, maps: int
+) -> HeadSettings:
+    """Of the flags of eval_dense.py, without the head's own options; `dim` is ΣD."""
+    count = len(windowed.blocks)
+    return HeadSettings(
+        flags.task,
+        flags.head,
+        flags.model,
+        {},
+        [dim // count] * count,
+        max(count, maps),
+        list(windowed.blocks),
+        backbone.patch_size,
+        list(flags.size or [min(backbone.preprocessing.size)]),
+        fingerprint(backbone),
+        {"train": flags.train, "seed": flags.seed},
+    )
+
+
+def keep_linear(
+    backbone: nn.Module, flags: argparse.Namespace, head: nn.Module, options: dict[str, Any]
+) -> TrainedHead:
+    """The best linear head, kept in --output."""
+    last = flags.layers
+    windowed = ChosenBlocks(backbone, range(len(backbone.blocks))[-last:] if last > 1 else None)
+    windowed.blocks = windowed.blocks[-last:]
+    dim = head.linear.in_features
+    settings = head_settings(backbone, windowed, dim, flags, len(windowed.blocks))
+    settings.options = options
+    maps = LinearMaps(settings.dims, backbone.patch_size, **options)
+    maps.head = head
+    trained = TrainedHead(backbone, maps, settings)
+    if distributed.is_main():
+        save_head(flags.output, trained)
+    return trained
+
+
+def mask_options(summaries: Sequence[int]) -> dict[str, Any]:
+    classes = max(summaries) + 1
+    if classes < 1:
+        raise UserError("no pixel of the training masks has a class")
+    return {"classes": classes, "queries": max(QUERIES, classes)}
+
+
+def mask_head_segmentation(
+    backbone: nn.Module,
+    train: Dataset,
+    val: Dataset,
+    flags: argparse.Namespace,
+    device: torch.device,
+    **loading: Any,
+) -> tuple[dict[str, Any], TrainedHead]:
+    """mIoU of a mask head, measured at the masks' full size.
+
+    Args:
+        train, val: items (image, mask, index); 255 is left out.
+        flags: of eval_dense.py.
+    """
+    trained, steps = fit(backbone, train, flags, device, largest_class, mask_options, **loading)
+    counts = torch.zeros(CLASSES, CLASSES, dtype=torch.long, device=device)
+    for _, mask, scores in predictions(trained, val, device, **loading):
+        counts += confusion(scores.argmax(dim=0), mask)
+    counts = distributed.all_reduce_sum(counts)
+    miou, each = mean_iou(counts)
+    accuracy = float(counts.diag().sum() / counts.sum())
+    result = {"miou": miou, "pixel_accuracy": accuracy, "iou": each, "steps": steps}
+    return result, trained
+
+
+def dpt_depth(
+    backbone: nn.Module,
+    train: Dataset,
+    val: Dataset,
+    flags: argparse.Namespace,
+    device: torch.device,
+    **loading: Any,
+) -> tuple[dict[str, Any], TrainedHead]:
+    """The errors of a DPT head, see `depth_errors`, measured at the full size of the depth maps.
+
+    Args:
+        train, val: items (image, depth (H', W') in metres, index); 0 is left out.
+        flags: of eval_dense.py.
+    """
+
+    def options_of(summaries: Sequence) -> dict[str, Any]:
+        low, high, _ = depth_range(summaries, flags.span)
+        return {"low": low, "high": high, "bins": flags.bins}
+
+    trained, steps = fit(backbone, train, flags, device, depth_summary, options_of, **loading)
+    found = []
+    for index, depth, guess in predictions(trained, val, device, **loading):
+        if is_depth(depth).any():
+            found.append((index, depth_errors(guess[0], depth, flags.align)))
+    span = [trained.settings.options[name] for name in ("low", "high")]
+    return mean_errors(in_order(found)) | {"span": span, "steps": steps}, trained
+
+
+@torch.inference_mode()
+def predictions(trained: TrainedHead, data: Dataset, device: torch.device, **loading: Any) -> Any:
+    """Index, target and prediction (K, H, W) at the target's size of this rank's images."""
+    for item in extract_patches(trained.windowed, data, device, **loading):
+        target: Tensor = item.target.to(device)
+        maps, cls = trained.read(item.tokens[None], item.grid)
+        yield item.index, target, trained.head.predict(maps, cls, target.shape)[0]
