@@ -21,6 +21,8 @@ CASES = {
     "masks": ["eval_dense.py", "segmentation", *TRAINED],
     "scenes masks": ["eval_dense.py", "segmentation", "--multi-scale", *TRAINED],
     "patches": ["eval_dense.py", "segmentation", "--head", "knn"],
+    "mask head": ["eval_dense.py", "segmentation", "--head", "mask", "--steps", "3"],
+    "dpt": ["eval_dense.py", "depth", "--head", "dpt", "--steps", "3"],
     "depth": ["eval_dense.py", "depth", *TRAINED],
     "correspondence": ["eval_dense.py", "correspondence"],
     "tracking": ["eval_dense.py", "tracking"],
@@ -28,7 +30,7 @@ CASES = {
 }
 
 
-SLOW = ("stream", "logreg", "scenes masks", "correspondence", "localization")
+SLOW = ("stream", "mask head", "dpt", "logreg", "scenes masks", "correspondence", "localization")
 
 
 @pytest.mark.parametrize(
