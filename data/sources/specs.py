@@ -12,7 +12,7 @@ A spec is `kind[:path][?key=value&...]`; the kind may be left out for a folder o
     python:MODULE:CALLABLE      one's own Dataset; all further keys go to the callable, as text
     fashion_mnist:DIR, ...      any torchvision.datasets class in snake case, split=, download=1
     mix:FILE.yaml               several of these with weights: data/sources/mixture.py
-    scenes                      generated: split=, seed=, resolution=, frames=
+    scenes                      generated: split=, seed=, resolution=, frames=, distractors=
 
 `size=N` keeps the first N images of any but mix; `window=CENTRE,WIDTH` makes these values of the
 files (Hounsfield units in CT) the range 0 to 1; `page=K` takes page K of every TIFF, from 0.
