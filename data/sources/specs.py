@@ -4,7 +4,7 @@ A spec is `kind[:path][?key=value&...]`; the kind may be left out for a folder o
 
     folder:DIR                  all images below DIR; class = first sub-folder, or labels=FILE.csv
                                 (columns file, label); split=NAME takes the sub-folder of that name;
-                                marks=FILE.csv: boxes or masks of some of them (data/guided.py)
+                                marks=FILE.csv or a COCO .json: boxes, masks (data/guided.py)
     list:FILE.txt, FILE.csv     paths, or columns file and label, relative to the list; marks=
     tar:DIR/{0000..0127}.tar    WebDataset shards; class from the .cls or .json beside an image
     npz:FILE.npz                MedMNIST's layout, split=
