@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.fcos import FCOS
+from torchvision.models.detection.fcos import FCOS, FCOSHead
 
 from errors import UserError
 
@@ -81,13 +81,13 @@ class DetectionHead(nn.Module):
         self.fcos = FCOS(
             backbone,
             classes,
+            head=FCOSHead(
+                backbone.out_channels, 1, classes, num_convs=0 if linear else CONVOLUTIONS
+            ),
             score_thresh=SCORE,
             nms_thresh=OVERLAP,
             detections_per_img=BOXES,
         )
-        for branch in (self.fcos.head.classification_head, self.fcos.head.regression_head):
-            # Each of FCOS's four is a convolution, a norm and a ReLU.
-            branch.conv = branch.conv[: 0 if linear else 3 * CONVOLUTIONS]
 
     def outputs(
         self, maps: Sequence[Tensor], size: Sequence[int]

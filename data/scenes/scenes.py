@@ -247,15 +247,16 @@ def compose(stream: Stream, label: int) -> tuple[list[Body], Background]:
 
 
 def add_distractors(stream: Stream, bodies: list[Body], count: int) -> list[Body]:
-    """The bodies and `count` smaller ones of no class, nearest first."""
+    """The bodies, and behind them `count` smaller ones of no class."""
     bodies = list(bodies)
     for _ in range(count):
         shape, step = stream.below(len(KINDS)), 1 + stream.below(len(KINDS) - 1)
         radius = stream.between(0.07, 0.14)
         x, y = _free_spot(bodies, radius, stream.array(radius, 1 - radius, 6, 2).tolist())
         body = _body(stream, shape, x, y, radius)
-        bodies.append(body._replace(texture=(shape + step) % len(KINDS)))
-    return sorted(bodies, key=lambda body: body.depth)
+        behind = max(body.depth, bodies[-1].depth)  # so that nothing annotated is hidden
+        bodies.append(body._replace(texture=(shape + step) % len(KINDS), depth=behind))
+    return bodies
 
 
 def _free_spot(bodies, radius, spots):
