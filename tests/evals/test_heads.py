@@ -235,6 +235,8 @@ def test_a_kept_head_predicts_what_was_measured_and_is_drawn(kind, tmp_path, cap
         [*KINDS[kind], "--model", NANO, *DATA, "--steps", "6", "--output", str(tmp_path)]
     )
     said = json.loads(capsys.readouterr().out)
+    assert (tmp_path / "predictions.png").stat().st_size > 1000
+    assert json.loads((tmp_path / f"{said['task']}.json").read_text()) == said
     picture = tmp_path / "p.png"
     images = ["--images", "scenes", "--count", "2", "--output", str(picture)]
     visualize.main(["predictions", "--head", str(tmp_path), *images])
