@@ -26,9 +26,8 @@ from operator import itemgetter
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
-from data.annotated import Annotated, clip, kinds_of, pair
+from data.annotated import Annotated, clip, kinds_of, prepared_clip, prepared_pair
 from data.images import ImageData
 from data.sources.specs import open_data
 from engine import distributed
@@ -43,7 +42,7 @@ from evals.frozen import FrozenModel, progress_bar, run_evaluation
 from evals.localization import localize, read_truth
 from evals.matching import match_keypoints, match_views, track
 from evals.patches import LastLayers, Sliding, extract_patches, patch_knn_segmentation
-from evals.reading import first_readable, in_order, read_batches
+from evals.reading import Made, first_readable, in_order, read_batches
 
 SCALES = (0.75, 1.0, 1.25, 1.5)  # of --multi-scale; each also mirrored
 HELP = {
@@ -196,19 +195,6 @@ def check_layers(arguments: argparse.Namespace) -> argparse.Namespace:
     return arguments
 
 
-class Made(Dataset):
-    """Item i is `make(i)`, such as a pair or a clip of a data set."""
-
-    def __init__(self, data: ImageData, make: Callable[[int], tuple]):
-        self.data, self.make = data, make
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple:
-        return self.make(index)
-
-
 class DenseModel(FrozenModel):
     """A frozen model with the flags of a task.
 
@@ -336,23 +322,6 @@ def match(model: DenseModel, train: None, val: ImageData) -> dict:
         labels, found = [label for label, _ in items], [one for _, one in items]
         result["keypoints"] = match_keypoints(found, labels, thresholds)
     return result
-
-
-def prepared_pair(images: Annotated, index: int) -> tuple:
-    """A pair as `match_views` takes it, points as shares of width and height."""
-    image_a, image_b, points_a, points_b, visible = pair(images.data, index)
-    points = []
-    for image, pixels in ((image_a, points_a), (image_b, points_b)):
-        size = torch.tensor([image.shape[-1], image.shape[-2]])
-        points.append(torch.as_tensor(pixels) / size)
-    prepared = images.prepare(image_a), images.prepare(image_b)
-    return *prepared, *points, torch.as_tensor(visible), tuple(image_b.shape[-2:])
-
-
-def prepared_clip(images: Annotated, index: int) -> tuple:
-    """A clip as `track` takes it."""
-    frames, instances = clip(images.data, index)
-    return index, [images.prepare(frame) for frame in frames], torch.as_tensor(instances)
 
 
 def track_clips(model: DenseModel, train: None, val: ImageData) -> dict:

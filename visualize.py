@@ -32,8 +32,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.evaluation import EvalDataset
 from data.images import ImageData
-from data.loader import EvalDataset
 from engine.cli import path_argument, preparation, print_result, run_script
 from engine.config import TrainConfig, load_config
 from engine.distributed import choose_device

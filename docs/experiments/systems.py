@@ -67,7 +67,7 @@ def measure(task: str, model: str, head: str, seed: int, output: Path) -> dict:
     return call("eval_dense.py", task, *flags, "--workers", 0, *kept)
 
 
-LENGTH = ("--steps", 500)
+LENGTH = ("--steps", 400)
 
 
 def draw(task: str, shared: Path) -> None:
