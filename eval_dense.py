@@ -108,6 +108,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 action="store_true",
                 help=f"mean over {SCALES} of the size, mirrored",
             )
+            wide = "channels of --head mask (256), dpt (64) and fcos (64); fewer are faster"
+            add("--width", type=int, help=wide)
             keeps = "whether maps of --head mask, dpt and fcos are kept, if they fit into 4 GiB"
             add("--cache", choices=("auto", "off"), default="auto", help=keeps)
             limit = (
@@ -169,8 +171,9 @@ def check_head(arguments: argparse.Namespace) -> argparse.Namespace:
     if arguments.multi_scale and (head != "linear" or by_blocks(arguments)):
         raise UserError("--multi-scale goes with --head linear of masks and depth only")
     if not by_blocks(arguments):
-        if arguments.minutes is not None:
-            raise UserError("--minutes goes with --head mask, dpt and detection only")
+        for name in ("minutes", "width"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name} goes with --head mask, dpt and detection only")
         return check_layers(arguments)
     if arguments.window is not None:
         raise UserError(
@@ -181,6 +184,8 @@ def check_head(arguments: argparse.Namespace) -> argparse.Namespace:
     maps = MAPS[arguments.task]
     if layers is not None and len(layers) != maps:
         raise UserError(f"--layers names {len(layers)} blocks; --head {head} takes {maps}")
+    if (arguments.width or 64) % 64 or (arguments.width and head == "linear"):
+        raise UserError(f"--width is {arguments.width}; a multiple of 64, not for --head linear")
     if arguments.minutes is not None and arguments.output is None:
         raise UserError("--minutes needs --output, where the training is kept to go on from")
     return arguments

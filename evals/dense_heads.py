@@ -71,6 +71,8 @@ def fit(
     steps = flags.steps or recipe.steps(len(patches.indices))
     settings = head_settings(backbone, windowed, patches.dim, flags, maps)
     settings.options = options_of(patches.summaries)
+    if flags.width is not None:
+        settings.options["width"] = flags.width
     settings.training |= {"steps": steps, "lr": recipe.lrs[0]}
     trained = TrainedHead(backbone, settings.build(flags.seed).to(device), settings)
     options = {"folder": flags.output, "minutes": flags.minutes or math.inf, "seed": flags.seed}

@@ -62,12 +62,18 @@ def measure(task: str, model: str, head: str, seed: int, output: Path) -> dict:
     extra = "&distractors=4" if task == "detection" else ""
     data = ("--train", f"{SCENES}{extra}&size=400", "--val", f"{SCENES}{extra}&split=val&size=100")
     kept = ("--output", output.with_name(output.name.replace(" ", "")))
-    length = () if (task, head) in (("segmentation", "linear"), ("depth", "linear")) else LENGTH
+    length = LENGTH.get(head, LENGTH[None]) if by_steps(task, head) else ()
     flags = ("--model", model, "--head", head, "--seed", seed, "--size", SIZE, *data, *length)
     return call("eval_dense.py", task, *flags, "--workers", 0, *kept)
 
 
-LENGTH = ("--steps", 400)
+def by_steps(task: str, head: str) -> bool:
+    """Whether a head is one of evals/heads.py; the others go by epochs."""
+    return head != "linear" or task == "detection"
+
+
+# Of two cores' minutes.
+LENGTH = {None: ("--steps", 400), "mask": ("--steps", 300, "--width", 128, "--lr", 1e-3)}
 
 
 def draw(task: str, shared: Path) -> None:
