@@ -34,6 +34,8 @@ class ImageData(Dataset):
         passed_over: a sentence with counts for each kind of thing that is not used.
         left_out: images that a probe cannot use, see `known_images` of data/sources/specs.py.
         window: centre and width of the values that become 0 to 1, or None.
+        span: lowest and highest value of each band, or of all, that become 0 and 1; None: what the
+            type of the files says, or `window`.
         origin: what a spec says of its images, but for where they lie.
     """
 
@@ -43,6 +45,7 @@ class ImageData(Dataset):
     passed_over: list[str] | tuple = ()
     left_out: int = 0
     window: tuple[float, float] | None = None
+    span: tuple[tuple[float, float], ...] | None = None
     origin: str = ""
 
     def __len__(self) -> int:
@@ -59,6 +62,14 @@ class ImageData(Dataset):
     def annotations(self, index: int) -> dict:
         """Boxes, masks, depth or keypoints, of the kinds of data that have them."""
         raise NoAnnotations(f"{self.name(index)} has no annotations beyond its class; `scenes` has")
+
+    def stored(self, index: int) -> tuple[np.ndarray, str]:
+        """Values as the file has them, (C, H, W) float64 with NaN for nodata, and their type."""
+        image = self.image(index)
+        return image.double().numpy(), str(image.dtype).removeprefix("torch.")
+
+    def fill_nodata(self, mean: Sequence[float]) -> None:
+        """Pixels without data are to become `mean`, in [0, 1], where the data has such."""
 
     def files_below(self) -> list[bytes]:
         """Names of all images relative to where they lie, of the kinds of data that have them."""
@@ -97,6 +108,12 @@ class Chosen(ImageData):
 
     def annotations(self, index: int) -> dict:
         return self.data.annotations(int(self.rows[index]))
+
+    def stored(self, index: int) -> tuple[np.ndarray, str]:
+        return self.data.stored(int(self.rows[index]))
+
+    def fill_nodata(self, mean: Sequence[float]) -> None:
+        self.data.fill_nodata(mean)
 
 
 def first_annotations(data: ImageData) -> dict:

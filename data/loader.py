@@ -165,6 +165,7 @@ class StepDataset(Dataset):
         if len(data) == 0:
             raise UserError("the data set holds no images")
         self.data, self.views = data, tuple(views)
+        data.fill_nodata(self.views[0].multi_crop.mean)
         self.batch_size, self.seed, self.shift, self.on_device = batch_size, seed, shift, on_device
         self.share = batch_size // world_size
         self.block = range(rank * self.share, (rank + 1) * self.share)
@@ -372,6 +373,7 @@ class EvalDataset(Dataset):
     ):
         self.data, self.resize, self.size = data, resize, tuple(size)
         self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
+        data.fill_nodata(self.mean)
 
     def __len__(self) -> int:
         return len(self.data)
