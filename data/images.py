@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.pictures import UnreadableImage
+from data.pixels import to_unit
 from errors import UserError
 
 # What a data set may call the split that is asked for, best first.
@@ -63,10 +64,13 @@ class ImageData(Dataset):
         """Boxes, masks, depth or keypoints, of the kinds of data that have them."""
         raise NoAnnotations(f"{self.name(index)} has no annotations beyond its class; `scenes` has")
 
-    def stored(self, index: int) -> tuple[np.ndarray, str]:
-        """Values as the file has them, (C, H, W) float64 with NaN for nodata, and their type."""
+    def measured(self, index: int) -> tuple[Tensor, str, Tensor | None]:
+        """Values as stored and their type, and in [0, 1] or None where their range is not known.
+
+        Values are (C, H, W) float64, NaN for nodata.
+        """
         image = self.image(index)
-        return image.double().numpy(), str(image.dtype).removeprefix("torch.")
+        return image.double(), str(image.dtype).removeprefix("torch."), to_unit(image).double()
 
     def fill_nodata(self, mean: Sequence[float]) -> None:
         """Pixels without data are to become `mean`, in [0, 1], where the data has such."""
@@ -109,8 +113,8 @@ class Chosen(ImageData):
     def annotations(self, index: int) -> dict:
         return self.data.annotations(int(self.rows[index]))
 
-    def stored(self, index: int) -> tuple[np.ndarray, str]:
-        return self.data.stored(int(self.rows[index]))
+    def measured(self, index: int) -> tuple[Tensor, str, Tensor | None]:
+        return self.data.measured(int(self.rows[index]))
 
     def fill_nodata(self, mean: Sequence[float]) -> None:
         self.data.fill_nodata(mean)

@@ -8,6 +8,7 @@ Nodata is what the file says (GDAL_NODATA, an alpha band or mask with rasterio),
 and NaN. It becomes the mean of its band, so 0 after normalisation.
 """
 
+import contextlib
 import glob
 import importlib.util
 import math
@@ -210,11 +211,12 @@ class TileImages(ImageData):
     def _percentiles(self, low: float, high: float) -> Span:
         """Of each band over the data set, by SAMPLES windows evenly among all."""
         chosen = np.unique(np.linspace(0, len(self) - 1, SAMPLES).round().astype(int))
-        values = [self.stored(int(index))[0].reshape(len(self.bands), -1) for index in chosen]
-        return tuple(
-            tuple(float(end) for end in np.nanpercentile(of_band, (low, high)))
-            for of_band in np.concatenate(values, axis=1)
-        )
+        values: list[Any] = []
+        for index in chosen.tolist():
+            stored, valid = self._read(index)
+            values.append(np.where(valid, stored, np.nan).reshape(len(self.bands), -1))
+        ends = np.nanpercentile(np.concatenate(values, axis=1), (low, high), axis=1)
+        return tuple((float(bottom), float(top)) for bottom, top in ends.T)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -240,14 +242,21 @@ class TileImages(ImageData):
         except (OSError, ValueError) as error:
             raise UnreadableImage(self.name(index), error_text(error)) from error
 
-    def stored(self, index: int) -> tuple[np.ndarray, str]:
+    def measured(self, index: int) -> tuple[Tensor, str, Tensor | None]:
         values, valid = self._read(index)
-        return np.where(valid, values, np.nan).astype(np.float64), values.dtype.name
+        stored = torch.from_numpy(np.where(valid, values, np.nan).astype(np.float64))
+        stored, unit = fit_channels(stored, self.channels, self.name(index)), None
+        with contextlib.suppress(UnreadableImage):
+            image = self.prepare(values, valid, self.name(index), (math.nan,))
+            unit = to_unit(image).double()
+        return stored, values.dtype.name, unit
 
     def image(self, index: int) -> Tensor:
-        return self.prepare(*self._read(index), self.name(index))
+        return self.prepare(*self._read(index), self.name(index), self.mean)
 
-    def prepare(self, values: np.ndarray, valid: np.ndarray, name: str) -> Tensor:
+    def prepare(
+        self, values: np.ndarray, valid: np.ndarray, name: str, mean: tuple[float, ...]
+    ) -> Tensor:
         """(channels, H, W) of values as `Raster.read` gives them: uint8 or uint16 as they are where
         there is neither scale nor nodata, else float32 in [0, 1].
 
@@ -273,8 +282,8 @@ class TileImages(ImageData):
         image = fit_channels(to_unit(image).nan_to_num(), self.channels, name)
         if len(known) not in (1, len(image)):
             known = known.all(dim=0, keepdim=True)
-        mean = torch.tensor(self.mean if len(self.mean) == len(image) else self.mean[:1])
-        return torch.where(known, image, mean.view(-1, 1, 1).to(image))
+        fill = torch.tensor(mean if len(mean) == len(image) else mean[:1])
+        return torch.where(known, image, fill.view(-1, 1, 1).to(image))
 
     def annotations(self, index: int) -> dict:
         """`mask` (H, W), 255 where there is none; `depth` in metres, NaN where there is none, and
