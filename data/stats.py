@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from data.sources.specs import ImageData, UnreadableImage, open_data
 from errors import UserError
 
-
 PERCENTILES = (1, 2, 50, 98, 99)
 SAMPLES = 2_000_000  # values of each band that percentiles are of
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from errors import UserError
+from evals.canopy import CanopyErrors
 from evals.dense import FrozenPatches, LinearHead, Recipe, predict, train_heads
 from evals.patches import extract_patches, upsample
 from evals.reading import in_order
@@ -45,6 +46,7 @@ def linear_depth(
     *,
     span: tuple[float, float] | None = None,
     align: bool = False,
+    canopy: bool = False,
     keep: Callable[[nn.Module, dict], None] | None = None,
     recipe: Recipe = DEPTH,
     steps: int | None = None,
@@ -59,6 +61,7 @@ def linear_depth(
         train, vals: as of `linear_segmentation`, with depth (H', W') in metres as the target.
         span: depth of the first and last bin in metres; None takes the range of train.
         align: see `depth_errors`.
+        canopy: measure `CanopyErrors` as well, under "canopy".
         keep: called with the best head and its options besides the width.
 
     Returns:
@@ -74,7 +77,7 @@ def linear_depth(
     build = partial(DepthHead, patches.dim, low, high)
     loss = partial(sig_loss, begin=min(0.1, 100 / steps))
     heads = train_heads(patches, build, loss, recipe, steps, seed)
-    found, flips = [], [val.flip for val in vals]
+    found, flips, sums = [], [val.flip for val in vals], {lr: CanopyErrors() for lr in heads}
     streams = [extract_patches(backbone, val, device, **options) for val in vals]
     for variants in zip(*streams, strict=True):
         depth = variants[0].target.to(device)
@@ -85,6 +88,8 @@ def linear_depth(
                 guesses[lr] = predict(head, variants, flips, torch.clone)[0].clamp(low, high)
             errors = {name: depth_errors(guess, depth, align) for name, guess in guesses.items()}
             found.append((variants[0].index, errors))
+            for lr in heads:
+                sums[lr].add(guesses[lr], depth)
     found = in_order(found)
     means = {
         name: mean_errors([of_image[name] for of_image in found])
@@ -95,6 +100,8 @@ def linear_depth(
         keep(heads[best], {"low": low, "high": high})
     result = means[best] | {"lr": {f"{lr:g}": means[lr]["rmse"] for lr in heads}}
     result["limit"] = {name: means["limit"][name] for name in ("rmse", "delta1")}
+    if canopy:
+        result["canopy"] = sums[best].result()
     return result | {"constant": means["constant"]["rmse"], "span": [low, high], "steps": steps}
 
 

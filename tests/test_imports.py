@@ -22,7 +22,7 @@ ALLOWED = {
     "losses": {"torch"},
     "data": {
         *("torch", "torchvision", "numpy", "PIL", "yaml", "engine.distributed"),
-        *("tifffile", "datasets"),  # where such data is asked for
+        *("tifffile", "rasterio", "datasets"),  # where such data is asked for
     },
     "engine": {
         *("torch", "numpy", "tqdm", "yaml", "models", "data"),
@@ -30,7 +30,7 @@ ALLOWED = {
     },
     "evals": {
         *("torch", "numpy", "PIL", "matplotlib", "tqdm", "models", "data", "engine"),
-        "sklearn",  # where asked for
+        *("sklearn", "safetensors"),  # where asked for; heads are kept
     },
 }
 STEPS_ARE_TAKEN_FROM = {"distill": {"train"}, "bench": {"train", "distill"}}
