@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from data.pixels import resize, strided_starts
-from data.sources.tiles import TileImages, has_rasterio, open_rasterio
+from data.sources.rasters import Box, has_rasterio, open_rasterio
+from data.sources.tiles import TileImages
 from errors import UserError
 from evals.heads import TrainedHead
 from evals.maps import to_picture
@@ -17,8 +18,6 @@ from evals.photographs import Photograph, normalized
 BORDER = 16  # a window's side over the width of the border that is dropped
 LONGEST = 1024  # pixels of the picture of a map
 NO_CLASS = 255
-
-Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 def blend_weights(length: int, side: int, stride: int) -> tuple[list[int], list[Tensor]]:

@@ -215,7 +215,7 @@ def _value(key: str, text: str, kind: type, spec: str) -> str | int | bool | Win
         if text not in ("0", "1"):
             raise UserError(f"{key} is 0 or 1 in {spec!r}, not {text!r}")
         return text == "1"
-    if not text.isdecimal() or (key == "size" and int(text) == 0):
+    if not text.isdecimal() or (key in ("size", "stride", "first") and int(text) == 0):
         raise UserError(f"{key} must be a whole number in {spec!r}, not {text!r}")
     return int(text)
 
