@@ -36,7 +36,7 @@ from engine.cli import evaluation_parser, run_script
 from engine.logger import notice, say_passed_over
 from errors import UserError
 from evals.dense import SEGMENTATION, Recipe, linear_segmentation
-from evals.dense_heads import MAPS, dpt_depth, keep_linear, mask_head_segmentation
+from evals.dense_heads import MAPS, detect, dpt_depth, keep_linear, mask_head_segmentation
 from evals.depth import DEPTH, linear_depth
 from evals.dpt import BINS
 from evals.frozen import FrozenModel, progress_bar, run_evaluation
@@ -49,6 +49,7 @@ SCALES = (0.75, 1.0, 1.25, 1.5)  # of --multi-scale; each also mirrored
 HELP = {
     "segmentation": "mIoU of a linear, k-NN or mask head",
     "depth": "RMSE and delta1 of a linear or DPT head",
+    "detection": "mAP of boxes by FCOS or a linear head",
     "correspondence": "recall of matched points and keypoints",
     "tracking": "J&F of propagated labels",
     "localization": "CorLoc, IoU and pointing game of attention, LOST and TokenCut",
@@ -88,13 +89,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add = tasks.add_parser(
             name, help=text, parents=parents, add_help=False, **looks
         ).add_argument
-        trains = name in ("segmentation", "depth")
+        trains = name in ("segmentation", "depth", "detection")
         add("--train", required=trains, help="DATA with annotations to fit a head or threshold to")
         add("--val", required=True, help="DATA with annotations to predict")
         if name != "localization":
             blocks = "last blocks, concatenated, by default 1; DINOv2's +ms: 4"
             if trains:
-                blocks += "; of --head mask and dpt, which four blocks, from 0"
+                blocks = (
+                    "which blocks, from 0: four of --head mask and dpt, one for boxes; " + blocks
+                )
             add("--layers", type=int, nargs="+", help=blocks)
             add("--window", type=int, help="side in pixels of a sliding window; else whole images")
         if trains:
@@ -106,9 +109,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 action="store_true",
                 help=f"mean over {SCALES} of the size, mirrored",
             )
-            keeps = "whether maps of --head mask and dpt are kept, if they fit into 4 GiB"
+            keeps = "whether maps of --head mask, dpt and fcos are kept, if they fit into 4 GiB"
             add("--cache", choices=("auto", "off"), default="auto", help=keeps)
-            limit = "of training with --head mask and dpt; the same command goes on from --output"
+            limit = (
+                "of training with --head mask, dpt and fcos; the same command goes on from --output"
+            )
             add("--minutes", type=float, help=limit)
     add = tasks.choices["segmentation"].add_argument
     add("--head", choices=("linear", "knn", "mask"), default="linear")
@@ -122,6 +127,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     align = "measure after the scale and shift of each image that fit best"
     add("--align", action="store_true", help=align)
     add("--canopy", action="store_true", help="heights of trees: also MAE, R2, block R2 and bias")
+    add = tasks.choices["detection"].add_argument
+    add("--head", choices=("fcos", "linear"), default="fcos")
     add = tasks.choices["correspondence"].add_argument
     add("--thresholds", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     add = tasks.choices["tracking"].add_argument
@@ -141,7 +148,7 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
     if arguments.size is not None and (len(arguments.size) > 2 or min(arguments.size) < 1):
         raise UserError("--size takes the short side, or height and width, in pixels")
     for name in POSITIVE:
-        if name == "layers" and getattr(arguments, "head", "") in ("mask", "dpt"):
+        if name == "layers" and by_blocks(arguments):
             continue  # indices, from 0
         value = getattr(arguments, name, None)
         values = value if isinstance(value, list) else [value]
@@ -153,21 +160,29 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
     return (check_head if hasattr(arguments, "head") else check_layers)(arguments)
 
 
+def by_blocks(arguments: argparse.Namespace) -> bool:
+    """Whether --layers are indices of blocks, from 0, for the heads of evals/heads.py."""
+    return arguments.task == "detection" or getattr(arguments, "head", "") in ("mask", "dpt")
+
+
 def check_head(arguments: argparse.Namespace) -> argparse.Namespace:
     """Refuses flags that --head does not read."""
     head, layers = arguments.head, arguments.layers
-    if head != "linear" and arguments.multi_scale:
-        raise UserError("--multi-scale goes with --head linear only")
-    if head in ("linear", "knn"):
+    if arguments.multi_scale and (head != "linear" or by_blocks(arguments)):
+        raise UserError("--multi-scale goes with --head linear of masks and depth only")
+    if not by_blocks(arguments):
         if arguments.minutes is not None:
-            raise UserError("--minutes goes with --head mask and dpt only")
+            raise UserError("--minutes goes with --head mask, dpt and detection only")
         return check_layers(arguments)
     if arguments.window is not None:
-        raise UserError(f"--window goes with --head linear only; {head} trains on whole images")
+        raise UserError(
+            f"--window is not for {arguments.task} by {head}: it trains on whole images"
+        )
     if arguments.lr is not None and len(arguments.lr) > 1:
         raise UserError(f"--lr has {len(arguments.lr)} rates; --head {head} trains at one")
-    if layers is not None and len(layers) != MAPS:
-        raise UserError(f"--layers names {len(layers)} blocks; --head {head} takes {MAPS}")
+    maps = MAPS[arguments.task]
+    if layers is not None and len(layers) != maps:
+        raise UserError(f"--layers names {len(layers)} blocks; --head {head} takes {maps}")
     if arguments.minutes is not None and arguments.output is None:
         raise UserError("--minutes needs --output, where the training is kept to go on from")
     return arguments
@@ -255,7 +270,9 @@ class DenseModel(FrozenModel):
         training, vals = self.annotated(train, kind), self.variants(val, kind)
         return probe(self.windowed, training, vals, self.device, **options)
 
-    def train_head(self, task: Callable, train: ImageData, val: ImageData, kind: str) -> dict:
+    def train_head(
+        self, task: Callable, train: ImageData, val: ImageData, kind: str | Sequence[str]
+    ) -> dict:
         """Trains and measures a head of evals/dense_heads.py."""
         both = self.annotated(train, kind), self.annotated(val, kind)
         scores, _ = task(self.backbone, *both, self.flags, self.device, **self.loading)
@@ -283,6 +300,19 @@ def estimate_depth(model: DenseModel, train: ImageData, val: ImageData) -> dict:
         options = {"span": flags.span, "align": flags.align, "canopy": flags.canopy}
         scores = model.probe_linear(linear_depth, DEPTH, train, val, "depth", **options)
     return {"head": flags.head, **scores}
+
+
+def find_boxes(model: DenseModel, train: ImageData, val: ImageData) -> dict:
+    classes = [getattr(getattr(data, "marks", None), "classes", None) for data in (train, val)]
+    if None not in classes and classes[0] != classes[1]:
+        raise UserError(
+            f"--train has the classes {', '.join(classes[0])} and --val {', '.join(classes[1])}; "
+            "both need the same list, as a COCO file's categories give it"
+        )
+    return {
+        "head": model.flags.head,
+        **model.train_head(detect, train, val, ("boxes", "box_labels")),
+    }
 
 
 def match(model: DenseModel, train: None, val: ImageData) -> dict:
@@ -356,8 +386,6 @@ def read_objects(model: DenseModel, data: ImageData) -> Iterator[tuple]:
     images = model.annotated(data, known)
     for item in extract_patches(model.backbone, images, model.device, **model.loading):
         notes = item.target
-        if known == ["boxes"]:
-            notes = notes | {"shape": torch.tensor(data.image(item.index).shape[-2:])}
         attention = None
         if hasattr(model.backbone, "attention"):
             image = images[item.index][0][None].to(model.device)
@@ -370,6 +398,7 @@ def read_objects(model: DenseModel, data: ImageData) -> Iterator[tuple]:
 TASKS: dict[str, Callable[..., dict]] = {
     "segmentation": segment,
     "depth": estimate_depth,
+    "detection": find_boxes,
     "correspondence": match,
     "tracking": track_clips,
     "localization": find_objects,

@@ -23,7 +23,7 @@ class Annotated(Dataset):
 
     Item i is (float32 (C, h, w), annotation, i). An annotation is what `annotations(i)` holds under
     `kind`, as a tensor of its own size: a map is not resized with the image. With several kinds it
-    is a dictionary.
+    is a dictionary; one with boxes also has `shape`, height and width of the image as stored.
 
     Args:
         kind: such as "mask", "instance", "depth", "keypoints", "boxes"; several of them, or ().
@@ -80,7 +80,10 @@ class Annotated(Dataset):
                 "a strip is cut into pieces first",
             )
         try:
-            return self.prepare(image), self.annotations(index), index
+            notes = self.annotations(index)
+            if not self.single and "boxes" in notes:
+                notes["shape"] = torch.tensor(image.shape[-2:])
+            return self.prepare(image), notes, index
         except UnreadableImage as error:
             if error.name == self.data.name(index):
                 raise

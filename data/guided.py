@@ -6,8 +6,9 @@ Its size, mirroring and colours stay as drawn, as do all crops of images without
 give neither the probability nor how a crop lies around the mark: that is ours.
 """
 
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,19 +155,23 @@ def require_marks(data: ImageData, spec: str) -> None:
 class Marks:
     """Marks of files, from the rows of a CSV file.
 
-    A row is a box (`file, x0, y0, x1, y1` in pixels) or a mask (`file, mask`: the path of a picture
-    of the image's size that holds classes; 0 is background, 255 unknown). Crops are guided to what
-    is not 0.
+    A row is a box (`file, x0, y0, x1, y1` in pixels, and `label` if there are several classes) or a
+    mask (`file, mask`: the path of a picture of the image's size that holds classes; 0 is
+    background, 255 unknown). Crops are guided to what is not 0.
 
     Args:
         folder: of the CSV file; paths of masks are relative to it.
+        classes: names in the order of their numbers; None takes those of the column label, sorted.
 
     Raises:
         UserError: for columns or values that say neither.
     """
 
-    def __init__(self, rows: Iterable[dict[str, str]], folder: Path):
+    def __init__(
+        self, rows: Iterable[dict[str, str]], folder: Path, classes: Sequence[str] | None = None
+    ):
         self.folder, self.masks, self.boxes, self.lines = folder, {}, {}, {}
+        self.labels: dict[str, list[str]] = {}
         for row in rows:
             file = Path(expand_listed(row["file"])).as_posix()
             if row.get("mask"):
@@ -174,6 +179,9 @@ class Marks:
             else:
                 self.boxes.setdefault(file, []).append(_box(row))
                 self.lines.setdefault(file, []).append(row.get(LINE, "?"))
+                self.labels.setdefault(file, []).append(row.get("label") or "object")
+        named = {label for labels in self.labels.values() for label in labels}
+        self.classes = sorted(named) if classes is None else list(classes)
         if self.boxes and all(max(box) <= 1 for boxes in self.boxes.values() for box in boxes):
             file, boxes = next(iter(self.boxes.items()))
             raise UserError(
@@ -191,7 +199,8 @@ class Marks:
         return file in self.masks or file in self.boxes
 
     def of(self, file: str, size: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
-        """`mask` (H, W) of classes, 255 unknown, or `boxes` (m, 4) float32; empty without marks.
+        """`mask` (H, W) of classes, 255 unknown, or `boxes` (m, 4) float32 and `box_labels` (m,)
+        int64; empty without marks.
 
         Args:
             size: height and width in pixels of the image, which the marks must fit.
@@ -212,7 +221,8 @@ class Marks:
         boxes = np.array(self.boxes[file], dtype=np.float32)
         if size is not None:
             self._require_inside(file, boxes, size)
-        return {"boxes": boxes}
+        labels = [self.classes.index(label) for label in self.labels[file]]
+        return {"boxes": boxes, "box_labels": np.array(labels, dtype=np.int64)}
 
     def _require_inside(self, file: str, boxes: np.ndarray, size: tuple[int, int]) -> None:
         height, width = size
@@ -224,6 +234,31 @@ class Marks:
                     f"line {line}, {file}: the box {box.tolist()} lies outside its image of "
                     f"{width} x {height} pixels (x, y)"
                 )
+
+
+def read_coco(path: Path) -> Marks:
+    """The boxes of a COCO file of instances; crowds and boxes without extent are left out.
+
+    Raises:
+        UserError: if it is no such file.
+    """
+    try:
+        held = json.loads(path.read_text())
+        files = {image["id"]: image["file_name"] for image in held["images"]}
+        names = {one["id"]: one["name"] for one in held["categories"]}
+        rows = []
+        for number, one in enumerate(held["annotations"], start=1):
+            x, y, width, height = one["bbox"]
+            if min(width, height) > 0 and not one.get("iscrowd", 0):
+                box = dict(zip(BOX, (x, y, x + width, y + height), strict=True))
+                row = {"file": files[one["image_id"]], "label": names[one["category_id"]]}
+                rows.append(row | box | {LINE: f"{number} of the annotations"})
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            "this is no COCO file of instances with images, categories and annotations with bbox "
+            f"({error!r})"
+        ) from error
+    return Marks(rows, path.parent, list(names.values()))
 
 
 def read_mask(path: Path) -> np.ndarray:

@@ -14,6 +14,7 @@ from errors import UserError
 from evals.canopy import CanopyErrors
 from evals.dense import FrozenPatches, Recipe, largest_class
 from evals.depth import depth_errors, depth_range, depth_summary, is_depth, mean_errors
+from evals.detection import mean_average_precision, scaled
 from evals.heads import (
     ChosenBlocks,
     HeadSettings,
@@ -29,8 +30,14 @@ from evals.reading import in_order
 # Rates and lengths are ours, for the small heads and short runs here.
 MASK = Recipe((5e-4,), 0.05, (0.9, 0.999), 0.05, 1e-2, 0.0, 32, 40_000, clip=1.0, batch_size=8)
 DPT = Recipe((1e-3,), 1e-2, (0.9, 0.999), 0.05, 1e-2, 0.0, 25, 38_400, clip=1.0, batch_size=8)
-RECIPES = {("segmentation", "mask"): MASK, ("depth", "dpt"): DPT}
-MAPS = 4  # that these heads take
+BOXES = Recipe((1e-3,), 1e-2, (0.9, 0.999), 0.1, 1e-2, 0.0, 25, 40_000, clip=1.0, batch_size=8)
+RECIPES = {
+    ("segmentation", "mask"): MASK,
+    ("depth", "dpt"): DPT,
+    ("detection", "fcos"): BOXES,
+    ("detection", "linear"): BOXES,
+}
+MAPS = {"segmentation": 4, "depth": 4, "detection": 1}  # that these heads take
 QUERIES = 50  # of a mask head, or as many as there are classes
 CACHE = 4 * 2**30  # bytes of maps that are kept
 
@@ -50,14 +57,17 @@ def fit(
         train: items (image, target, index).
         summary: of a target; `options_of` makes the head's options of all of them.
     """
-    windowed = ChosenBlocks(backbone, flags.layers)
+    blocks, maps = flags.layers, MAPS[flags.task]
+    if blocks is None and maps == 1 and hasattr(backbone, "intermediate"):
+        blocks = [len(backbone.blocks) - 1]
+    windowed = ChosenBlocks(backbone, blocks)
     limit = CACHE if flags.cache == "auto" else 0
     patches = FrozenPatches(windowed, train, device, summary, limit=limit, **loading)
     recipe = RECIPES[flags.task, flags.head]
     if flags.lr:
         recipe = Recipe(**{**vars(recipe), "lrs": tuple(flags.lr)})
     steps = flags.steps or recipe.steps(len(patches.indices))
-    settings = head_settings(backbone, windowed, patches.dim, flags, MAPS)
+    settings = head_settings(backbone, windowed, patches.dim, flags, maps)
     settings.options = options_of(patches.summaries)
     settings.training |= {"steps": steps, "lr": recipe.lrs[0]}
     trained = TrainedHead(backbone, settings.build(flags.seed).to(device), settings)
@@ -166,10 +176,53 @@ def dpt_depth(
     return mean_errors(in_order(found)) | canopy | {"span": span, "steps": steps}, trained
 
 
+def detect(
+    backbone: nn.Module,
+    train: Dataset,
+    val: Dataset,
+    flags: argparse.Namespace,
+    device: torch.device,
+    **loading: Any,
+) -> tuple[dict[str, Any], TrainedHead]:
+    """mAP of boxes by a head of `DetectionHead`, measured in pixels of the stored image.
+
+    Args:
+        train, val: items (image, {"boxes" (m, 4), "box_labels" (m,), "shape" (2,)}, index).
+        flags: of eval_dense.py.
+    """
+
+    def options_of(summaries: Sequence[int]) -> dict[str, Any]:
+        if max(summaries) < 0:
+            raise UserError("no image of --train has a box")
+        return {"classes": max(summaries) + 1, "linear": flags.head == "linear"}
+
+    trained, steps = fit(backbone, train, flags, device, largest_label, options_of, **loading)
+    found = [
+        (index, ({name: value.cpu() for name, value in boxes.items()}, scaled(notes, size)))
+        for index, notes, boxes in predictions(trained, val, device, **loading)
+        for size in [notes["shape"].tolist()]
+    ]
+    found = in_order(found)
+    scores = mean_average_precision([guess for guess, _ in found], [truth for _, truth in found])
+    boxes = sum(len(truth["boxes"]) for _, truth in found)
+    return scores | {"boxes": boxes, "steps": steps}, trained
+
+
+def largest_label(notes: dict[str, Tensor]) -> int:
+    labels = notes["box_labels"]
+    return int(labels.max()) if len(labels) else -1
+
+
 @torch.inference_mode()
 def predictions(trained: TrainedHead, data: Dataset, device: torch.device, **loading: Any) -> Any:
-    """Index, target and prediction (K, H, W) at the target's size of this rank's images."""
+    """Index, target and prediction at the target's full size of this rank's images.
+
+    Predictions are (K, H, W) or a dictionary of boxes.
+    """
     for item in extract_patches(trained.windowed, data, device, **loading):
-        target: Tensor = item.target.to(device)
+        target = item.target
+        if isinstance(target, Tensor):
+            target = target.to(device)
+        size = target["shape"].tolist() if isinstance(target, dict) else target.shape
         maps, cls = trained.read(item.tokens[None], item.grid)
-        yield item.index, target, trained.head.predict(maps, cls, target.shape)[0]
+        yield item.index, target, trained.head.predict(maps, cls, size)[0]

@@ -2,7 +2,7 @@
 
 A head takes the maps of some blocks and has two methods:
 
-    loss(maps, cls, targets, size) -> a number
+    loss(maps, cls, targets, size) -> a number; the targets are a list, of each image its own
     predict(maps, cls, size) -> scores (B, K, H, W), depth (B, 1, H, W), or boxes of each image
 
 `maps` are (B, D, h, w) of each block after the final norm, `cls` (B, D) of the same blocks. `size`
@@ -28,6 +28,7 @@ from engine.logger import notice
 from errors import UserError
 from evals.dense import FrozenPatches, LinearHead, Recipe, schedule
 from evals.depth import DepthHead
+from evals.detection import DetectionHead
 from evals.dpt import DPTHead
 from evals.mask_head import MaskHead
 from evals.patches import Patches
@@ -61,6 +62,8 @@ HEADS: dict[tuple[str, str], Callable[..., nn.Module]] = {
     ("depth", "linear"): LinearMaps,
     ("segmentation", "mask"): MaskHead,
     ("depth", "dpt"): DPTHead,
+    ("detection", "fcos"): DetectionHead,
+    ("detection", "linear"): DetectionHead,
 }
 
 

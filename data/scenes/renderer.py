@@ -30,6 +30,7 @@ class Body(NamedTuple):
     frequency: float  # of the texture, radians per unit of (u, v)
     phase: tuple[float, float]
     palette: np.ndarray  # (3, 4), see _blend
+    texture: int  # row of KINDS whose texture it wears; a distractor's is not its label's
 
 
 class Background(NamedTuple):
@@ -248,7 +249,7 @@ def _draw_body(body, number, canvas, instance, depth):
     y = _pixel_centres(rows.start, rows.stop, resolution)[:, None]
     u, v = _object_frame(body, x, y)
     gauge = KINDS[body.label].shape(u, v)
-    signal = KINDS[body.label].texture(u, v, gauge, body.frequency, body.phase)
+    signal = KINDS[body.texture].texture(u, v, gauge, body.frequency, body.phase)
     pixels = resolution * body.radius / REACH[body.label]  # per unit of (u, v): soft edges
     tone = np.clip(0.5 + signal * (pixels / body.frequency), 0, 1)
     cover = np.clip(0.5 + (1 - gauge) * pixels, 0, 1)

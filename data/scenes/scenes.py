@@ -34,7 +34,7 @@ SIZES = {"train": 20_000, "val": 4_000}
 UPRIGHT = 0.8
 KEYPOINTS = 8
 PAIR_POINTS = 16
-LABEL, SCENE, SECOND_VIEW, MOTION = range(4)  # what a random number is for
+LABEL, SCENE, SECOND_VIEW, MOTION, DISTRACTORS = range(5)  # what a random number is for
 LUMA = np.array([0.299, 0.587, 0.114])  # of red, green, blue (ITU-R BT.601)
 TO_PALETTE = np.array([[1, 0, 0, 0], [-1, 1, 0, 0], [-1, 0, 1, 0], [1, -1, -1, 1]])
 
@@ -49,6 +49,8 @@ class Scenes(ImageData):
         resolution: height and width in pixels, at least 32; objects keep their share of the image.
         frames: length of the clips.
         channels: of the images; None is 3.
+        distractors: objects in each scene that wear the shape of one class and the texture of
+            another. They belong to no class: annotations have background there.
 
     Raises:
         UserError: for an unknown split or a number out of range.
@@ -62,18 +64,21 @@ class Scenes(ImageData):
         resolution: int = 64,
         frames: int = 1,
         channels: int | None = 3,
+        distractors: int = 0,
     ):
         if split not in SIZES:
             raise UserError(f"scenes have no split {split!r}; choose from {', '.join(SIZES)}")
         size = SIZES[split] if size is None else size
         numbers = {"size": size, "seed": seed, "resolution": resolution, "frames": frames}
-        least = {"size": 1, "seed": 0, "resolution": 32, "frames": 1}
+        numbers["distractors"] = distractors
+        least = {"size": 1, "seed": 0, "resolution": 32, "frames": 1, "distractors": 0}
         for name, value in numbers.items():
             if not isinstance(value, int) or not least[name] <= value < 2**32:
                 allowed = f"a whole number of at least {least[name]}"
                 raise UserError(f"{name} of scenes is {value!r}; it must be {allowed}")
         self.split, self.size, self.seed = split, size, seed
         self.resolution, self.frames, self.channels = resolution, frames, channels
+        self.distractors = distractors
         self.title = f"scenes/{split}"
         self.classes = [kind.name for kind in KINDS]
         self._world = 2 * seed + list(SIZES).index(split)
@@ -101,6 +106,10 @@ class Scenes(ImageData):
         """
         bodies, background = self._scene(i)
         _, instance, depth = self._render(bodies, background)
+        known = [k for k, body in enumerate(bodies) if body.texture == body.label]
+        numbers = np.zeros(1 + len(bodies), np.uint8)
+        numbers[1 + np.array(known)] = 1 + np.arange(len(known))
+        instance, bodies = numbers[instance], [bodies[k] for k in known]
         labels = np.array([body.label for body in bodies])
         points = to_scene(bodies[0], 0.7 * outline(bodies[0].label, KEYPOINTS)) * self.resolution
         visible = _instance_at(instance, points) == 1
@@ -122,7 +131,7 @@ class Scenes(ImageData):
             visible: (PAIR_POINTS,) bool: inside view b and not hidden there; all are in view a.
         """
         bodies, background = self._scene(i)
-        stream = Stream(self._world, SECOND_VIEW, i, 64)
+        stream = Stream(self._world, SECOND_VIEW, i, 64 + 4 * self.distractors)
         view = _second_camera(stream)
         moved = [_nudged(body, stream) for body in bodies]
         a, b = self._render(bodies, background), self._render(moved, background, view)
@@ -142,7 +151,7 @@ class Scenes(ImageData):
     def clip(self, i: int) -> tuple[Tensor, np.ndarray]:
         """(T, C, H, W) uint8 frames and (T, H, W) uint8 instances, as in `annotations(i)`."""
         bodies, background = self._scene(i)
-        stream = Stream(self._world, MOTION, i, 64)
+        stream = Stream(self._world, MOTION, i, 64 + 8 * self.distractors)
         pan = stream.array(-1, 1, 2, 2).tolist()
         swings = [stream.array(-1, 1, 4, 2).tolist() for _ in bodies]
         frames = []
@@ -156,7 +165,11 @@ class Scenes(ImageData):
     def _scene(self, i: int) -> tuple[list[Body], Background]:
         if not 0 <= i < self.size:
             raise IndexError(f"scene {i} of {self.size}")
-        return compose(Stream(self._world, SCENE, i, 192), int(self.labels[i]))
+        bodies, background = compose(Stream(self._world, SCENE, i, 192), int(self.labels[i]))
+        if self.distractors:
+            stream = Stream(self._world, DISTRACTORS, i, 64 * self.distractors)
+            bodies = add_distractors(stream, bodies, self.distractors)
+        return bodies, background
 
     def _render(
         self, bodies: list[Body], background: Background, view: View | None = None
@@ -176,9 +189,10 @@ def open_scenes(
     seed: int = 0,
     resolution: int = 64,
     frames: int = 1,
+    distractors: int = 0,
 ) -> Scenes:
     """For data/sources/specs.py; there is no path."""
-    return Scenes(split, size, seed, resolution, frames, channels)
+    return Scenes(split, size, seed, resolution, frames, channels, distractors)
 
 
 def uniforms(world: int, purpose: int, index: np.ndarray, count: int) -> np.ndarray:
@@ -232,6 +246,19 @@ def compose(stream: Stream, label: int) -> tuple[list[Body], Background]:
     return sorted(bodies, key=lambda body: body.depth), _background(stream)
 
 
+def add_distractors(stream: Stream, bodies: list[Body], count: int) -> list[Body]:
+    """The bodies, and behind them `count` smaller ones of no class."""
+    bodies = list(bodies)
+    for _ in range(count):
+        shape, step = stream.below(len(KINDS)), 1 + stream.below(len(KINDS) - 1)
+        radius = stream.between(0.07, 0.14)
+        x, y = _free_spot(bodies, radius, stream.array(radius, 1 - radius, 6, 2).tolist())
+        body = _body(stream, shape, x, y, radius)
+        behind = max(body.depth, bodies[-1].depth)  # so that nothing annotated is hidden
+        bodies.append(body._replace(texture=(shape + step) % len(KINDS), depth=behind))
+    return bodies
+
+
 def _free_spot(bodies, radius, spots):
     """The first spot outside every object, so half of what is put there is seen, or a corner."""
 
@@ -256,6 +283,7 @@ def _body(stream, label, x, y, radius):
         frequency=2 * math.pi * KINDS[label].cycles * stream.between(0.8, 1.25),
         phase=(stream.between(0, 2 * math.pi), stream.between(0, 2 * math.pi)),
         palette=_palette(stream, np.array([dark, dark, light, light]), chroma=0.3),
+        texture=label,
     )
 
 

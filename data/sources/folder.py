@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from data.guided import Marks
+from data.guided import Marks, read_coco
 from data.images import SPLITS, ImageData, number_classes
 from data.pictures import EXTENSIONS, UnreadableImage, Window, image_size, read_image
 from data.sources.tables import open_text, read_csv
@@ -203,9 +203,10 @@ def _read_marks(root: Path, given: str | None, files: list[str]) -> Marks | None
     if given is None:
         return None
     path = _beside(root, given)
-    rows = read_csv(path, ("file",))
+    coco = path.suffix == ".json"
+    rows = [] if coco else read_csv(path, ("file",))
     try:
-        marks = Marks(rows, path.parent)
+        marks = read_coco(path) if coco else Marks(rows, path.parent)
     except UserError as error:
         raise UserError(f"{given}: {error}") from error
     if not any(file in marks for file in files):

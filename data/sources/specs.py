@@ -4,7 +4,7 @@ A spec is `kind[:path][?key=value&...]`; the kind may be left out for a folder o
 
     folder:DIR                  all images below DIR; class = first sub-folder, or labels=FILE.csv
                                 (columns file, label); split=NAME takes the sub-folder of that name;
-                                marks=FILE.csv: boxes or masks of some of them (data/guided.py)
+                                marks=FILE.csv or a COCO .json: boxes, masks (data/guided.py)
     list:FILE.txt, FILE.csv     paths, or columns file and label, relative to the list; marks=
     tar:DIR/{0000..0127}.tar    WebDataset shards; class from the .cls or .json beside an image
     npz:FILE.npz                MedMNIST's layout, split=
@@ -14,7 +14,7 @@ A spec is `kind[:path][?key=value&...]`; the kind may be left out for a folder o
     tile:DIR/*.tif              windows of large images: size= (pixels) stride= bands= scale=
                                 nodata= first= mask= height= (data/sources/tiles.py)
     mix:FILE.yaml               several of these with weights: data/sources/mixture.py
-    scenes                      generated: split=, seed=, resolution=, frames=
+    scenes                      generated: split=, seed=, resolution=, frames=, distractors=
 
 `size=N` keeps the first N images of any but mix and tile; `window=CENTRE,WIDTH` makes these values
 of the files (Hounsfield units in CT) the range 0 to 1; `page=K` takes page K of every TIFF, from 0.

@@ -17,6 +17,7 @@ from engine.cli import StoppedEarly
 from errors import UserError
 from evals import mask_loss as losses
 from evals.depth import depth_errors, sig_loss
+from evals.detection import mean_average_precision, scaled
 from evals.dpt import DPTHead, Neck, depth_bins, expected_depth, gradient_loss
 from evals.heads import load_head
 from evals.mask_head import MaskHead
@@ -222,7 +223,10 @@ KINDS = {
     "dpt": ["depth", "--head", "dpt"],
     "linear masks": ["segmentation", "--layers", "2"],
     "linear depth": ["depth", "--lr", "1e-2"],
+    "boxes": ["detection", "--lr", "1e-2"],
+    "linear boxes": ["detection", "--head", "linear"],
 }
+ANNOTATED = {"segmentation": "mask", "depth": "depth", "detection": ["boxes", "box_labels"]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -231,15 +235,28 @@ def test_a_kept_head_predicts_what_was_measured_and_is_drawn(kind, tmp_path, cap
         [*KINDS[kind], "--model", NANO, *DATA, "--steps", "6", "--output", str(tmp_path)]
     )
     said = json.loads(capsys.readouterr().out)
+    picture = tmp_path / "p.png"
+    images = ["--images", "scenes", "--count", "2", "--output", str(picture)]
+    visualize.main(["predictions", "--head", str(tmp_path), *images])
+    assert picture.stat().st_size > 1000
+    assert len(json.loads(capsys.readouterr().out)["images"]) == 2
     trained = load_head(tmp_path)
     data = Annotated(
         open_data("scenes?split=val&size=4", 3),
-        "mask" if said["task"] == "segmentation" else "depth",
+        ANNOTATED[said["task"]],
         32,
         8,
         trained.backbone.preprocessing.mean,
         trained.backbone.preprocessing.std,
     )
+    if said["task"] == "detection":
+        size = data[0][1]["shape"].tolist()
+        found = [trained(image[None], size)[0] for image, _, _ in data]
+        truth = [scaled(notes, size) for _, notes, _ in data]
+        measured = mean_average_precision(found, truth)
+        assert {name: said[name] for name in measured} == pytest.approx(measured)
+        assert said["boxes"] == sum(len(one["labels"]) for one in truth) > 0
+        return
     found = [trained(image[None], target.shape)[0] for image, target, _ in data]
     if said["task"] == "segmentation":
         pixels = [
@@ -255,11 +272,6 @@ def test_a_kept_head_predicts_what_was_measured_and_is_drawn(kind, tmp_path, cap
             for guess, (_, depth, _) in zip(found, data, strict=True)
         ]
         assert sum(rmse) / 4 == pytest.approx(said["rmse"], rel=1e-4)
-    picture = tmp_path / "p.png"
-    images = ["--images", "scenes", "--count", "2", "--output", str(picture)]
-    visualize.main(["predictions", "--head", str(tmp_path), *images])
-    assert picture.stat().st_size > 1000
-    assert len(json.loads(capsys.readouterr().out)["images"]) == 2
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
