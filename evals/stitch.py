@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -111,7 +112,7 @@ def write_geotiff(
     its coordinates.
 
     Args:
-        window: side in pixels of the file; each window is brought to `size` for the model.
+        window: side in pixels of the file; each window is brought to `size`² for the model.
 
     Returns:
         The raster and its map (K, h, w), both of LONGEST pixels a side or less, for a picture.
@@ -131,12 +132,11 @@ def write_geotiff(
         raise UserError(f"{raster.path} has no coordinates for --geotiff to keep; leave that out")
     patch, device = trained.settings.patch_size, next(trained.parameters()).device
     side, shape = max(1, size // patch) * patch, raster.shape[1:]
-    data.fill_nodata(wanted.mean)
 
-    def read(box: Box, step: int = 1) -> Tensor:
+    def read(box: Box, step: int = 1, brought_to: tuple[int, int] | None = None) -> Tensor:
         values = raster.read(data.bands, box, data.nodata, step)
-        image = data.prepare(*values, str(raster.path), data.mean)
-        image = image if step > 1 else resize(image, (side, side), wanted.interpolation)
+        image = data.prepare(*values, str(raster.path), wanted.mean)
+        image = image if brought_to is None else resize(image, brought_to, wanted.interpolation)
         return normalized(image, wanted.mean, wanted.std)
 
     sides = [min(window, length) for length in shape]
@@ -147,7 +147,8 @@ def write_geotiff(
     profile |= {"height": shape[0], "width": shape[1], "transform": transform}
     profile |= {"compress": "deflate", "bigtiff": "if_safer"}
     with open_rasterio(path, "w", **profile) as file:
-        rows = stitch_rows(lambda x: trained(x.to(device), sides), read, shape, window)
+        windows = partial(read, brought_to=(side, side))
+        rows = stitch_rows(lambda x: trained(x.to(device), sides), windows, shape, window)
         for top, scores in rows:
             box = top, 0, scores.shape[1], shape[1]
             known = raster.read(data.bands, box, data.nodata)[1].any(0)
