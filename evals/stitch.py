@@ -118,8 +118,7 @@ def write_geotiff(
         The raster and its map (K, h, w), both of LONGEST pixels a side or less, for a picture.
 
     Raises:
-        UserError: without rasterio, for several rasters, for one without coordinates, and for a
-            head that predicts no map.
+        UserError: without rasterio, for several rasters, and for one without coordinates.
     """
     if not has_rasterio():
         raise UserError("--geotiff needs the package rasterio: pip install rasterio")
@@ -139,7 +138,7 @@ def write_geotiff(
         image = image if brought_to is None else resize(image, brought_to, wanted.interpolation)
         return normalized(image, wanted.mean, wanted.std)
 
-    sides = [min(window, length) for length in shape]
+    sides = [min(window, *shape)] * 2
     step = math.ceil(max(shape) / LONGEST)
     classes, small = trained.settings.task == "segmentation", []
     kind, empty = ("uint8", NO_CLASS) if classes else ("float32", math.nan)
@@ -148,7 +147,7 @@ def write_geotiff(
     profile |= {"compress": "deflate", "bigtiff": "if_safer"}
     with open_rasterio(path, "w", **profile) as file:
         windows = partial(read, brought_to=(side, side))
-        rows = stitch_rows(lambda x: trained(x.to(device), sides), windows, shape, window)
+        rows = stitch_rows(lambda x: trained(x.to(device), sides), windows, shape, sides[0])
         for top, scores in rows:
             box = top, 0, scores.shape[1], shape[1]
             known = raster.read(data.bands, box, data.nodata)[1].any(0)
