@@ -47,9 +47,10 @@ class ImageStats(Dataset):
         empty, lowest = flat.isnan(), flat.nan_to_num(math.inf).amin(1)
         moments = [unit.nanmean(1), unit.square().nanmean(1)]
         moments += [lowest, flat.nan_to_num(-math.inf).amax(1), empty.double().mean(1)]
-        samples = np.full((len(flat), self.samples), np.nan, dtype=np.float32)
+        samples = torch.full((len(flat), self.samples), math.nan)
         for row, of_band, missing in zip(samples, flat, empty, strict=True):
-            known = of_band[~missing][:: max(1, math.ceil((~missing).sum() / self.samples))]
+            known = of_band[~missing]
+            known = known[:: max(1, math.ceil(len(known) / self.samples))]
             row[: len(known)] = known
         return *(part.tolist() for part in moments), samples, kind, tuple(stored.shape[-2:])
 
@@ -86,13 +87,6 @@ def collect(data: ImageData, images: int = 10_000, workers: int = 0) -> dict:
             f"images have {' and '.join(map(str, counts))} channels; "
             "--channels brings them to one number"
         )
-    mean, square, low, high, empty = (np.array([row[k] for row in rows]) for k in range(5))
-    mean, square, low, high = np.nanmean(mean, 0), np.nanmean(square, 0), low.min(0), high.max(0)
-    values = np.concatenate([row[5] for row in rows], axis=1)
-    cuts = np.nanpercentile(values, PERCENTILES, axis=1)
-    saturated = [
-        float((v[~np.isnan(v)] == top).mean()) for v, top in zip(values, high, strict=True)
-    ]
     kinds = [row[6] for row in rows]
     sizes = np.array([row[7] for row in rows])
     return {
@@ -103,18 +97,31 @@ def collect(data: ImageData, images: int = 10_000, workers: int = 0) -> dict:
         "dtype": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "height": [int(sizes[:, 0].min()), int(sizes[:, 0].max())],
         "width": [int(sizes[:, 1].min()), int(sizes[:, 1].max())],
-        "mean": None if np.isnan(mean).any() else mean.round(6).tolist(),
-        "std": None
-        if np.isnan(mean).any()
-        else np.sqrt(np.maximum(square - mean**2, 0)).round(6).tolist(),
+        **_of_bands(rows, kinds[0]),
+    }
+
+
+def _of_bands(rows: list[tuple], kind: str) -> dict:
+    """The values that `collect` gives for each band, of items of `ImageStats`."""
+    mean, square, low, high, empty = (np.array([row[k] for row in rows]) for k in range(5))
+    low, high = low.min(0), high.max(0)
+    moments = dict.fromkeys(("mean", "std"))
+    if not (np.isnan(mean) & (empty < 1)).any():  # else values of an unknown range
+        count = (empty < 1).sum(0).clip(min=1)
+        mean, square = np.nansum(mean, 0) / count, np.nansum(square, 0) / count
+        std = np.sqrt(np.maximum(square - mean**2, 0))
+        moments = {"mean": mean.round(6).tolist(), "std": std.round(6).tolist()}
+    values = torch.cat([row[5] for row in rows], dim=1).numpy()
+    cuts = np.nanpercentile(values, PERCENTILES, axis=1)
+    known = (~np.isnan(values)).sum(1).clip(min=1)
+    saturated = (values == high.astype(np.float32)[:, None]).sum(1) / known
+    return moments | {
         "min": low.tolist(),
         "max": high.tolist(),
-        "percentiles": {
-            str(p): cut.round(6).tolist() for p, cut in zip(PERCENTILES, cuts, strict=True)
-        },
+        "percentiles": dict(zip(map(str, PERCENTILES), cuts.round(6).tolist(), strict=True)),
         "nodata": empty.mean(0).round(6).tolist(),
-        "saturated": np.round(saturated, 6).tolist(),
-        **guess_unit(kinds[0], float(low.min()), float(high.max()), float(cuts[-1].max())),
+        "saturated": saturated.round(6).tolist(),
+        **guess_unit(kind, float(low.min()), float(high.max()), float(cuts[-1].max())),
     }
 
 

@@ -252,7 +252,7 @@ def open_tiles(
     for files in zip(*sources.values(), strict=True):
         try:
             rasters = [Raster(file) for file in files]
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # decoders raise anything at broken bytes
             said.append(f"{files[0]}: {error_text(error)}; passed over")
             continue
         tall, wide = rasters[0].shape[1:]
