@@ -54,7 +54,7 @@ def test_thirteen_bands_of_sixteen_bits_come_back_as_they_are(tmp_path, library)
 def test_windows_at_the_edge_are_shifted_inside(tmp_path, library):
     write(tmp_path / "a.tif", counts(3))
     data = open_data(f"tile:{tmp_path}?size=32&stride=40")
-    assert data.windows.tolist() == [[0, t, l] for t in (0, 28) for l in (0, 40, 58)]
+    assert data.windows.tolist() == [[0, y, x] for y in (0, 28) for x in (0, 40, 58)]
     assert all(data.image(k).shape == (3, 32, 32) for k in range(len(data)))
     assert data.name(5) == f"{tmp_path / 'a.tif'}[28,58]"
 
