@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+import export
+import extract
+import train
 from data import stats
 from data.loader import EvalDataset
 from data.sources import rasters, tiles
 from data.sources.specs import UnreadableImage, open_data
 from errors import UserError
+from models.weights.load import load_backbone
 
 tifffile = pytest.importorskip("tifffile")
 with_rasterio = pytest.mark.skipif(not rasters.has_rasterio(), reason="no rasterio")
@@ -211,3 +215,37 @@ def test_what_makes_other_images_makes_another_fingerprint(tmp_path):
     specs = ["size=32", "size=40", "size=32&stride=16", "size=32&first=2", "size=32&scale=9000"]
     prints = [open_data(f"tile:{tmp_path}/a.tif?{spec}").fingerprint() for spec in specs]
     assert len(set(prints)) == len(specs)
+
+
+def test_the_scale_of_a_run_is_kept_in_it_and_in_its_exports(tmp_path, tiny, capsys):
+    stored = counts(4, 64, 128)
+    stored[:, :10, :10] = 0
+    write(tmp_path / "a.tif", stored, nodata=0)
+    data = f"tile:{tmp_path}/a.tif?size=64&stride=32&scale=percentile(2,98)"
+    train.main([*tiny, f"data.train={data}", "data.channels=4", "batch_size=4", "total_steps=2"])
+    run = tmp_path / "run"
+    span = open_data(data, 4).span
+    export.main(["--model", str(run), "--format", "hf", "--output", str(tmp_path / "hf")])
+    for folder in (run, tmp_path / "hf"):
+        kept = load_backbone(folder).preprocessing
+        assert np.allclose(kept.span, span) and len(kept.span) == 4
+    asked = kept.asked_of_data()["scale"]
+    assert f"scale={asked}" in (tmp_path / "hf/README.md").read_text()
+    for scale, said in ((asked, False), ("10000", True)):
+        capsys.readouterr()
+        other = f"tile:{tmp_path}/a.tif?size=64&scale={scale}"
+        output = ["--output", str(tmp_path / "features"), "--device", "cpu", "--workers", "0"]
+        extract.main(["--model", str(run), "--data", other, *output])
+        assert (f"scale={asked}" in capsys.readouterr().err) == said
+
+
+def test_loader_processes_read_the_same_windows(tmp_path, tiny):
+    write(tmp_path / "a.tif", counts(3, 64, 128))
+    key = f"data.train=tile:{tmp_path}/a.tif?size=64&stride=32&scale=10000"
+    states = []
+    for workers in (0, 2):
+        run = tmp_path / f"run{workers}"
+        options = ["batch_size=4", "total_steps=2", f"data.workers={workers}"]
+        train.main([*tiny, key, *options, f"output_dir={run}"])
+        states.append(load_backbone(run).state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
