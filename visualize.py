@@ -18,7 +18,8 @@ the side of the first component that touches the border more.
 attention draws softmax(q k) of CLS for each head and their mean; registers have maps of their own.
 similarity draws the cosine between the patch at each point and all others.
 embedding places whole images by their CLS features.
-predictions draws masks, depth or boxes of a head that `eval_dense.py --output DIR` kept.
+predictions draws masks, depth or boxes of a head that `eval_dense.py --output DIR` kept. With
+--window it goes by overlapping windows; --geotiff FILE.tif writes the map of a `tile:` image.
 Images keep their aspect, and more pixels give more tokens: --size 448 for photographs,
 --size 4096 --window 512 for scans.
 """

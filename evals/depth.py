@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from errors import UserError
 from evals.canopy import CanopyErrors
 from evals.dense import FrozenPatches, LinearHead, Recipe, predict, train_heads
-from evals.patches import extract_patches, upsample
+from evals.patches import Patches, extract_patches, upsample
 from evals.reading import in_order
 
 # DINOv3's file for NYUv2. Published is 3e-4; the larger ones are ours, for short runs.
@@ -77,32 +77,41 @@ def linear_depth(
     build = partial(DepthHead, patches.dim, low, high)
     loss = partial(sig_loss, begin=min(0.1, 100 / steps))
     heads = train_heads(patches, build, loss, recipe, steps, seed)
-    found, flips, sums = [], [val.flip for val in vals], {lr: CanopyErrors() for lr in heads}
+    found, sums = [], {lr: CanopyErrors() for lr in heads}
+    flips = [val.flip for val in vals]
     streams = [extract_patches(backbone, val, device, **options) for val in vals]
     for variants in zip(*streams, strict=True):
         depth = variants[0].target.to(device)
         if is_depth(depth).any():
-            constant = torch.full_like(depth, middle)
-            guesses = {"limit": pooled_depth(depth, variants[0].grid), "constant": constant}
-            for lr, head in heads.items():
-                guesses[lr] = predict(head, variants, flips, torch.clone)[0].clamp(low, high)
-            errors = {name: depth_errors(guess, depth, align) for name, guess in guesses.items()}
-            found.append((variants[0].index, errors))
+            guesses = _guess(heads, variants, flips, (low, high))
             for lr in heads:
                 sums[lr].add(guesses[lr], depth)
-    found = in_order(found)
-    means = {
-        name: mean_errors([of_image[name] for of_image in found])
-        for name in (*heads, "limit", "constant")
-    }
+            constant = torch.full_like(depth, middle)
+            guesses |= {"limit": pooled_depth(depth, variants[0].grid), "constant": constant}
+            errors = {name: depth_errors(guess, depth, align) for name, guess in guesses.items()}
+            found.append((variants[0].index, errors))
+    means = _mean_of_each(in_order(found), (*heads, "limit", "constant"))
     best = min(heads, key=lambda lr: means[lr]["rmse"])
     if keep is not None:
         keep(heads[best], {"low": low, "high": high})
     result = means[best] | {"lr": {f"{lr:g}": means[lr]["rmse"] for lr in heads}}
     result["limit"] = {name: means["limit"][name] for name in ("rmse", "delta1")}
-    if canopy:
-        result["canopy"] = sums[best].result()
+    result |= {"canopy": sums[best].result()} if canopy else {}
     return result | {"constant": means["constant"]["rmse"], "span": [low, high], "steps": steps}
+
+
+def _guess(
+    heads: dict, variants: Sequence[Patches], flips: Sequence[bool], span: tuple[float, float]
+) -> dict[Any, Tensor]:
+    """What each head says of an image, (H, W) metres within the span."""
+    return {
+        lr: predict(head, variants, flips, torch.clone)[0].clamp(*span)
+        for lr, head in heads.items()
+    }
+
+
+def _mean_of_each(found: Sequence[dict], names: Sequence) -> dict[Any, dict[str, float]]:
+    return {name: mean_errors([of_image[name] for of_image in found]) for name in names}
 
 
 def is_depth(depth: Tensor) -> Tensor:
