@@ -26,9 +26,8 @@ from operator import itemgetter
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
-from data.annotated import Annotated, clip, kinds_of, pair
+from data.annotated import Annotated, clip, kinds_of, prepared_clip, prepared_pair
 from data.images import ImageData
 from data.sources.specs import open_data
 from engine import distributed
@@ -43,7 +42,7 @@ from evals.frozen import FrozenModel, progress_bar, run_evaluation
 from evals.localization import localize, read_truth
 from evals.matching import match_keypoints, match_views, track
 from evals.patches import LastLayers, Sliding, extract_patches, patch_knn_segmentation
-from evals.reading import first_readable, in_order, read_batches
+from evals.reading import Made, first_readable, in_order, read_batches
 
 SCALES = (0.75, 1.0, 1.25, 1.5)  # of --multi-scale; each also mirrored
 HELP = {
@@ -109,6 +108,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 action="store_true",
                 help=f"mean over {SCALES} of the size, mirrored",
             )
+            wide = "channels of --head mask (256), dpt (64) and fcos (64); fewer are faster"
+            add("--width", type=int, help=wide)
             keeps = "whether maps of --head mask, dpt and fcos are kept, if they fit into 4 GiB"
             add("--cache", choices=("auto", "off"), default="auto", help=keeps)
             limit = (
@@ -171,8 +172,9 @@ def check_head(arguments: argparse.Namespace) -> argparse.Namespace:
     if arguments.multi_scale and (head != "linear" or by_blocks(arguments)):
         raise UserError("--multi-scale goes with --head linear of masks and depth only")
     if not by_blocks(arguments):
-        if arguments.minutes is not None:
-            raise UserError("--minutes goes with --head mask, dpt and detection only")
+        for name in ("minutes", "width"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name} goes with --head mask, dpt and detection only")
         return check_layers(arguments)
     if arguments.window is not None:
         raise UserError(
@@ -183,6 +185,8 @@ def check_head(arguments: argparse.Namespace) -> argparse.Namespace:
     maps = MAPS[arguments.task]
     if layers is not None and len(layers) != maps:
         raise UserError(f"--layers names {len(layers)} blocks; --head {head} takes {maps}")
+    if (arguments.width or 64) % 64 or (arguments.width and head == "linear"):
+        raise UserError(f"--width is {arguments.width}; a multiple of 64, not for --head linear")
     if arguments.minutes is not None and arguments.output is None:
         raise UserError("--minutes needs --output, where the training is kept to go on from")
     return arguments
@@ -195,19 +199,6 @@ def check_layers(arguments: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--layers has {len(layers)} numbers; give how many of the last blocks")
     arguments.layers = layers[0]
     return arguments
-
-
-class Made(Dataset):
-    """Item i is `make(i)`, such as a pair or a clip of a data set."""
-
-    def __init__(self, data: ImageData, make: Callable[[int], tuple]):
-        self.data, self.make = data, make
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple:
-        return self.make(index)
 
 
 class DenseModel(FrozenModel):
@@ -337,23 +328,6 @@ def match(model: DenseModel, train: None, val: ImageData) -> dict:
         labels, found = [label for label, _ in items], [one for _, one in items]
         result["keypoints"] = match_keypoints(found, labels, thresholds)
     return result
-
-
-def prepared_pair(images: Annotated, index: int) -> tuple:
-    """A pair as `match_views` takes it, points as shares of width and height."""
-    image_a, image_b, points_a, points_b, visible = pair(images.data, index)
-    points = []
-    for image, pixels in ((image_a, points_a), (image_b, points_b)):
-        size = torch.tensor([image.shape[-1], image.shape[-2]])
-        points.append(torch.as_tensor(pixels) / size)
-    prepared = images.prepare(image_a), images.prepare(image_b)
-    return *prepared, *points, torch.as_tensor(visible), tuple(image_b.shape[-2:])
-
-
-def prepared_clip(images: Annotated, index: int) -> tuple:
-    """A clip as `track` takes it."""
-    frames, instances = clip(images.data, index)
-    return index, [images.prepare(frame) for frame in frames], torch.as_tensor(instances)
 
 
 def track_clips(model: DenseModel, train: None, val: ImageData) -> dict:

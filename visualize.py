@@ -33,8 +33,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.evaluation import EvalDataset
 from data.images import ImageData
-from data.loader import EvalDataset
 from data.sources.specs import open_data
 from data.sources.tiles import TileImages
 from engine.cli import path_argument, preparation, print_result, run_script

@@ -142,6 +142,23 @@ def clip(data: ImageData, index: int) -> tuple[Tensor, np.ndarray]:
     return data.clip(index)
 
 
+def prepared_pair(images: Annotated, index: int) -> tuple:
+    """A pair as `match_views` takes it, points as shares of width and height."""
+    image_a, image_b, points_a, points_b, visible = pair(images.data, index)
+    points = []
+    for image, pixels in ((image_a, points_a), (image_b, points_b)):
+        size = torch.tensor([image.shape[-1], image.shape[-2]])
+        points.append(torch.as_tensor(pixels) / size)
+    prepared = images.prepare(image_a), images.prepare(image_b)
+    return *prepared, *points, torch.as_tensor(visible), tuple(image_b.shape[-2:])
+
+
+def prepared_clip(images: Annotated, index: int) -> tuple:
+    """A clip as `track` takes it."""
+    frames, instances = clip(images.data, index)
+    return index, [images.prepare(frame) for frame in frames], torch.as_tensor(instances)
+
+
 def _require(data: ImageData, method: str, words: str) -> None:
     if not hasattr(data, method):
         raise UserError(f"{data.name(0)} comes without {words}; `scenes` has them")

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import gaussian_blur
 
 from data.augment import CropSpec, crop_boxes, draw, resized_crop
-from data.loader import EvalDataset
+from data.evaluation import EvalDataset
 from data.pixels import normalize
 from errors import UserError
 

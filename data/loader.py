@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from data.augment import MultiCrop, draw
 from data.device import Cut, cut_out, pack
 from data.guided import Guidance
+from data.jpeg import Fineness, crop_fineness, decoded_for
 from data.masking import MaskSpec, draw_masks
-from data.pixels import cut_strip, normalize, resize, to_unit
 from data.sources.mixture import Mixture
 from data.sources.specs import ImageData, UnreadableImage
 from errors import UserError
@@ -143,6 +143,8 @@ class StepDataset(Dataset):
         shift: position of step s in the stream less s · batch_size; not 0 where earlier steps had
             another batch size.
         on_device: items are `RawBatch`, whose crops are made on the device that it is moved to.
+        scaled_jpeg: JPEG files are decoded no finer than their crops need, see data/jpeg.py; not
+            where marks guide the crops.
 
     Raises:
         UserError: if the batch cannot be shared evenly, or there is no image.
@@ -159,6 +161,7 @@ class StepDataset(Dataset):
         world_size: int = 1,
         shift: int = 0,
         on_device: bool = False,
+        scaled_jpeg: bool = False,
     ):
         if batch_size < 1 or batch_size % world_size:
             raise UserError(f"batch size {batch_size} is not a multiple of {world_size} ranks")
@@ -167,7 +170,7 @@ class StepDataset(Dataset):
         self.data, self.views = data, tuple(views)
         data.fill_nodata(self.views[0].multi_crop.mean)
         self.batch_size, self.seed, self.shift, self.on_device = batch_size, seed, shift, on_device
-        self.share = batch_size // world_size
+        self.share, self.scaled_jpeg = batch_size // world_size, scaled_jpeg
         self.block = range(rank * self.share, (rank + 1) * self.share)
         self.order = (-1, np.empty(0))  # epoch and its permutation, the last one asked for
 
@@ -203,7 +206,9 @@ class StepDataset(Dataset):
         hidden = [] if masks is None else masks.sum(1).tolist()
         images: list[int] = []
         bad: dict[str, str] = {}
-        pixels = self._read(self.indices(step), images, bad)
+        scaled = self.scaled_jpeg and views.guidance is None
+        fineness = [crop_fineness(multi_crop, table) if scaled else None for table in tables]
+        pixels = self._read(self.indices(step), images, bad, fineness)
         targets = self._targets(views, first, images, bad)
         if self.on_device:
             buffer, cuts = pack(multi_crop, pixels, tables, targets)
@@ -220,7 +225,11 @@ class StepDataset(Dataset):
         return self.views[rng.choice(len(shares), p=shares / shares.sum())]
 
     def _read(
-        self, indices: np.ndarray, images: list[int], bad: dict[str, str]
+        self,
+        indices: np.ndarray,
+        images: list[int],
+        bad: dict[str, str],
+        fineness: Sequence[Fineness | None],
     ) -> Iterator[Tensor]:
         """The images of this rank's block; their indices are added to `images`, unreadable ones
         to `bad`.
@@ -229,10 +238,10 @@ class StepDataset(Dataset):
         rank's: that does not depend on the number of ranks.
         """
         errors: dict[int, UnreadableImage] = {}
-        for place in self.block:
+        for place, fine in zip(self.block, fineness, strict=True):
             for further in range(len(indices)):
                 index = int(indices[(place + further) % len(indices)])
-                image = None if index in errors else self._try_image(index, errors)
+                image = None if index in errors else self._try_image(index, errors, fine)
                 if image is not None:
                     break
             else:
@@ -245,9 +254,12 @@ class StepDataset(Dataset):
             images.append(index)
             yield image
 
-    def _try_image(self, index: int, errors: dict[int, UnreadableImage]) -> Tensor | None:
+    def _try_image(
+        self, index: int, errors: dict[int, UnreadableImage], fineness: Fineness | None
+    ) -> Tensor | None:
         try:
-            return self.data.image(index)
+            with decoded_for(fineness):
+                return self.data.image(index)
         except UnreadableImage as error:
             errors[index] = error
 
@@ -313,6 +325,7 @@ def make_loader(
     workers: int = 0,
     device: str = "cpu",
     on_device: bool = False,
+    scaled_jpeg: bool = False,
 ) -> DataLoader:
     """One `Batch`, or `RawBatch` if `on_device`, per step from start_step to stop_step - 1.
 
@@ -328,6 +341,7 @@ def make_loader(
         world_size=world_size,
         shift=shift,
         on_device=on_device,
+        scaled_jpeg=scaled_jpeg,
     )
     return DataLoader(
         steps,
@@ -344,52 +358,3 @@ def make_loader(
 def _ignore_interrupts(worker: int) -> None:
     """A terminal sends Ctrl-C to every process; the run needs its workers to end its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-STRIP = 16  # crops; of a longer image only the part around its centre crop is resized
-
-
-class EvalDataset(Dataset):
-    """Images as a frozen model wants them: short side to `resize`, centre crop, normalised.
-
-    Item i is (float32 (C, h, w), label or -1, i). Where the crop would reach beyond the resized
-    image, the image is made as much larger as it takes; nothing is padded.
-
-    Args:
-        resize: short side in pixels.
-        size: crop (h, w) in pixels.
-        mean, std: of one or C values, for inputs in [0, 1].
-        interpolation: a mode of torch.nn.functional.interpolate; antialiased where it can be.
-    """
-
-    def __init__(
-        self,
-        data: ImageData,
-        resize: int,
-        size: tuple[int, int],
-        mean: Sequence[float],
-        std: Sequence[float],
-        interpolation: str = "bicubic",
-    ):
-        self.data, self.resize, self.size = data, resize, tuple(size)
-        self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
-        data.fill_nodata(self.mean)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        image, label = self.data[index]
-        height, width = image.shape[-2:]
-        h, w = self.size
-        scale = max(self.resize / min(height, width), h / height, w / width)
-        # The small addend: 256 / 3 * 3 may come out a hair below 256.
-        height, width = int(height * scale + 1e-6), int(width * scale + 1e-6)
-        top, left = round((height - h) / 2), round((width - w) / 2)
-        if max(height / h, width / w) > STRIP:
-            image, (height, width), (top, left) = cut_strip(
-                image, (height, width), (top, left), self.size
-            )
-        image = resize(image, (height, width), self.interpolation)
-        crop = image[:, top : top + h, left : left + w]
-        return normalize(to_unit(crop.clone()), self.mean, self.std), label, index

@@ -15,15 +15,15 @@ import torch
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
+from data.jpeg import ORIENTATION, reduce
 from errors import UserError
 
 PICTURES = ".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm"
 EXTENSIONS = {*PICTURES.split(), ".npy", ".npz"}
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# Tags of TIFF 6.0.
-WIDTH, HEIGHT, BITS, ORIENTATION, SAMPLES, EXTRA, FORMAT = 256, 257, 258, 274, 277, 338, 339
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # and tags of TIFF 6.0:
+WIDTH, HEIGHT, BITS, SAMPLES, EXTRA, FORMAT = 256, 257, 258, 277, 338, 339
 SUBFILE, PHOTOMETRIC = 254, 262
-MASK_PAGE, WHITE_IS_ZERO = 4, 0  # a bit of SUBFILE: such pages hold no pixels; of PHOTOMETRIC
+MASK_PAGE, WHITE_IS_ZERO = 4, 0  # a bit of SUBFILE: pages without pixels; of PHOTOMETRIC
 ALPHA = (1, 2)  # values of EXTRA: with and without premultiplied colours; anything else is a band
 Window = tuple[float, float]
 ROUNDING, USE_WINDOW = 1e-6, "window=centre,width says which become 0 to 1"
@@ -224,8 +224,8 @@ def _decode(file: BinaryIO, channels: int | None, page: int | None) -> Tensor:
         _refuse_huge(int.from_bytes(start[20:24], "big"), int.from_bytes(start[16:20], "big"))
         return _without_alpha(_read_deep_png(file), channels)
     with Image.open(file) as picture:
-        if page:
-            picture.seek(page)
+        picture.seek(page or 0)
+        reduce(picture)
         ImageOps.exif_transpose(picture, in_place=True)
         return picture_to_tensor(picture, channels)
 
@@ -252,8 +252,8 @@ def _without_alpha(image: Tensor, channels: int | None) -> Tensor:
 
 
 def _refuse_huge(height: int, width: int) -> None:
-    if Image.MAX_IMAGE_PIXELS and height * width > 2 * Image.MAX_IMAGE_PIXELS:
-        limit = 2 * Image.MAX_IMAGE_PIXELS
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    if limit and height * width > limit:
         raise UserError(
             f"{height} x {width} pixels are more than {limit} (twice PIL.Image.MAX_IMAGE_PIXELS)"
         )

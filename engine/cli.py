@@ -157,6 +157,8 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--resize", type=int, help=resize)
     size = "centre crop in pixels, one number or height width; by default the model's own"
     parser.add_argument("--size", type=int, nargs="+", help=size)
+    scaled = "decode large JPEG files no finer than the model sees them; faster"
+    parser.add_argument("--scaled-jpeg", action="store_true", help=scaled)
     parser.add_argument("--output", type=path_argument, help="folder for the result as JSON")
     return parser
 

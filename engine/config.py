@@ -50,6 +50,7 @@ class DataConfig:
     # Loader processes a rank; 0: none; null: by cores; more while data_wait_fraction exceeds 0.1.
     workers: CountOrZero | None = free(None)
     max_bad: CountOrZero | None = free(None)  # Unreadable images; null: stops above 10 and 1 %.
+    scaled_jpeg: bool = False  # Large JPEG files are decoded no finer than their crops need (ours).
     # Where crops and colours are made (ours). device: workers only read and shrink. auto: device on
     # GPUs on which both were measured (H100), else workers. The views are the same but for rounding
     # and the filter that shrinks. workers: where the GPU is the bottleneck and the cores are not.

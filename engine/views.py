@@ -157,6 +157,7 @@ def stage_loader(
         workers=loader_workers(cfg.data.workers, device.type, distributed.world_size()),
         device=device.type,
         on_device=crops_on_device(cfg.data.augment_on, device),
+        scaled_jpeg=cfg.data.scaled_jpeg,
     )
 
 

@@ -25,6 +25,8 @@ from evals.heads import (
     train_head,
 )
 from evals.patches import CLASSES, confusion, extract_patches, mean_iou
+from evals.photographs import read_photographs
+from evals.predictions import draw_predictions
 from evals.reading import in_order
 
 # Rates and lengths are ours, for the small heads and short runs here.
@@ -40,6 +42,7 @@ RECIPES = {
 MAPS = {"segmentation": 4, "depth": 4, "detection": 1}  # that these heads take
 QUERIES = 50  # of a mask head, or as many as there are classes
 CACHE = 4 * 2**30  # bytes of maps that are kept
+PICTURES = 4  # of --val that --output shows
 
 
 def fit(
@@ -69,10 +72,13 @@ def fit(
     steps = flags.steps or recipe.steps(len(patches.indices))
     settings = head_settings(backbone, windowed, patches.dim, flags, maps)
     settings.options = options_of(patches.summaries)
+    if flags.width is not None:
+        settings.options["width"] = flags.width
     settings.training |= {"steps": steps, "lr": recipe.lrs[0]}
     trained = TrainedHead(backbone, settings.build(flags.seed).to(device), settings)
     options = {"folder": flags.output, "minutes": flags.minutes or math.inf, "seed": flags.seed}
     train_head(trained, patches, recipe, steps=steps, **options)
+    draw_kept(trained, flags)
     return trained, steps
 
 
@@ -111,7 +117,17 @@ def keep_linear(
     trained = TrainedHead(backbone, maps, settings)
     if distributed.is_main():
         save_head(flags.output, trained)
+    draw_kept(trained, flags)
     return trained
+
+
+def draw_kept(trained: TrainedHead, flags: argparse.Namespace) -> None:
+    """predictions.png in --output: what the head says of the first images of --val."""
+    if flags.output is None or not distributed.is_main():
+        return
+    size = min(trained.settings.size)
+    photographs = read_photographs([flags.val], PICTURES, trained.backbone, size)
+    draw_predictions(flags.output / "predictions.png", photographs, trained)
 
 
 def mask_options(summaries: Sequence[int]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from data.evaluation import EvalDataset
 from data.images import ImageData
-from data.loader import EvalDataset
 from engine import distributed
 from engine.cli import preparation, print_result
 from engine.distributed import choose_device, has_fast_bf16
@@ -43,6 +43,7 @@ class FrozenModel:
         in_bf16(self.backbone, arguments.precision, self.device)
         self.channels = self.backbone.in_channels
         self.prepare = preparation(self.backbone.preprocessing, arguments.resize, arguments.size)
+        self.prepare["scaled_jpeg"] = arguments.scaled_jpeg
         say_missing_range(self.backbone.preprocessing, vars(arguments).values())
         ranks = distributed.world_size()
         workers = loader_workers(arguments.workers, self.device.type, ranks)

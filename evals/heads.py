@@ -98,8 +98,14 @@ class ChosenBlocks(nn.Module):
         several = self.blocks != [-1]
         model = self.backbone
         found = model.intermediate(images, self.blocks) if several else [model(images)]
-        tokens = [torch.cat([one.cls[:, None], one.patches], dim=1) for one in found]
+        tokens = [torch.cat([summary(one)[:, None], one.patches], dim=1) for one in found]
         return replace(found[-1], patches=torch.cat(tokens, dim=-1))
+
+
+def summary(features: Any) -> Tensor:
+    """(B, D): CLS, or the mean of the patches where CLS is of another width (pixels)."""
+    cls, patches = features.cls, features.patches
+    return cls if cls.shape[-1] == patches.shape[-1] else patches.mean(dim=1)
 
 
 def as_maps(

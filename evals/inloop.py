@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from data.annotated import Annotated, has_masks
-from data.loader import EvalDataset
+from data.evaluation import EvalDataset
 from data.pixels import channel_statistics, full_scale
 from data.sources.specs import ImageData, open_labelled
 from engine import distributed

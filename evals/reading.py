@@ -35,6 +35,19 @@ class Readable(Dataset):
             return error
 
 
+class Made(Dataset):
+    """Item i is `make(i)`, such as a pair or a clip of a data set."""
+
+    def __init__(self, data: ImageData, make: Callable[[int], tuple]):
+        self.data, self.make = data, make
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.make(index)
+
+
 def read_batches(
     data: Dataset,
     batch_size: int = 64,

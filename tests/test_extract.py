@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import extract
-from data.loader import EvalDataset
+from data.evaluation import EvalDataset
 from data.sources.specs import open_data
 from engine.cli import preparation
 from errors import UserError

@@ -30,7 +30,8 @@ ALLOWED = {
     },
     "evals": {
         *("torch", "numpy", "PIL", "matplotlib", "tqdm", "models", "data", "engine"),
-        *("sklearn", "safetensors"),  # where asked for; heads are kept
+        *("torchvision", "safetensors"),
+        *("sklearn", "torchmetrics"),  # where asked for
     },
 }
 STEPS_ARE_TAKEN_FROM = {"distill": {"train"}, "bench": {"train", "distill"}}

@@ -12,7 +12,8 @@ from torchvision.transforms import v2
 
 from data import augment
 from data.augment import POLICIES, CropSpec, MultiCrop, draw
-from data.loader import EvalDataset, Views, make_loader
+from data.evaluation import EvalDataset
+from data.loader import Views, make_loader
 from data.masking import MaskSpec
 from data.pictures import read_image
 from data.sources.published import TorchvisionImages

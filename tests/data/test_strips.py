@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from data import loader
+from data import evaluation as loader
 from data.annotated import Annotated
+from data.evaluation import EvalDataset
 from data.images import ImageData
-from data.loader import EvalDataset
 from data.pictures import UnreadableImage
 
 

@@ -11,7 +11,7 @@ import export
 import extract
 import train
 from data import stats
-from data.loader import EvalDataset
+from data.evaluation import EvalDataset
 from data.sources import rasters, tiles
 from data.sources.specs import UnreadableImage, open_data
 from errors import UserError

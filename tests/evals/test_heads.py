@@ -235,6 +235,8 @@ def test_a_kept_head_predicts_what_was_measured_and_is_drawn(kind, tmp_path, cap
         [*KINDS[kind], "--model", NANO, *DATA, "--steps", "6", "--output", str(tmp_path)]
     )
     said = json.loads(capsys.readouterr().out)
+    assert (tmp_path / "predictions.png").stat().st_size > 1000
+    assert json.loads((tmp_path / f"{said['task']}.json").read_text()) == said
     picture = tmp_path / "p.png"
     images = ["--images", "scenes", "--count", "2", "--output", str(picture)]
     visualize.main(["predictions", "--head", str(tmp_path), *images])
@@ -313,6 +315,8 @@ def test_what_does_not_fit_a_kept_head_is_told_in_a_sentence(tmp_path, capsys):
         (["segmentation", "--head", "mask", "--layers", "1", "2"], "takes 4"),
         (["segmentation", "--head", "mask", "--layers", "1", "2", "3", "9"], "blocks 0 to 3"),
         (["segmentation", "--minutes", "3"], "mask"),
+        (["segmentation", "--width", "64"], "mask"),
+        (["segmentation", "--head", "mask", "--width", "100"], "multiple of 64"),
         (["segmentation", "--layers", "1", "2"], "last blocks"),
         (["depth", "--head", "dpt", "--minutes", "3"], "--output"),
         (["depth", "--head", "dpt", "--bins", "log", "--span", "0", "9"], "--span"),

@@ -13,7 +13,7 @@ from torch import nn
 
 import eval_linear
 from data.corruptions import CORRUPTIONS, SEVERITIES, Corrupted, corrupt
-from data.loader import EvalDataset
+from data.evaluation import EvalDataset
 from data.sources.specs import open_data
 from evals.linear import (
     Head,

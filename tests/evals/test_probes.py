@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.loader import EvalDataset
+from data.evaluation import EvalDataset
 from data.sources.specs import open_data
 from engine.health import health
 from evals.knn import _largest, extract_cls, knn_accuracy

@@ -11,7 +11,7 @@ from PIL import Image
 
 import eval_knn
 from data.corruptions import Copies
-from data.loader import EvalDataset
+from data.evaluation import EvalDataset
 from data.sources.specs import open_data
 from evals.knn import average_precision, retrieval_map, whitening
 

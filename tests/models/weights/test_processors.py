@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 import export
 import extract
 import train
-from data.loader import EvalDataset
+from data.evaluation import EvalDataset
 from data.sources.specs import open_data
 from errors import UserError
 from export import model_card
