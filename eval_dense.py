@@ -127,6 +127,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--bins", choices=BINS, default="linear", help="of --head dpt: how they are spaced")
     align = "measure after the scale and shift of each image that fit best"
     add("--align", action="store_true", help=align)
+    add("--canopy", action="store_true", help="heights of trees: also MAE, R2, block R2 and bias")
     add = tasks.choices["detection"].add_argument
     add("--head", choices=("fcos", "linear"), default="fcos")
     add = tasks.choices["correspondence"].add_argument
@@ -287,7 +288,7 @@ def estimate_depth(model: DenseModel, train: ImageData, val: ImageData) -> dict:
     if flags.head == "dpt":
         scores = model.train_head(dpt_depth, train, val, "depth")
     else:
-        options = {"span": flags.span, "align": flags.align}
+        options = {"span": flags.span, "align": flags.align, "canopy": flags.canopy}
         scores = model.probe_linear(linear_depth, DEPTH, train, val, "depth", **options)
     return {"head": flags.head, **scores}
 

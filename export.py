@@ -222,7 +222,8 @@ def model_card(spec: str, format: str, backbone: nn.Module, notes: list[str]) ->
         f"short side to {preprocessing.resize} pixels "
         f"({preprocessing.interpolation}), centre crop {crop}, mean {preprocessing.mean}, "
         f"std {preprocessing.std}"
-        + (f"; window (centre, width) {preprocessing.window}" if preprocessing.window else ""),
+        + (f"; window (centre, width) {preprocessing.window}" if preprocessing.window else "")
+        + (f"; scale={preprocessing.asked_of_data()['scale']}" if preprocessing.span else ""),
         "Not held by this format": "; ".join(notes) or "nothing is lost",
     }
     if format == "hf":

@@ -18,7 +18,8 @@ the side of the first component that touches the border more.
 attention draws softmax(q k) of CLS for each head and their mean; registers have maps of their own.
 similarity draws the cosine between the patch at each point and all others.
 embedding places whole images by their CLS features.
-predictions draws masks, depth or boxes of a head that `eval_dense.py --output DIR` kept.
+predictions draws masks, depth or boxes of a head that `eval_dense.py --output DIR` kept. With
+--window it goes by overlapping windows; --geotiff FILE.tif writes the map of a `tile:` image.
 Images keep their aspect, and more pixels give more tokens: --size 448 for photographs,
 --size 4096 --window 512 for scans.
 """
@@ -34,6 +35,8 @@ from torch import Tensor, nn
 
 from data.evaluation import EvalDataset
 from data.images import ImageData
+from data.sources.specs import open_data
+from data.sources.tiles import TileImages
 from engine.cli import path_argument, preparation, print_result, run_script
 from engine.config import TrainConfig, load_config
 from engine.distributed import choose_device
@@ -43,12 +46,13 @@ from evals.curves import draw_curves
 from evals.embedding import draw_embedding, pca_map, tsne_map
 from evals.figures import enlarge
 from evals.frozen import check_least, class_name
-from evals.heads import load_head
+from evals.heads import TrainedHead, load_head
 from evals.knn import cls_features
 from evals.maps import to_picture
 from evals.patches import patch_tokens
 from evals.photographs import load_images, read_photographs
 from evals.predictions import draw_predictions
+from evals.stitch import stitch, write_geotiff
 from evals.token_maps import draw_attention, draw_components, draw_similarity
 from evals.views import Views, draw_views, hide_in_crops, make_views
 from models.weights.load import load_backbone
@@ -108,6 +112,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     task.add_argument("--head", required=True, type=path_argument, metavar="DIR", help=kept)
     add_model(task, required=False)
     add_window(task)
+    georeferenced = "also write the map of a tile: image, with its coordinates, in its windows"
+    task.add_argument("--geotiff", type=path_argument, metavar="FILE.tif", help=georeferenced)
 
     for name, text in (("crops", "views of a configuration"), ("masks", "patches that it hides")):
         task = tasks.add_parser(name, help=text)
@@ -212,10 +218,32 @@ def embedding(arguments: argparse.Namespace) -> dict:
 def predictions(arguments: argparse.Namespace) -> dict:
     trained = load_head(arguments.head, arguments.model, choose_device(arguments.device))
     size = min(trained.settings.size) if arguments.size is None else arguments.size
+    result = {"head": str(arguments.head), "size": size}
+    check_least(arguments, trained.settings.patch_size, "window")
+    stitches = arguments.window is not None or arguments.geotiff is not None
+    if stitches and trained.settings.task == "detection":
+        raise UserError("--window and --geotiff are for maps, and this head predicts boxes")
+    if arguments.geotiff is not None:
+        return result | geotiff(arguments, trained, size)
     options = {"size": size, "height": 320}
     photographs = read_photographs(arguments.images, arguments.count, trained.backbone, **options)
-    found = draw_predictions(arguments.output, photographs, trained)
-    return {"head": str(arguments.head), "size": size, "images": found}
+    predict = None
+    if arguments.window is not None:
+        p = trained.settings.patch_size
+        side = arguments.window // p * p
+        predict = lambda images: stitch(trained, images[0], side)[None]  # noqa: E731
+    return result | {"images": draw_predictions(arguments.output, photographs, trained, predict)}
+
+
+def geotiff(arguments: argparse.Namespace, trained: TrainedHead, size: int) -> dict:
+    data = open_data(arguments.images[0], trained.backbone.in_channels)
+    if not isinstance(data, TileImages) or len(arguments.images) > 1:
+        given = " ".join(arguments.images)
+        raise UserError(f"--geotiff takes one image as tile:FILE.tif?size=512, not {given}")
+    window = arguments.window or data.size
+    photograph, found = write_geotiff(arguments.geotiff, data, trained, window, size)
+    drawn = draw_predictions(arguments.output, [photograph], trained, lambda images: found[None])
+    return {"images": drawn, "window": window, "geotiff": str(arguments.geotiff)}
 
 
 def named_squares(arguments: argparse.Namespace, wanted: dict) -> Iterator[tuple[str, Tensor]]:

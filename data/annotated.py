@@ -56,6 +56,7 @@ class Annotated(Dataset):
         self.kinds = [kind] if self.single else list(kind)
         self.size, self.multiple, self.ignore, self.flip = size, multiple, ignore, flip
         self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
+        data.fill_nodata(self.mean)
         if self.kinds:
             held = first_annotations(data)
             with contextlib.suppress(UnreadableImage):

@@ -39,6 +39,7 @@ class EvalDataset(Dataset):
         self.data, self.resize, self.size = data, resize, tuple(size)
         self.fineness = (lambda *sides: 1 / self.scale(*sides)) if scaled_jpeg else None
         self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
+        data.fill_nodata(self.mean)
 
     def __len__(self) -> int:
         return len(self.data)

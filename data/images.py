@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.pictures import UnreadableImage
+from data.pixels import to_unit
 from errors import UserError
 
 # What a data set may call the split that is asked for, best first.
@@ -34,6 +35,8 @@ class ImageData(Dataset):
         passed_over: a sentence with counts for each kind of thing that is not used.
         left_out: images that a probe cannot use, see `known_images` of data/sources/specs.py.
         window: centre and width of the values that become 0 to 1, or None.
+        span: lowest and highest value of each band, or of all, that become 0 and 1; None: what the
+            type of the files says, or `window`.
         origin: what a spec says of its images, but for where they lie.
     """
 
@@ -43,6 +46,7 @@ class ImageData(Dataset):
     passed_over: list[str] | tuple = ()
     left_out: int = 0
     window: tuple[float, float] | None = None
+    span: tuple[tuple[float, float], ...] | None = None
     origin: str = ""
 
     def __len__(self) -> int:
@@ -59,6 +63,17 @@ class ImageData(Dataset):
     def annotations(self, index: int) -> dict:
         """Boxes, masks, depth or keypoints, of the kinds of data that have them."""
         raise NoAnnotations(f"{self.name(index)} has no annotations beyond its class; `scenes` has")
+
+    def measured(self, index: int) -> tuple[Tensor, str, Tensor | None]:
+        """Values as stored and their type, and in [0, 1] or None where their range is not known.
+
+        Values are (C, H, W) float64, NaN for nodata.
+        """
+        image = self.image(index)
+        return image.double(), str(image.dtype).removeprefix("torch."), to_unit(image).double()
+
+    def fill_nodata(self, mean: Sequence[float]) -> None:
+        """Pixels without data are to become `mean`, in [0, 1], where the data has such."""
 
     def files_below(self) -> list[bytes]:
         """Names of all images relative to where they lie, of the kinds of data that have them."""
@@ -97,6 +112,12 @@ class Chosen(ImageData):
 
     def annotations(self, index: int) -> dict:
         return self.data.annotations(int(self.rows[index]))
+
+    def measured(self, index: int) -> tuple[Tensor, str, Tensor | None]:
+        return self.data.measured(int(self.rows[index]))
+
+    def fill_nodata(self, mean: Sequence[float]) -> None:
+        self.data.fill_nodata(mean)
 
 
 def first_annotations(data: ImageData) -> dict:

@@ -42,6 +42,12 @@ def resize(image: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tenso
 Sizes = tuple[int, int]
 
 
+def strided_starts(length: int, side: int, stride: int) -> list[int]:
+    """Where windows of `side` begin that cover `length`, `stride` apart, the last at the end."""
+    last = max(0, length - side)
+    return [*range(0, last, stride), last]
+
+
 def cut_strip(
     image: Tensor, target: Sizes, corner: Sizes, size: Sizes
 ) -> tuple[Tensor, Sizes, Sizes]:

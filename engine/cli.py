@@ -170,7 +170,7 @@ def preparation(preprocessing: Preprocessing, resize: int | None, size: list[int
         UserError: if a size is not positive, or --size has more than two numbers.
     """
     values = vars(preprocessing).copy()
-    del values["scale"], values["window"]  # known from each image and from DATA
+    del values["scale"], values["window"], values["span"]  # known from each image and from DATA
     if size is not None:
         if len(size) > 2 or min(size) < 1:
             given = " ".join(map(str, size))

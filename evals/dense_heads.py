@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from engine import distributed
 from errors import UserError
+from evals.canopy import CanopyErrors
 from evals.dense import FrozenPatches, Recipe, largest_class
 from evals.depth import depth_errors, depth_range, depth_summary, is_depth, mean_errors
 from evals.detection import mean_average_precision, scaled
@@ -181,12 +182,14 @@ def dpt_depth(
         return {"low": low, "high": high, "bins": flags.bins}
 
     trained, steps = fit(backbone, train, flags, device, depth_summary, options_of, **loading)
-    found = []
+    found, sums = [], CanopyErrors()
     for index, depth, guess in predictions(trained, val, device, **loading):
         if is_depth(depth).any():
+            sums.add(guess[0], depth)
             found.append((index, depth_errors(guess[0], depth, flags.align)))
     span = [trained.settings.options[name] for name in ("low", "high")]
-    return mean_errors(in_order(found)) | {"span": span, "steps": steps}, trained
+    canopy = {"canopy": sums.result()} if flags.canopy else {}
+    return mean_errors(in_order(found)) | canopy | {"span": span, "steps": steps}, trained
 
 
 def detect(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from errors import UserError
+from evals.canopy import CanopyErrors
 from evals.dense import FrozenPatches, LinearHead, Recipe, predict, train_heads
-from evals.patches import extract_patches, upsample
+from evals.patches import Patches, extract_patches, upsample
 from evals.reading import in_order
 
 # DINOv3's file for NYUv2. Published is 3e-4; the larger ones are ours, for short runs.
@@ -45,6 +46,7 @@ def linear_depth(
     *,
     span: tuple[float, float] | None = None,
     align: bool = False,
+    canopy: bool = False,
     keep: Callable[[nn.Module, dict], None] | None = None,
     recipe: Recipe = DEPTH,
     steps: int | None = None,
@@ -59,6 +61,7 @@ def linear_depth(
         train, vals: as of `linear_segmentation`, with depth (H', W') in metres as the target.
         span: depth of the first and last bin in metres; None takes the range of train.
         align: see `depth_errors`.
+        canopy: measure `CanopyErrors` as well, under "canopy".
         keep: called with the best head and its options besides the width.
 
     Returns:
@@ -74,28 +77,41 @@ def linear_depth(
     build = partial(DepthHead, patches.dim, low, high)
     loss = partial(sig_loss, begin=min(0.1, 100 / steps))
     heads = train_heads(patches, build, loss, recipe, steps, seed)
-    found, flips = [], [val.flip for val in vals]
+    found, sums = [], {lr: CanopyErrors() for lr in heads}
+    flips = [val.flip for val in vals]
     streams = [extract_patches(backbone, val, device, **options) for val in vals]
     for variants in zip(*streams, strict=True):
         depth = variants[0].target.to(device)
         if is_depth(depth).any():
+            guesses = _guess(heads, variants, flips, (low, high))
+            for lr in heads:
+                sums[lr].add(guesses[lr], depth)
             constant = torch.full_like(depth, middle)
-            guesses = {"limit": pooled_depth(depth, variants[0].grid), "constant": constant}
-            for lr, head in heads.items():
-                guesses[lr] = predict(head, variants, flips, torch.clone)[0].clamp(low, high)
+            guesses |= {"limit": pooled_depth(depth, variants[0].grid), "constant": constant}
             errors = {name: depth_errors(guess, depth, align) for name, guess in guesses.items()}
             found.append((variants[0].index, errors))
-    found = in_order(found)
-    means = {
-        name: mean_errors([of_image[name] for of_image in found])
-        for name in (*heads, "limit", "constant")
-    }
+    means = _mean_of_each(in_order(found), (*heads, "limit", "constant"))
     best = min(heads, key=lambda lr: means[lr]["rmse"])
     if keep is not None:
         keep(heads[best], {"low": low, "high": high})
     result = means[best] | {"lr": {f"{lr:g}": means[lr]["rmse"] for lr in heads}}
     result["limit"] = {name: means["limit"][name] for name in ("rmse", "delta1")}
+    result |= {"canopy": sums[best].result()} if canopy else {}
     return result | {"constant": means["constant"]["rmse"], "span": [low, high], "steps": steps}
+
+
+def _guess(
+    heads: dict, variants: Sequence[Patches], flips: Sequence[bool], span: tuple[float, float]
+) -> dict[Any, Tensor]:
+    """What each head says of an image, (H, W) metres within the span."""
+    return {
+        lr: predict(head, variants, flips, torch.clone)[0].clamp(*span)
+        for lr, head in heads.items()
+    }
+
+
+def _mean_of_each(found: Sequence[dict], names: Sequence) -> dict[Any, dict[str, float]]:
+    return {name: mean_errors([of_image[name] for of_image in found]) for name in names}
 
 
 def is_depth(depth: Tensor) -> Tensor:

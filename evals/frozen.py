@@ -21,6 +21,7 @@ from engine.launch import loader_workers
 from engine.logger import notice
 from errors import UserError
 from evals.knn import FeatureRows, extract_features
+from models.features import Preprocessing
 from models.weights.load import load_backbone
 
 PATIENCE = 24 * 3600.0  # seconds that ranks wait for rank 0, which trains the heads
@@ -43,7 +44,7 @@ class FrozenModel:
         self.channels = self.backbone.in_channels
         self.prepare = preparation(self.backbone.preprocessing, arguments.resize, arguments.size)
         self.prepare["scaled_jpeg"] = arguments.scaled_jpeg
-        say_missing_window(self.backbone.preprocessing.window, vars(arguments).values())
+        say_missing_range(self.backbone.preprocessing, vars(arguments).values())
         ranks = distributed.world_size()
         workers = loader_workers(arguments.workers, self.device.type, ranks)
         self.unreadable: dict[str, str] = {}
@@ -66,11 +67,14 @@ class FrozenModel:
         return extract_features(describe, items, self.device, progress=progress, **options)
 
 
-def say_missing_window(window: tuple[float, float] | None, arguments: Iterable[Any]) -> None:
-    """Says that the model was trained on windowed values, where no DATA asks for a window."""
-    if window and not any("window=" in str(argument) for argument in arguments):
-        given = f"window={window[0]:g},{window[1]:g}"
-        notice(f"the model was trained on images with {given}, which no DATA here has")
+def say_missing_range(preprocessing: Preprocessing, arguments: Iterable[Any]) -> None:
+    """Says that the model was trained with a window or scale, where no DATA asks for that."""
+    said = [str(argument) for argument in arguments]
+    for key, value in preprocessing.asked_of_data().items():
+        # Any window counts; a scale by percentiles differs from one data set to the next.
+        given = f"{key}={value}"
+        if not any((given if key == "scale" else "window=") in text for text in said):
+            notice(f"the model was trained on images with {given}, which no DATA here has")
 
 
 def in_bf16(backbone: nn.Module, precision: str, device: torch.device) -> None:

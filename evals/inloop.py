@@ -72,7 +72,9 @@ def teacher_outputs(
     locality = partial(mean_locality, data=prepare(images), device=device)
     locality = partial(locality, unreadable=reading["unreadable"])
     scale = max((full_scale(images.image(index)) for index in first_readable(images, 1)), default=1)
-    values = {"scale": float(scale), "window": images.window}
+    if images.span and len(images.span) == 1 and images.span[0][0] == 0:
+        scale = images.span[0][1]
+    values = {"scale": float(scale), "window": images.window, "span": images.span}
     preprocessing = Preprocessing(size, max(size), mean, std, **values)
     export = partial(save_model, preprocessing=preprocessing)
     return TeacherOutputs(export, report, None if train is None else probe, locality, draw_curves)

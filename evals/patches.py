@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from data.pictures import UnreadableImage
+from data.pixels import strided_starts
 from engine import distributed
 from errors import UserError
 from evals.reading import Readable, in_order, note_unreadable, read_batches
@@ -148,12 +149,6 @@ class Sliding(nn.Module):
                 total[..., top : top + side, left : left + side] += maps
                 count[..., top : top + side, left : left + side] += 1
         return replace(features, patches=(total / count).flatten(2).mT, grid=grid)
-
-
-def strided_starts(length: int, side: int, stride: int) -> list[int]:
-    """Where windows of `side` begin that cover `length`, `stride` apart, the last at the end."""
-    last = max(0, length - side)
-    return [*range(0, last, stride), last]
 
 
 def window_starts(length: int, side: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Images of any size for pictures: read, fitted to whole patches, normalised."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -73,7 +74,8 @@ def read_photographs(
     """
     wanted = backbone.preprocessing
     height = max(height, 4 * (size // backbone.patch_size))
-    for _, data, index, image in load_images(specs, len(wanted.mean), count, drawable):
+    prepare = partial(drawable, mean=wanted.mean)
+    for _, data, index, image in load_images(specs, len(wanted.mean), count, prepare):
         name, original = data.name(index), tuple(image.shape[-2:])
         image = fit(image, size, backbone.patch_size, wanted.interpolation)
         image = normalized(image, wanted.mean, wanted.std)
@@ -81,8 +83,10 @@ def read_photographs(
         yield Photograph(name, original, image, picture)
 
 
-def drawable(data: ImageData) -> Callable[[int], Tensor]:
-    """Index to image as stored; UnreadableImage for one that is longer than 1 : LONGEST."""
+def drawable(data: ImageData, mean: Sequence[float]) -> Callable[[int], Tensor]:
+    """Index to image as stored, `mean` for nodata; UnreadableImage for one that is longer than
+    1 : LONGEST."""
+    data.fill_nodata(mean)
 
     def image_at(index: int) -> Tensor:
         image = data.image(index)

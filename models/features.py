@@ -43,6 +43,8 @@ class Preprocessing:
             reader knows it from each file; other libraries have to be told.
         window: centre and width of the values that became 0 to 1 in training, or None. DATA says
             it anew for other images.
+        span: lowest and highest value of each band, or of all, that became 0 and 1 in training
+            (`scale=` of DATA), or None. DATA says it anew as well.
     """
 
     size: tuple[int, int]
@@ -52,6 +54,18 @@ class Preprocessing:
     interpolation: str = "bicubic"
     scale: float = 255.0
     window: tuple[float, float] | None = None
+    span: tuple[tuple[float, float], ...] | None = None
+
+    def asked_of_data(self) -> dict[str, str]:
+        """Keys of DATA that bring other images to the range of the training, as text."""
+        asked = {}
+        if self.window:
+            asked["window"] = f"{self.window[0]:g},{self.window[1]:g}"
+        if self.span:
+            ends = [f"{end:.9g}" for pair in self.span for end in pair]
+            plain = len(ends) == 2 and self.span[0][0] == 0
+            asked["scale"] = ends[1] if plain else ",".join(ends)
+        return asked
 
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")

@@ -22,7 +22,7 @@ ALLOWED = {
     "losses": {"torch"},
     "data": {
         *("torch", "torchvision", "numpy", "PIL", "yaml", "engine.distributed"),
-        *("tifffile", "datasets"),  # where such data is asked for
+        *("tifffile", "rasterio", "datasets"),  # where such data is asked for
     },
     "engine": {
         *("torch", "numpy", "tqdm", "yaml", "models", "data"),

@@ -105,6 +105,10 @@ class Mixture(ImageData):
             indices[places] = self._images(source, drawn[source] + np.arange(len(places)), seed)
         return indices
 
+    def fill_nodata(self, mean: Sequence[float]) -> None:
+        for source in self.sources:
+            source.fill_nodata(mean)
+
     def _place(self, index: int) -> tuple[ImageData, int]:
         source = int(np.searchsorted(self.starts, index, "right")) - 1
         return self.sources[source], int(index - self.starts[source])

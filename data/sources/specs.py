@@ -11,11 +11,13 @@ A spec is `kind[:path][?key=value&...]`; the kind may be left out for a folder o
     hf:ORG/NAME or hf:DIR       Hugging Face hub (package datasets); split= config= image= label=
     python:MODULE:CALLABLE      one's own Dataset; all further keys go to the callable, as text
     fashion_mnist:DIR, ...      any torchvision.datasets class in snake case, split=, download=1
+    tile:DIR/*.tif              windows of large images: size= (pixels) stride= bands= scale=
+                                nodata= first= mask= height= (data/sources/tiles.py)
     mix:FILE.yaml               several of these with weights: data/sources/mixture.py
     scenes                      generated: split=, seed=, resolution=, frames=, distractors=
 
-`size=N` keeps the first N images of any but mix; `window=CENTRE,WIDTH` makes these values of the
-files (Hounsfield units in CT) the range 0 to 1; `page=K` takes page K of every TIFF, from 0.
+`size=N` keeps the first N images of any but mix and tile; `window=CENTRE,WIDTH` makes these values
+of the files (Hounsfield units in CT) the range 0 to 1; `page=K` takes page K of every TIFF, from 0.
 
 To add a kind of data, write one file beside this one with a function that returns an `ImageData`,
 
@@ -43,6 +45,7 @@ from data.sources.folder import open_folder, open_list
 from data.sources.mixture import Mixture, read_mixture
 from data.sources.published import open_hub, open_torchvision, torchvision_classes
 from data.sources.tar import open_tar
+from data.sources.tiles import open_tiles
 from errors import UserError
 from files import expand, split_query
 
@@ -81,14 +84,15 @@ def open_data(spec: str, channels: int | None = 3, base: Path = Path()) -> Image
 def _origin(kind: str, path: str, options: dict) -> str:
     """What a spec says of its images, but for where they lie and what their names say already."""
     parameters = inspect.signature(_opener(kind)).parameters
-    left_out = {"labels", "size", "download"} | ({"split"} if kind in NAMED else set())
+    left_out = {"labels", "download"} | ({"split"} if kind in NAMED else set())
+    left_out |= set() if kind == "tile" else {"size"}  # of tile, the size of windows
     said = {}
     for key, value in sorted(options.items()):
         usual = key in parameters and parameters[key].default == value
         if key not in left_out and not usual:
             said[key] = Path(value).name if isinstance(value, str) else value
     if kind in NAMED:
-        return repr(said)
+        return f"tile?{said}" if kind == "tile" else repr(said)
     if kind in KINDS:
         return f"{kind}:{Path(path).name if expand(path).exists() else path}?{said}"
     return f"{kind}?{said}"
@@ -117,11 +121,12 @@ KINDS = {
     "npz": open_npz,
     "hf": open_hub,
     "python": open_python,
+    "tile": open_tiles,
     "mix": _open_mixture,
     "scenes": open_scenes,
 }
 TABLES = ("labels", "marks")  # keys that name a file
-NAMED = ("folder", "list", "tar")  # kinds whose images have names
+NAMED = ("folder", "list", "tar", "tile")  # kinds whose images have names
 # The kind of a file that exists, by its extension; otherwise it is a list.
 KIND_OF_EXTENSION = {".tar": "tar", ".yaml": "mix", ".yml": "mix"}
 
@@ -210,7 +215,7 @@ def _value(key: str, text: str, kind: type, spec: str) -> str | int | bool | Win
         if text not in ("0", "1"):
             raise UserError(f"{key} is 0 or 1 in {spec!r}, not {text!r}")
         return text == "1"
-    if not text.isdecimal() or (key == "size" and int(text) == 0):
+    if not text.isdecimal() or (key in ("size", "stride", "first") and int(text) == 0):
         raise UserError(f"{key} must be a whole number in {spec!r}, not {text!r}")
     return int(text)
 

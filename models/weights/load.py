@@ -5,8 +5,9 @@ MODEL is one of
 - a folder or file of weights in any dialect (ours, Meta's `.pth`, Hugging Face's, timm's), which is
   found from the names of its tensors and its config.json;
 - hf:org/name; timm:NAME; random:vit_small?patch_size=16&seed=0; pixels?patch_size=8.
-A query such as `?channels=1` or `?interpolation=offset` sets the number of input channels, and
-options of `VisionTransformer` that weights do not fix.
+A query such as `?channels=1` or `?interpolation=offset` sets the number of input channels (with
+`&inflate=mean|repeat|zero` for more of them: models/channels.py), and options of
+`VisionTransformer` that weights do not fix.
 """
 
 import inspect
@@ -52,7 +53,7 @@ def load_backbone(spec: str | Path) -> nn.Module:
     options = _parse_options(query)
     if name == "pixels":
         return _pixel_backbone(options).eval()
-    channels = options.pop("channels", None)
+    channels, inflate = options.pop("channels", None), options.pop("inflate", None)
     if name.startswith("random:"):
         backbone = _random_backbone(name.removeprefix("random:"), options)
     elif name.startswith("timm:"):
@@ -62,8 +63,8 @@ def load_backbone(spec: str | Path) -> nn.Module:
         print(f"{name}: matched {count} / {count} tensors", file=sys.stderr)
     else:
         backbone = _read_path(find_weights(name), options)
-    if channels is not None:
-        adapt_channels(backbone, channels)
+    if channels is not None or inflate is not None:
+        adapt_channels(backbone, channels or backbone.in_channels, inflate)
     return backbone.eval()
 
 

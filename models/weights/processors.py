@@ -44,6 +44,7 @@ def read_preprocessing(values: Mapping[str, Any], source: str) -> Preprocessing:
             interpolation=read_interpolation(names[values.get("resample", 3)], source),
             scale=float(round(scale, 6)),
             window=tuple(values["window"]) if values.get("window") else None,
+            span=tuple(map(tuple, values["span"])) if values.get("span") else None,
         )
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{source} is no image processor that we know: {error!r}") from error
@@ -68,6 +69,8 @@ def write_preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:
         as_they_are["do_convert_rgb"] = False
     if preprocessing.window:  # for our readers; transformers has no such step
         as_they_are["window"] = list(preprocessing.window)
+    if preprocessing.span:  # likewise
+        as_they_are["span"] = [list(pair) for pair in preprocessing.span]
     return as_they_are | {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
