@@ -1,7 +1,12 @@
 """Reads from a launcher's variables the rank, the number of processes and their meeting point."""
 
 import os
+import shlex
+import sys
 from collections.abc import Mapping
+from pathlib import Path
+
+import torch
 
 from errors import UserError
 
@@ -74,3 +79,21 @@ def loader_workers(
     allowed = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if allowed else os.cpu_count() or 1
     return min(16, cores // ranks_here(environment, ranks))
+
+
+def describe_command(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The line "command ..." with which this run was started; none from within another program."""
+    if Path(sys.argv[0]).name not in ("train.py", "distill.py"):
+        return []
+    launch, size = ["python"], int(read_launch(environment).get("WORLD_SIZE", 1))
+    if size > 1:
+        here = ranks_here(environment, size)
+        launch = ["torchrun", "--nnodes", str(size // here), "--nproc_per_node", str(here)]
+    return [f"command {shlex.join([*launch, *sys.argv])}"]
+
+
+def describe_devices(environment: Mapping[str, str] = os.environ) -> str:
+    """How many processes there are, and the name of this one's GPU, if there is one."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    processes = int(read_launch(environment).get("WORLD_SIZE", 1))
+    return f"{gpu}, {processes} process{'es' if processes > 1 else ''}"
