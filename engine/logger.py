@@ -16,7 +16,6 @@ from data.images import ImageData
 from engine import distributed
 from errors import UserError
 
-
 _keepers: list[tuple[Path, int]] = []  # events.jsonl and the step, within `kept_notices`
 
 

@@ -101,9 +101,7 @@ def note_unreadable(
         raise UserError(f"none of the {images} images could be read; one of them: {errors[0]}")
 
 
-def first_readable(
-    data: ImageData, count: int, indices: Iterable[int] | None = None
-) -> list[int]:
+def first_readable(data: ImageData, count: int, indices: Iterable[int] | None = None) -> list[int]:
     """Indices of the first `count` images that can be read, fewer where there are not so many.
 
     Args:

@@ -9,7 +9,7 @@ import json
 import shlex
 import time
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import reduce
 from html import escape
 from pathlib import Path
 from string import Template
@@ -22,7 +22,7 @@ from engine.layers import lay_over, without_replaced
 from engine.logger import read_metrics
 from engine.settings import build, find_config, read_yaml, to_dict, write_out
 from errors import UserError
-from evals.report_curves import curve_section, swatch
+from evals.report_curves import BOTTOM, LEFT, RIGHT, TOP, WIDTH, curve_section, swatch
 from evals.report_images import steps_in
 from files import read_yaml_file
 
@@ -43,7 +43,7 @@ def write_report(path: Path, runs: dict[str, Path], since: float | None = None) 
         UserError: if a config.yaml is no YAML.
     """
     since = time.perf_counter() if since is None else since
-    read = [ReportedRun(name, folder) for name, folder in runs.items()]
+    read = [ReportedRun(k, name, folder) for k, (name, folder) in enumerate(runs.items())]
     curves, data = curve_section({run.name: run.records for run in read})
     parts = {
         "": "".join(map(summary, read)),
@@ -63,6 +63,7 @@ def write_report(path: Path, runs: dict[str, Path], since: float | None = None) 
     page = Template(PAGE.read_text()).substitute(
         title=escape(", ".join(runs)),
         body="\n".join(sections),
+        edges=", ".join(map(str, (LEFT, RIGHT, TOP, BOTTOM, WIDTH))),
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         seconds=f"{time.perf_counter() - since:.1f}",
     )
@@ -74,6 +75,7 @@ def write_report(path: Path, runs: dict[str, Path], since: float | None = None) 
 class ReportedRun:
     """What the folder of a run holds."""
 
+    number: int  # among the runs of the page
     name: str
     folder: Path
 
@@ -96,14 +98,19 @@ class ReportedRun:
         schema = DistillTrainConfig if distilled else TrainConfig
         if name := config_of(self.header.get("command", "")):
             try:
-                layers = [write_out(schema, layer) for layer in read_yaml(find_config(name), schema)]
+                layers = [
+                    write_out(schema, layer) for layer in read_yaml(find_config(name), schema)
+                ]
                 cfg = build(schema, reduce(lay_over, layers, {}))
                 return name, flat(without_replaced(to_dict(cfg)))
             except (UserError, OSError):  # it has moved, or is no longer valid
                 pass
         return "the defaults", flat(without_replaced(to_dict(schema())))
 
-    @cached_property
+    def swatch(self) -> str:
+        return swatch(self.number)
+
+    @property
     def warnings(self) -> list[str]:
         found = [
             f"step {event['step']}: {event.get('text')}"
@@ -133,7 +140,9 @@ def config_of(command: str) -> str | None:
 def flat(values: Any, path: str = "") -> dict[str, str]:
     """Dotted key -> value as text."""
     if isinstance(values, dict) and values:
-        parts = [flat(value, f"{path}.{key}" if path else str(key)) for key, value in values.items()]
+        parts = [
+            flat(value, f"{path}.{key}" if path else str(key)) for key, value in values.items()
+        ]
         return {key: value for part in parts for key, value in part.items()}
     return {path: values if isinstance(values, str) else json.dumps(values)} if path else {}
 
@@ -170,7 +179,7 @@ def summary(run: ReportedRun) -> str:
     facts = [done, *([ending] if ending.startswith(("finished", "stopped", "ended")) else [])]
     facts += [f"loss {number(losses[-1])}"] if losses else []
     name = escape(run.name)
-    return f"<h1>{swatch(run.name)}{name}</h1><p>{escape(', '.join(facts))}</p>"
+    return f"<h1>{run.swatch()}{name}</h1><p>{escape(', '.join(facts))}</p>"
 
 
 def events(run: ReportedRun) -> str:
@@ -197,7 +206,7 @@ def probes(runs: list[ReportedRun]) -> str:
                 continue
             best = max(known, key=lambda record, name=name: record[name])
             values = [number(record[name]) for record in (known[0], known[-1], best)]
-            cells = [swatch(run.name) + escape(run.name), escape(name.partition("/")[2]), *values]
+            cells = [run.swatch() + escape(run.name), escape(name.partition("/")[2]), *values]
             rows.append([*cells, str(best["step"])])
         shown = measured[:: -(-len(measured) // MOST_ROWS) or 1]
         each = [[str(r["step"]), *(number(r.get(name)) for name in names)] for r in shown]
@@ -220,15 +229,16 @@ def over_time(run: ReportedRun) -> str:
             for kind, words in (("pca", "PCA of patches"), ("attention", "attention of CLS"))
         ]
         caption = f"<figcaption>step {step}</figcaption>"
-        figures.append(f"<figure>{caption}{'<br>'.join(filter(None, maps))}</figure>")
+        figures.append(f"<figure>{caption}{''.join(maps)}</figure>")
     if not figures:
         return ""
-    words = "Colours: three principal components of the patches, of each step on its own; " * 1
-    shown = image(folder / "images.jpg", "the images", "strip")
-    return (
-        f"<h3>{escape(run.name)}</h3><p class=note>{words}below them, attention of CLS (mean of "
-        f"heads).</p>{shown}<div class=steps>{''.join(figures)}</div>"
+    words = (
+        "The images; three principal components of their patches as colours, which each step has "
+        "of its own; attention of CLS in the last block, mean of its heads."
     )
+    shown = image(folder / "images.jpg", "the images", "strip")
+    figures = f"<div class=steps>{''.join(figures)}</div>"
+    return f"<h3>{escape(run.name)}</h3><p class=note>{words}</p>{shown}{figures}"
 
 
 def as_trained(run: ReportedRun) -> str:
@@ -282,12 +292,18 @@ def environment(run: ReportedRun) -> str:
         for name, value in run.header.items()
         if name != "command"
     ]
-    script = "distill.py" if any(key.startswith("distill.") for key in run.config) else "train.py"
-    saved = shlex.quote(str(run.folder / "config.yaml"))
-    again = [f"python {script} --config {saved} output_dir=runs/again"] if run.config else []
-    commit, _, dirty = run.header.get("commit", "unknown").partition("-dirty")
-    again = [run.header[name] for name in ("command",) if name in run.header] + again
-    if run.header and commit != "unknown":
-        again.insert(0, f"git checkout {commit}{'  # and changes' if dirty or '-dirty' in commit else ''}")
-    lines = "\n".join(map(escape, again))
+    distilled = run.folder.parent.name == "students"
+    saved = (run.folder.parent.parent if distilled else run.folder) / "config.yaml"
+    commit = run.header.get("commit", "unknown")
+    again = []
+    if commit != "unknown":
+        changes = "  # and the changes that were not committed" if commit.endswith("-dirty") else ""
+        again.append(f"git checkout {commit.removesuffix('-dirty')}{changes}")
+    if "command" in run.header:
+        again.append(f"{run.header['command']}  # as it was started")
+    if run.config:
+        script = "distill.py" if distilled else "train.py"
+        command = f"python {script} --config {shlex.quote(str(saved))} output_dir=runs/again"
+        again.append(f"{command}  # from what it left")
+    lines = escape("\n".join(again))
     return f"<h3>{escape(run.name)}</h3>{table(['what', 'value'], rows)}<pre>{lines}</pre>"
