@@ -1,6 +1,7 @@
 """Reads from a launcher's variables the rank, the number of processes and their meeting point."""
 
 import os
+import platform
 import shlex
 import sys
 from collections.abc import Mapping
@@ -81,19 +82,12 @@ def loader_workers(
     return min(16, cores // ranks_here(environment, ranks))
 
 
-def describe_command(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The line "command ..." with which this run was started; none from within another program."""
-    if Path(sys.argv[0]).name not in ("train.py", "distill.py"):
-        return []
-    launch, size = ["python"], int(read_launch(environment).get("WORLD_SIZE", 1))
-    if size > 1:
-        here = ranks_here(environment, size)
-        launch = ["torchrun", "--nnodes", str(size // here), "--nproc_per_node", str(here)]
-    return [f"command {shlex.join([*launch, *sys.argv])}"]
-
-
-def describe_devices(environment: Mapping[str, str] = os.environ) -> str:
-    """How many processes there are, and the name of this one's GPU, if there is one."""
+def describe_start() -> list[str]:
+    """Lines for the header of config.yaml: the machine, and the command, if a script was called."""
+    size = int(read_launch(os.environ).get("WORLD_SIZE", 1))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    processes = int(read_launch(environment).get("WORLD_SIZE", 1))
-    return f"{gpu}, {processes} process{'es' if processes > 1 else ''}"
+    lines = [f"machine {platform.platform()}, {os.cpu_count()} cores, {gpu}, ranks: {size}"]
+    if Path(sys.argv[0]).name in ("train.py", "distill.py"):
+        launch = ["torchrun", "--nproc_per_node", str(ranks_here(os.environ, size))]
+        lines.append(f"command {shlex.join([*(launch if size > 1 else ['python']), *sys.argv])}")
+    return lines

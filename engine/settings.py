@@ -31,7 +31,7 @@ from engine.keys import (
     sections_of,
     suggestion,
 )
-from engine.launch import describe_command, describe_devices
+from engine.launch import describe_start
 from engine.layers import (
     lay_over,
     merge,
@@ -376,6 +376,5 @@ def provenance() -> str:
         commit = git.stdout.strip() or "unknown"
     except OSError:  # no git on this machine
         commit = "unknown"
-    machine = f"{platform.platform()}, {os.cpu_count()} cores, {describe_devices()}"
     lines = [f"commit {commit}", f"python {platform.python_version()}  {versions}"]
-    return "\n".join([*lines, f"machine {machine}", *describe_command()])
+    return "\n".join([*lines, *describe_start()])
