@@ -9,7 +9,7 @@ from evals.curves import curve_names
 from evals.figures import COLOURS
 
 POINTS, ALL_POINTS = 400, 2000  # at most: of a curve, of all curves of a picture
-PLOT = LEFT, RIGHT, TOP, BOTTOM, WIDTH, HEIGHT = 48, 292, 8, 130, 300, 150  # of a picture
+PLOT = LEFT, RIGHT, TOP, BOTTOM, WIDTH, HEIGHT = 48, 288, 8, 130, 300, 150  # of a picture
 
 Curve = tuple[list[int], list[float]]  # steps and values
 
