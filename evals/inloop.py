@@ -60,8 +60,7 @@ def teacher_outputs(
     @cache
     def report() -> Callable[[nn.Module, Path, int], None]:
         data = images if val is None else val
-        patch = teacher.backbone.patch_size
-        shown = read_report_images(cfg, data, prepare(data), patch, mean, std)
+        shown = read_report_images(cfg, data, prepare(data), teacher.backbone, mean, std)
         return partial(report_teacher, shown=shown)
 
     def probe() -> dict[str, float]:

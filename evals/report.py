@@ -176,9 +176,9 @@ def probes(runs: list[ReportedRun]) -> str:
     rows = []
     for run in runs:
         measured = dict.fromkeys(key for record in run.records for key in record)
-        for name in measured:
+        for name in [key for key in measured if key.startswith("probe/")]:
             known = [record for record in run.records if record.get(name) is not None]
-            if known and name.startswith("probe/") and name != "probe/unreadable":
+            if known and name != "probe/unreadable":
                 best = max(known, key=lambda record, name=name: record[name])
                 values = [f"{record[name]:.4g}" for record in (known[0], known[-1], best)]
                 rows.append([run.heading, escape(name[6:]), *values, str(best["step"])])

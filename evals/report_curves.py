@@ -39,11 +39,10 @@ def thinned(records: list[dict], name: str, points: int) -> Curve:
     """About so many of the measured points at most: of each span its lowest and its highest."""
     known = [(record["step"], record[name]) for record in records if record.get(name) is not None]
     if len(known) > points:
-        ends = [known[0], known[-1]]
-        for span in np.array_split(np.arange(len(known)), points // 2):
-            of_span = sorted((known[i] for i in span), key=lambda point: point[1])
-            ends += [of_span[0], of_span[-1]]
-        known = sorted(set(ends))
+        values = np.array([value for _, value in known])
+        spans = np.array_split(np.arange(len(known)), points // 2)
+        ends = {int(span[find(values[span])]) for span in spans for find in (np.argmin, np.argmax)}
+        known = [known[i] for i in sorted({0, *ends, len(known) - 1})]
     return [step for step, _ in known], [float(f"{value:.5g}") for _, value in known]
 
 

@@ -24,8 +24,8 @@ from evals.reading import first_readable
 from evals.views import Views, example_views, hide_in_crops
 
 SHOWN, GALLERY, NEIGHBOURS = 4, 64, 5  # images drawn; searched for neighbours; found for each
-GALLERY_VALUES = 2**24  # numbers in the gallery, at most: 64 MB
-LARGE = 100_000_000  # parameters; beyond, a gallery would take a CPU too long
+MEMORY, WORK = 2**26, 1e12  # of a gallery, at most: bytes, and operations of a forward pass
+FEWEST = 8  # images in a gallery; none where that would be too much work
 STEPS = 6  # whose maps are kept
 SIDE = 112  # pixels of a picture
 
@@ -47,23 +47,30 @@ class ReportImages:
 
 
 def read_report_images(
-    cfg: TrainConfig, data: ImageData, prepared: Any, patch_size: int, mean: Any, std: Any
+    cfg: TrainConfig, data: ImageData, prepared: Any, backbone: nn.Module, mean: Any, std: Any
 ) -> ReportImages:
     """The first readable images, and a gallery spread over the data.
 
     Args:
         prepared: item i is (image i of `data` (C, H, W) normalised with mean and std, ...).
+        backbone: its size bounds the gallery.
     """
     shown = first_readable(data, SHOWN)
     inputs = torch.stack([prepared[index][0] for index in shown])
-    count = max(1, min(GALLERY, GALLERY_VALUES // inputs[0].numel()))
-    spread = sorted(set(range(0, len(data), -(-len(data) // count))) - set(shown))
-    gallery = [prepared[index][0] for index in first_readable(data, count, spread)]
-    gallery = torch.stack(gallery) if gallery else inputs[:0]
+    patches = inputs[0, 0].numel() / backbone.patch_size**2
+    work = 2 * patches * sum(weights.numel() for weights in backbone.parameters())
+    count = int(min(GALLERY, MEMORY / inputs[0].nbytes, WORK / work if work else GALLERY))
+    gallery = inputs[:0]
+    if count >= FEWEST:
+        spread = sorted(set(range(0, len(data), -(-len(data) // count))) - set(shown))
+        found = [prepared[index][0] for index in first_readable(data, count, spread)]
+        gallery = torch.stack(found) if found else gallery
     views = Views([data.image(index) for index in shown], [], mean, std)
     crops = example_views(multi_crop_from(cfg.crops, mean, std), views.images, cfg.seed)
     masks = cfg.loss.ibot.weight > 0 or cfg.schedule.ibot is not None
-    masked = hide_in_crops(cfg, views._replace(crops=crops), patch_size)[0] if masks else []
+    masked = (
+        hide_in_crops(cfg, views._replace(crops=crops), backbone.patch_size)[0] if masks else []
+    )
     return ReportImages(inputs, gallery, crops, masked, mean, std, Path(cfg.output_dir).name)
 
 
@@ -97,7 +104,7 @@ def draw_report_images(
     views = [[to_picture(crop, shown.mean, shown.std) for crop in row] for row in shown.crops]
     crops = [crop_cells(row) for row in views]
     pictures = {"crops": crops, "masks": [crop_cells(views) for views in shown.masked]}
-    if len(shown.gallery) and sum(weights.numel() for weights in backbone.parameters()) < LARGE:
+    if len(shown.gallery):
         near = neighbours(features.cls, backbone, shown.gallery)
         images = zip(shown.inputs, shown.gallery[near], strict=True)
         pictures["neighbours"] = [shown.pictures([image, *found]) for image, found in images]

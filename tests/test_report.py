@@ -162,10 +162,11 @@ def test_keys_that_differ_from_the_base_are_marked(tmp_path):
     commands = page.text["pre"]
     assert "git checkout abc\n" in commands and "--config quickstart.yaml" in commands
     # Where the file is gone, the defaults are the base.
-    run = made_up(tmp_path / "b" / "run", config=("quickstart.yaml", changed))
+    header = "commit abc\ncommand python train.py --config moved/away.yaml"
+    run = made_up(tmp_path / "b" / "run", config=("quickstart.yaml", changed), header=header)
     rows = page_of(run, output=tmp_path / "b.html").rows("Configuration")
     assert rows[0][1] == "base: the defaults"
-    assert ["model.depth", "12", "<mark>2</mark>"] in rows
+    assert ["batch_size", "64", "<mark>16</mark>"] in rows
 
 
 def test_text_from_files_is_no_html(tmp_path):
