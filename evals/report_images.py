@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from data.images import ImageData
 from engine.config import TrainConfig
 from engine.views import multi_crop_from
-from evals.figures import GAP, enlarge, pack
+from evals.figures import crop_cells, draw_sheet, enlarge
 from evals.knn import cls_features
 from evals.maps import Picture, attention_image, heat_picture, pca_basis, pca_image, to_picture
 from evals.reading import first_readable
@@ -99,18 +99,18 @@ def draw_report_images(
         Image.fromarray(in_a_row(pictures, 1)).save(folder / f"{kind}-{step:09d}.png")
     forget_steps(folder, step)
     photographs = shown.pictures(shown.inputs, min(shown.inputs.shape[-2], 2 * SIDE))
-    patch = round(len(photographs[0]) / grid[0])  # a gap as wide as that of the maps
-    save_sheet(folder / "images.jpg", [in_a_row(photographs, patch)])
+    patch = max(1, round(len(photographs[0]) / grid[0]))  # a gap as wide as that of the maps
+    Image.fromarray(in_a_row(photographs, patch)).save(folder / "images.jpg")
     views = [[to_picture(crop, shown.mean, shown.std) for crop in row] for row in shown.crops]
-    crops = [crop_cells(row) for row in views]
-    pictures = {"crops": crops, "masks": [crop_cells(views) for views in shown.masked]}
+    sheets = {"crops": [crop_cells(row, SIDE) for row in views]}
+    sheets["masks"] = [crop_cells(row, SIDE) for row in shown.masked]
     if len(shown.gallery):
         near = neighbours(features.cls, backbone, shown.gallery)
         images = zip(shown.inputs, shown.gallery[near], strict=True)
-        pictures["neighbours"] = [shown.pictures([image, *found]) for image, found in images]
-    for name, rows in pictures.items():
+        sheets["neighbours"] = [shown.pictures([image, *found]) for image, found in images]
+    for name, rows in sheets.items():
         if rows:
-            save_sheet(folder / f"{name}.jpg", [in_a_row(row, GAP) for row in rows])
+            draw_sheet(folder / f"{name}.jpg", rows, [""] * len(rows[0]))
 
 
 def neighbours(cls: Tensor, backbone: nn.Module, gallery: Tensor) -> Tensor:
@@ -128,30 +128,15 @@ def forget_steps(folder: Path, step: int) -> None:
     """Keeps the first step, `step` and some in between, evenly; none after it."""
     kept = [known for known in steps_in(folder) if known <= step]
     while len(kept) > STEPS:
-        kept.remove(
-            min(kept[1:-1], key=lambda k: kept[kept.index(k) + 1] - kept[kept.index(k) - 1])
-        )
+        gaps = [after - before for before, after in zip(kept, kept[2:], strict=False)]
+        del kept[1 + gaps.index(min(gaps))]
     for known in set(steps_in(folder)) - set(kept):
         for path in folder.glob(f"*-{known:09d}.png"):
             path.unlink()
 
 
-def crop_cells(crops: Sequence[Picture]) -> list[Picture]:
-    """Crops of one size beside each other; smaller ones, after them, in two lines."""
-    large = [crop for crop in crops if crop.shape == crops[0].shape]
-    cells = [enlarge(crop, SIDE) for crop in large]
-    return [*cells, pack(crops[len(large) :], 2, SIDE)] if len(large) < len(crops) else cells
-
-
 def in_a_row(pictures: Sequence[Picture], gap: int) -> Picture:
     """Pictures of one height side by side on white."""
-    rims = [
-        np.pad(picture, ((0, 0), (0, gap), (0, 0)), constant_values=255) for picture in pictures
-    ]
+    rim = (0, 0), (0, gap), (0, 0)
+    rims = [np.pad(picture, rim, constant_values=255) for picture in pictures]
     return np.concatenate(rims, axis=1)[:, :-gap]
-
-
-def save_sheet(path: Path, rows: Sequence[Picture]) -> None:
-    """Rows of one width below each other, as JPEG."""
-    rims = [np.pad(row, ((0, GAP), (0, 0), (0, 0)), constant_values=255) for row in rows]
-    Image.fromarray(np.concatenate(rims)[:-GAP]).save(path, quality=88)
