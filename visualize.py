@@ -121,13 +121,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         example = "for example crops.local_count=4"
         task.add_argument("overrides", nargs="*", metavar="key=value", help=example)
 
-    for name, text in (
-        ("curves", "losses, probes and health over the steps of runs"),
-        ("report", "a page on one run, or on several side by side"),
-    ):
-        task = tasks.add_parser(name, help=text)
-        add = partial(task.add_argument, nargs="+", type=path_argument, required=True)
-        add("--runs", metavar="DIR", help="output folders of train.py, overlaid")
+    task = tasks.add_parser("curves", help="losses, probes and health over the steps of runs")
+    add_runs(task)
+    add_runs(tasks.add_parser("report", help="a page on one run, or on several side by side"))
 
     for name, task in tasks.choices.items():
         metavar = f"FILE{SUFFIXES.get(name, '.png')}"
@@ -141,6 +137,11 @@ def add_model(task: argparse.ArgumentParser, count: int = 8, required: bool = Tr
     add_images(task, count)
     task.add_argument("--size", type=int, help="short side in pixels; by default the model's own")
     task.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+
+
+def add_runs(task: argparse.ArgumentParser) -> None:
+    add = partial(task.add_argument, nargs="+", type=path_argument, required=True)
+    add("--runs", metavar="DIR", help="output folders of train.py, overlaid")
 
 
 def add_window(task: argparse.ArgumentParser) -> None:
