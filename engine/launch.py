@@ -1,4 +1,4 @@
-"""Reads from a launcher's variables the rank, the number of processes and their meeting point."""
+"""How a run was started: rank, number of processes and meeting point, machine and command."""
 
 import os
 import platform
@@ -85,7 +85,7 @@ def loader_workers(
 def describe_start() -> list[str]:
     """Lines for the header of config.yaml: the machine, and the command, if a script was called."""
     size = int(read_launch(os.environ).get("WORLD_SIZE", 1))
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "no CUDA"
     lines = [f"machine {platform.platform()}, {os.cpu_count()} cores, {gpu}, ranks: {size}"]
     if Path(sys.argv[0]).name in ("train.py", "distill.py"):
         launch = ["torchrun", "--nproc_per_node", str(ranks_here(os.environ, size))]

@@ -235,7 +235,8 @@ class Run:
         self.logger.enter(stage.name, stage.cfg.batch_size, stage.shift)
         if step == 0:
             if self._due(0, self.cfg.probe.every):
-                self._log(0, {})
+                with kept_notices(self.events, 0):
+                    self._log(0, {})
             self._draw_beginning()
         if stage.name:
             notice(f"stage {stage.name}: steps {stage.first} to {stage.stop}")

@@ -76,8 +76,8 @@ def write_report(path: Path, runs: dict[str, Path], since: float | None = None) 
 class ReportedRun:
     """What the folder of a run holds; `base` is the configuration that its own one changes."""
 
-    def __init__(self, swatch: str, name: str, folder: Path):
-        self.name, self.folder, self.heading = name, folder, swatch + escape(name)
+    def __init__(self, dot: str, name: str, folder: Path):
+        self.name, self.folder, self.heading = name, folder, dot + escape(name)
         self.records, self.events = (
             read_metrics(folder / f"{log}.jsonl") for log in ("metrics", "events")
         )
@@ -155,7 +155,7 @@ def image(path: Path, text: str, kind: str) -> str:
 def summary(run: ReportedRun) -> str:
     last, total = (run.records or [{}])[-1].get("step", 0), run.config.get("total_steps", "null")
     facts = [f"step {last}" + ("" if total == "null" else f" of {total}")]
-    facts += [event["text"] for event in run.events[-1:] if event.get("text") != "begins"]
+    facts += [str(event.get("text")) for event in run.events[-1:] if event["step"] > 0]
     losses = [record["loss"] for record in run.records if record.get("loss") is not None]
     facts += [f"loss {loss:.4g}" for loss in losses[-1:]]
     return f"<h1>{run.heading}</h1><p>{escape(', '.join(facts))}</p>"
