@@ -1,4 +1,4 @@
-r"""Pictures as PNG: patch tokens, attention, similarity, maps of images, training views, curves.
+r"""Pictures as PNG: patch tokens, attention, similarity, maps, training views, curves; reports.
 
     python visualize.py pca --model random:vit_small --images scenes --output pca.png
     python visualize.py attention --model random:vit_small --images scenes --output attention.png
@@ -9,6 +9,7 @@ r"""Pictures as PNG: patch tokens, attention, similarity, maps of images, traini
     python visualize.py crops --config configs/quickstart.yaml --images scenes --output crops.png
     python visualize.py masks --config configs/quickstart.yaml --images scenes --output masks.png
     python visualize.py curves --runs runs/quickstart --output curves.png
+    python visualize.py report --runs runs/quickstart --output report.html
     python visualize.py predictions --head runs/masks --images scenes --output predictions.png
 
 pca draws the first three principal components of the patch tokens as red, green and blue. Each
@@ -18,6 +19,7 @@ the side of the first component that touches the border more.
 attention draws softmax(q k) of CLS for each head and their mean; registers have maps of their own.
 similarity draws the cosine between the patch at each point and all others.
 embedding places whole images by their CLS features.
+report writes a page for a browser, on one run or on several: curves, probes, pictures, settings.
 predictions draws masks, depth or boxes of a head that `eval_dense.py --output DIR` kept. With
 --window it goes by overlapping windows; --geotiff FILE.tif writes the map of a `tile:` image.
 Images keep their aspect, and more pixels give more tokens: --size 448 for photographs,
@@ -52,19 +54,22 @@ from evals.maps import to_picture
 from evals.patches import patch_tokens
 from evals.photographs import load_images, read_photographs
 from evals.predictions import draw_predictions
+from evals.report import write_report
 from evals.stitch import stitch, write_geotiff
 from evals.token_maps import draw_attention, draw_components, draw_similarity
 from evals.views import Views, draw_views, hide_in_crops, make_views
 from models.weights.load import load_backbone
 
 THUMBNAIL = 128  # pixels
+SUFFIXES = {"report": ".html"}  # others write .png
 MANY = 400  # images of which thumbnails would only hide each other
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    if arguments.output.suffix != ".png":
-        raise UserError(f"--output is {arguments.output}; give a name that ends in .png")
+    suffix = SUFFIXES.get(arguments.task, ".png")
+    if arguments.output.suffix != suffix:
+        raise UserError(f"--output is {arguments.output}; give a name that ends in {suffix}")
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     details = TASKS[arguments.task](arguments)
     print_result({"task": arguments.task, **details, "output": str(arguments.output)})
@@ -123,11 +128,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         task.add_argument("overrides", nargs="*", metavar="key=value", help=example)
 
     task = tasks.add_parser("curves", help="losses, probes and health over the steps of runs")
-    add = partial(task.add_argument, nargs="+", type=path_argument, required=True)
-    add("--runs", metavar="DIR", help="output folders of train.py, overlaid")
+    add_runs(task)
+    add_runs(tasks.add_parser("report", help="a page on one run, or on several side by side"))
 
-    for task in tasks.choices.values():
-        task.add_argument("--output", type=path_argument, required=True, metavar="FILE.png")
+    for name, task in tasks.choices.items():
+        metavar = f"FILE{SUFFIXES.get(name, '.png')}"
+        task.add_argument("--output", type=path_argument, required=True, metavar=metavar)
     return parser.parse_args(argv)
 
 
@@ -137,6 +143,11 @@ def add_model(task: argparse.ArgumentParser, count: int = 8, required: bool = Tr
     add_images(task, count)
     task.add_argument("--size", type=int, help="short side in pixels; by default the model's own")
     task.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+
+
+def add_runs(task: argparse.ArgumentParser) -> None:
+    add = partial(task.add_argument, nargs="+", type=path_argument, required=True)
+    add("--runs", metavar="DIR", help="output folders of train.py, overlaid")
 
 
 def add_window(task: argparse.ArgumentParser) -> None:
@@ -291,22 +302,32 @@ def masks(arguments: argparse.Namespace) -> dict:
     return result | {"masked_crops": masked, "hidden": round(drawn.float().mean().item(), 4)}
 
 
-def curves(arguments: argparse.Namespace) -> dict:
+def named_runs(arguments: argparse.Namespace) -> dict[str, Path]:
+    """Name -> run folder: its last part, or the paths as given where two of these are the same."""
     names = [path.resolve().name for path in arguments.runs]
     if len(set(names)) < len(names):
         names = [str(path) for path in arguments.runs]
-    runs = {}
-    for name, path in zip(names, arguments.runs, strict=True):
-        runs[name] = read_metrics(path / "metrics.jsonl")
-        if not runs[name]:
+    for path in arguments.runs:
+        if not read_metrics(path / "metrics.jsonl"):
             raise FileNotFoundError(f"{path} holds no metrics.jsonl with records of a run")
+    return dict(zip(names, arguments.runs, strict=True))
+
+
+def curves(arguments: argparse.Namespace) -> dict:
+    folders = named_runs(arguments)
+    runs = {name: read_metrics(path / "metrics.jsonl") for name, path in folders.items()}
     draw_curves(arguments.output, runs)
+    return {"runs": [str(path) for path in arguments.runs]}
+
+
+def report(arguments: argparse.Namespace) -> dict:
+    write_report(arguments.output, named_runs(arguments))
     return {"runs": [str(path) for path in arguments.runs]}
 
 
 TASKS = {
     task.__name__: task
-    for task in (pca, attention, similarity, embedding, predictions, crops, masks, curves)
+    for task in (pca, attention, similarity, embedding, predictions, crops, masks, curves, report)
 }
 
 if __name__ == "__main__":

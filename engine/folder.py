@@ -20,7 +20,8 @@ except ImportError:  # Windows
 HEADER = "# commit "  # the first line of the config.yaml that a run writes
 RUN_FILES = (
     *("config.yaml", "metrics.jsonl", "checkpoints", "snapshots", "teacher", "best"),
-    *("curves.png", "report.png", "bad_images.txt", "tensorboard", "wandb"),
+    *("curves.png", "report.png", "report.html", "report_images", "events.jsonl"),
+    *("bad_images.txt", "tensorboard", "wandb"),
     *("gram_choice.json", "gram_choice.png", "students"),
 )
 

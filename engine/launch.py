@@ -1,7 +1,13 @@
-"""Reads from a launcher's variables the rank, the number of processes and their meeting point."""
+"""How a run was started: rank, number of processes and meeting point, machine and command."""
 
 import os
+import platform
+import shlex
+import sys
 from collections.abc import Mapping
+from pathlib import Path
+
+import torch
 
 from errors import UserError
 
@@ -74,3 +80,14 @@ def loader_workers(
     allowed = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if allowed else os.cpu_count() or 1
     return min(16, cores // ranks_here(environment, ranks))
+
+
+def describe_start() -> list[str]:
+    """Lines for the header of config.yaml: the machine, and the command, if a script was called."""
+    size = int(read_launch(os.environ).get("WORLD_SIZE", 1))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "no CUDA"
+    lines = [f"machine {platform.platform()}, {os.cpu_count()} cores, {gpu}, ranks: {size}"]
+    if Path(sys.argv[0]).name in ("train.py", "distill.py"):
+        launch = ["torchrun", "--nproc_per_node", str(ranks_here(os.environ, size))]
+        lines.append(f"command {shlex.join([*(launch if size > 1 else ['python']), *sys.argv])}")
+    return lines

@@ -1,11 +1,12 @@
 """metrics.jsonl, the progress bar or plain lines, and notices. Only rank 0 writes."""
 
+import contextlib
 import importlib
 import json
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from data.images import ImageData
 from engine import distributed
 from errors import UserError
 
+_keepers: list[tuple[Path, int]] = []  # events.jsonl and the step, within `kept_notices`
+
 
 def notice(text: str) -> None:
     """One line for the user, on standard error, above a progress bar if there is one."""
@@ -22,6 +25,29 @@ def notice(text: str) -> None:
         # Names of files may be any bytes.
         line = text.translate(ESCAPES).encode("utf-8", "backslashreplace").decode()
         tqdm.write(line, file=sys.stderr)
+        for path, step in _keepers:
+            keep_event(path, step, line, "warning")
+
+
+@contextlib.contextmanager
+def kept_notices(path: Path, step: int) -> Iterator[None]:
+    """Notices within are warnings of the run: its events.jsonl keeps them, and errors, too."""
+    _keepers.append((path, step))
+    try:
+        yield
+    except Exception as error:
+        keep_event(path, step, f"ended: {error}", "warning")
+        raise
+    finally:
+        _keepers.pop()
+
+
+def keep_event(path: Path, step: int, text: str, kind: str = "event") -> None:
+    """Appends one JSON object to events.jsonl: step, local time, kind (event, warning), text."""
+    if distributed.is_main():
+        event = {"step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "kind": kind}
+        with path.open("a") as file:
+            file.write(json.dumps(event | {"text": text}) + "\n")
 
 
 def say_passed_over(*sets: ImageData, said: Sequence[str] = ()) -> None:

@@ -24,7 +24,16 @@ from engine.config import TrainConfig
 from engine.folder import check_folder, move_aside, own_folder, release_folders
 from engine.guard import build_guard
 from engine.health import CollapseWatch
-from engine.logger import BadImages, Logger, notice, read_metrics, require_mirrors
+from engine.logger import (
+    BadImages,
+    Logger,
+    keep_event,
+    kept_notices,
+    notice,
+    read_metrics,
+    require_mirrors,
+    truncate_metrics,
+)
 from engine.settings import provenance, refuse_changes, to_yaml
 from engine.stages import Stage
 from errors import UserError
@@ -106,8 +115,9 @@ class TeacherOutputs:
 
     # Writes a copy of the teacher into a folder.
     export: Callable[[nn.Module, Path], None]
-    # Reads some images; returns a function that draws a copy's features of them into a PNG.
-    report: Callable[[], Callable[[nn.Module, Path], None]]
+    # Reads some images; returns a function that draws what a copy sees in them, into the run folder
+    # as of a step.
+    report: Callable[[], Callable[[nn.Module, Path, int], None]]
     # Measures the teacher, on all ranks together; None: nothing is measured.
     probe: Callable[[], dict[str, float]] | None
     # Measures the patches of any backbone, without labels.
@@ -134,6 +144,7 @@ class Run:
         hours: float | None = None,
     ):
         self.cfg, self.folder, self.device = cfg, Path(cfg.output_dir), device
+        self.events = self.folder / "events.jsonl"
         self.stage_ends = [stage.stop for stage in stages]
         self.total_steps = self.stage_ends[-1]
         require_mirrors(cfg.mirrors)  # before anything is made or removed
@@ -179,8 +190,11 @@ class Run:
         if distributed.is_main():
             text = to_yaml(self.cfg, provenance())
             checkpoint.write_atomically(self.folder / "config.yaml", text)
+            truncate_metrics(self.events, self.start_step)
+        begins = f"going on from step {self.start_step}" if self.start_step else "begins"
         if self.start_step:
-            notice(f"{self.folder}: going on from step {self.start_step}")
+            notice(f"{self.folder}: {begins}")
+        keep_event(self.events, self.start_step, begins)
         distributed.barrier()
 
     def start(
@@ -219,11 +233,21 @@ class Run:
         step = max(self.start_step, stage.first)
         self.settle()  # the stage may start from what the one before wrote
         self.logger.enter(stage.name, stage.cfg.batch_size, stage.shift)
-        if step == 0 and self._due(0, self.cfg.probe.every):
-            self._log(0, {})
+        if step == 0:
+            if self._due(0, self.cfg.probe.every):
+                with kept_notices(self.events, 0):
+                    self._log(0, {})
+            self._draw_beginning()
         if stage.name:
             notice(f"stage {stage.name}: steps {stage.first} to {stage.stop}")
+            keep_event(self.events, step, f"stage {stage.name}: to step {stage.stop}")
         return step
+
+    def _draw_beginning(self) -> None:
+        """The pictures of step 0, with which later ones are compared."""
+        teacher = self.copy_teacher()
+        if distributed.is_main():
+            self.writer.also(partial(self.outputs.report(), teacher, self.folder, 0))
 
     def steps(self, loader: Iterable, first: int) -> Iterator[tuple[int, Any]]:
         """(step, batch) from `first` on; times the wait for data and counts unreadable images."""
@@ -248,8 +272,12 @@ class Run:
         last = step in self.stage_ends
         stopped = self.stop.why(step) if self.stopping is None else self.stopping
         if last or self._due(step, self.cfg.log_every) or self._due(step, self.cfg.probe.every):
-            self._log(step, metrics())
+            with kept_notices(self.events, step):
+                self._log(step, metrics())
         self.writer.poll()
+        if stopped or step == self.total_steps:
+            ending = "finished" if step == self.total_steps else f"stopped {stopped}"
+            keep_event(self.events, step, ending)
         if last or stopped or self._due(step, self.cfg.checkpoint.every):
             self._save(step)
             self.logger.restart_clock(step)
@@ -319,7 +347,7 @@ class Run:
             for folder in folders:
                 checkpoint.save_folder(folder, export)
             self.outputs.curves(self.folder / "curves.png", {self.folder.name: records})
-            report(teacher, self.folder / "report.png")
+            report(teacher, self.folder, step)
 
         self.writer.also(write)
 

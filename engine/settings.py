@@ -31,6 +31,7 @@ from engine.keys import (
     sections_of,
     suggestion,
 )
+from engine.launch import describe_start
 from engine.layers import (
     lay_over,
     merge,
@@ -366,7 +367,7 @@ def changed_stages(old: dict | None, new: dict | None, cls: type) -> list[str]:
 
 
 def provenance() -> str:
-    """The commit and the versions of the packages, for the header of config.yaml."""
+    """Commit, versions of the packages, machine and command, for the header of config.yaml."""
     packages = ("torch", "torchvision", "timm", "numpy")
     versions = "  ".join(f"{name} {metadata.version(name)}" for name in packages)
     command = ["git", "describe", "--always", "--dirty"]
@@ -375,4 +376,5 @@ def provenance() -> str:
         commit = git.stdout.strip() or "unknown"
     except OSError:  # no git on this machine
         commit = "unknown"
-    return f"commit {commit}\npython {platform.python_version()}  {versions}"
+    lines = [f"commit {commit}", f"python {platform.python_version()}  {versions}"]
+    return "\n".join([*lines, *describe_start()])

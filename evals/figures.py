@@ -65,7 +65,10 @@ def pack(pictures: Sequence[Picture], rows: int, height: int, smooth: bool = Tru
 def draw_sheet(
     path: Path, rows: Sequence[Sequence[Picture]], headings: Sequence[str], title: str = ""
 ) -> None:
-    """A table on white: columns as wide as their widest, rows as high as their highest picture."""
+    """A table on white: columns as wide as their widest, rows as high as their highest picture.
+
+    A JPEG file where the path ends in .jpg, else PNG.
+    """
     from matplotlib import get_data_path
 
     font_file = Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
@@ -87,7 +90,7 @@ def draw_sheet(
         for left, cell in zip(lefts, row, strict=False):  # the last row may be shorter
             canvas.paste(Image.fromarray(cell), (left, top))
         top += height + GAP
-    canvas.save(path, format="PNG")
+    canvas.save(path, format="JPEG" if path.suffix == ".jpg" else "PNG")
 
 
 def draw_groups(path: Path, groups: Sequence[Sequence[Picture]], headings: Sequence[str]) -> None:
@@ -136,7 +139,7 @@ def draw_report(
             heat = heat_picture(attention_image(maps.float(), features.grid, prefix).mean(dim=0))
             row.append(enlarge(heat, height, smooth=False))
     for row, views in zip(rows, crops, strict=False):  # there may be no crops
-        row += _crop_cells([_picture(view, mean, std) for view in views], height)
+        row += crop_cells([_picture(view, mean, std) for view in views], height)
     if len(crops):
         headings += _crop_headings(crops[0])
     draw_sheet(path, rows, headings, title)
@@ -146,7 +149,8 @@ def _picture(image: Tensor | Picture, mean: Sequence[float], std: Sequence[float
     return to_picture(image, mean, std) if isinstance(image, Tensor) else image
 
 
-def _crop_cells(pictures: Sequence[Picture], height: int) -> list[Picture]:
+def crop_cells(pictures: Sequence[Picture], height: int) -> list[Picture]:
+    """Crops of one size together, smaller ones in several lines, all `height` pixels high."""
     groups = [list(group) for _, group in itertools.groupby(pictures, key=np.shape)]
     largest = max((len(picture) for picture in pictures), default=0)
     return [pack(group, max(1, round(largest / len(group[0]))), height) for group in groups]

@@ -1,12 +1,13 @@
 """Probes, pictures and exports of the teacher during training."""
 
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from data.annotated import Annotated, has_masks
@@ -20,7 +21,6 @@ from engine.logger import say_passed_over
 from engine.parallel import is_sharded
 from engine.run import TeacherOutputs
 from engine.validation import size_pair
-from engine.views import multi_crop_from
 from evals.curves import draw_curves
 from evals.figures import draw_report
 from evals.knn import knn_probe
@@ -28,7 +28,8 @@ from evals.linear import linear_probe
 from evals.maps import prefix_attention
 from evals.patches import mean_locality, patch_knn_segmentation
 from evals.reading import first_readable
-from evals.views import example_views
+from evals.report import write_report
+from evals.report_images import ReportImages, draw_report_images, read_report_images
 from models.features import Preprocessing
 from models.weights.save import save_model
 
@@ -56,14 +57,11 @@ def teacher_outputs(
         if cfg.probe.patches and has_masks(train, val):
             masks = [Annotated(data, "mask", *shape) for data in (train, val)]
 
-    def report() -> Callable[[nn.Module, Path], None]:
+    @cache
+    def report() -> Callable[[nn.Module, Path, int], None]:
         data = images if val is None else val
-        shown = first_readable(data, 4)
-        inputs = torch.stack([prepare(data)[index][0] for index in shown])
-        pictures = [data.image(index) for index in shown]
-        crops = example_views(multi_crop_from(cfg.crops, mean, std), pictures, cfg.seed)
-        title = Path(cfg.output_dir).name
-        return partial(report_teacher, title=title, images=inputs, crops=crops, mean=mean, std=std)
+        shown = read_report_images(cfg, data, prepare(data), teacher.backbone, mean, std)
+        return partial(report_teacher, shown=shown)
 
     def probe() -> dict[str, float]:
         labelled = prepare(train), prepare(val)
@@ -117,27 +115,16 @@ def probe_teacher(
 
 
 @torch.inference_mode()
-def report_teacher(
-    model: nn.Module,
-    path: Path,
-    title: str,
-    images: Tensor,
-    crops: Sequence,
-    **statistics: Sequence[float],
-) -> None:
-    """Draws report.png: PCA of the patches, attention where there is any, crops of the images.
+def report_teacher(model: nn.Module, folder: Path, step: int, shown: ReportImages) -> None:
+    """Draws report.png, the pictures of a step in report_images/, and report.html.
 
-    Args:
-        images: (n, C, H, W) normalised with the `statistics` mean and std.
+    Attention is drawn where the backbone has any.
     """
-    backbone = model.backbone
+    since = time.perf_counter()
+    backbone, images = model.backbone, shown.inputs
     attention = prefix_attention(backbone, images)[0] if hasattr(backbone, "attention") else None
-    draw_report(
-        path,
-        images=images,
-        features=backbone(images),
-        crops=crops,
-        attention=attention,
-        title=title,
-        **statistics,
-    )
+    features, statistics = backbone(images), {"mean": shown.mean, "std": shown.std}
+    drawn = {"crops": shown.crops, "attention": attention, "title": shown.title, **statistics}
+    draw_report(folder / "report.png", images=images, features=features, **drawn)
+    draw_report_images(folder / "report_images", step, shown, backbone, features, attention)
+    write_report(folder / "report.html", {shown.title: folder}, since)

@@ -114,10 +114,14 @@ def note_unreadable(
         raise UserError(f"none of the {images} images could be read; one of them: {errors[0]}")
 
 
-def first_readable(data: ImageData, count: int) -> list[int]:
-    """Indices of the first `count` images that can be read, fewer where there are not so many."""
+def first_readable(data: ImageData, count: int, indices: Iterable[int] | None = None) -> list[int]:
+    """Indices of the first `count` images that can be read, fewer where there are not so many.
+
+    Args:
+        indices: to try, in order; all by default.
+    """
     found = []
-    for index in range(len(data)):
+    for index in range(len(data)) if indices is None else indices:
         if len(found) == count:
             break
         try:

@@ -68,19 +68,25 @@ def draw_views(path: Path, views: Views, crops: Sequence[Sequence[Tensor | Pictu
     draw_report(path, images, crops=crops, height=192, **statistics)
 
 
-def hide_in_crops(cfg: TrainConfig, views: Views) -> tuple[list[list[Picture]], Tensor]:
+def hide_in_crops(
+    cfg: TrainConfig, views: Views, patch_size: int | None = None
+) -> tuple[list[list[Picture]], Tensor]:
     """The global crops of each image with their hidden patches, and the masks (crops, h, w).
 
     The masks are drawn as for a batch of these images, in crop-major order.
+
+    Args:
+        patch_size: in pixels; by default the configuration's.
     """
-    ibot, count = cfg.loss.ibot, cfg.crops.global_count
-    grid = tuple(side // cfg.model.patch_size for side in views.crops[0][0].shape[-2:])
+    ibot, count, patch = cfg.loss.ibot, cfg.crops.global_count, patch_size or cfg.model.patch_size
+    grid = tuple(side // patch for side in views.crops[0][0].shape[-2:])
     crops = count * len(views.images)
     given = (ibot.mask_probability, ibot.mask_ratio)
     masks = draw_masks(crops, grid, *given, (cfg.seed,), fill=ibot.mask_fill)
     masks = masks.view(count, len(views.images), *grid)
     pictures = []
     for index, of_image in enumerate(views.crops):
-        crops = [to_picture(crop, views.mean, views.std) for crop in of_image[:count]]
+        whole = [crop[:, : grid[0] * patch, : grid[1] * patch] for crop in of_image[:count]]
+        crops = [to_picture(crop, views.mean, views.std) for crop in whole]
         pictures.append([hide_patches(*pair) for pair in zip(crops, masks[:, index], strict=True)])
     return pictures, masks.flatten(0, 1)
