@@ -4,9 +4,9 @@
 
 SHARED holds weights/dinov2-small and images. Segmentation, depth and detection of `scenes` at 140
 pixels (with 4 distractors for detection), for the released weights, the same network untrained, and
-pixels, two seeds each. runs/systems/results.json, which is gone on with; the heads stay in
-runs/systems, and runs/systems/*.png are what those of the released weights predict of scenes and of
-the photographs.
+pixels; two seeds of the released weights, one of the others. runs/systems/results.json, which is
+gone on with; the heads stay in runs/systems, and runs/systems/*.png are what those of the released
+weights predict of scenes and of the photographs.
 """
 
 import argparse
@@ -45,6 +45,8 @@ def main() -> None:
     for seed in SEEDS:
         for task in arguments.only:
             for model, where in models.items():
+                if seed and model != "released":
+                    continue
                 for head in TASKS[task]:
                     key = f"{task}, {model}, {head}, seed {seed}"
                     results = read(path)
