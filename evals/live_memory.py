@@ -179,7 +179,8 @@ class StepTrial:
 
     def images_a_second(self, micro: int, seconds: float) -> float:
         """Of steps in up to so many seconds, with up to `micro` images at once."""
-        images = max(1, min(micro, int(seconds / 3 / max(self.seconds_an_image, 1e-6))))
+        images = min(micro, int(seconds / 3 / max(self.seconds_an_image, 1e-6)))
+        images = max(SMALL, images // SMALL * SMALL)
         return images / min(self.step(images, images) for _ in range(3))
 
 
