@@ -31,6 +31,7 @@ from evals.flops import synchronize
 from losses.centering import build_centering
 from models.ssl_model import count_parameters
 
+GIB = 2**30
 SMALL, LARGER = 2, 4  # images of the two small steps
 
 
@@ -79,10 +80,6 @@ class StepTrial:
         train_step: of train.py, with its arguments.
         initial: weights of `init`, or None.
         ranks: processes that share the batch.
-
-    Attributes:
-        held: bytes of weights, moments and teachers of one process that shares nothing.
-        parameters: of the student; `trained` of them move.
     """
 
     def __init__(
@@ -93,25 +90,34 @@ class StepTrial:
         initial: nn.Module | None,
         ranks: int,
     ):
-        loss = replace(stage.cfg.loss, koleo=replace(stage.cfg.loss.koleo, group=SMALL))
-        cfg = replace(stage.cfg, compile=False, loss=loss)  # compiled steps take less
-        self.stage, self.cfg, self.device = replace(stage, cfg=cfg), cfg, device
-        self.train_step, self.ranks = train_step, ranks
+        self.asked_loss = stage.cfg.loss
+        loss = replace(self.asked_loss, koleo=replace(self.asked_loss.koleo, group=SMALL))
+        self.cfg = replace(stage.cfg, compile=False, loss=loss)  # compiled steps take less
+        self.stage, self.device = replace(stage, cfg=self.cfg), device
+        self.train_step, self.ranks, self.live = train_step, ranks, LiveBytes()
         self.lines: dict[tuple[int, int], list[tuple[str, list[int]]]] = {}
-        self.seconds_an_image = 0.0
-        self.live, terms = LiveBytes(), stage.schedules
+        self.seconds_an_image, terms = 0.0, stage.schedules
         with self.live:
-            student = build_student(cfg, "ibot" in terms, initial)
+            student = build_student(self.cfg, "ibot" in terms, initial)
             centering = build_centering(loss, terms)
-            self.trainer = Trainer(cfg, student, centering, [self.stage], device, stage.stop)
+            self.trainer = Trainer(self.cfg, student, centering, [self.stage], device, stage.stop)
             own = {"gram": loss.gram.teacher != "ema", "anchor": True}
             backbone = self.trainer.teacher.backbone
             copies = {term: copy.deepcopy(backbone) if own[term] else backbone for term in own}
             self.frozen = [copies[term] if term in terms else None for term in own]
-        self.held, self.parameters = self.live.now, count_parameters(student)
-        self.trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        sizes = [*blocks(student), *(part for part in student.children() if not blocks(part))]
-        self.unit = max(map(count_parameters, sizes))
+        self.held = self.live.now  # bytes
+
+    def parts(self) -> dict[str, float]:
+        """Bytes of a process, all gradients counted; `teacher` with Gram teacher and anchor."""
+        share = self.ranks if self.cfg.strategy == "fsdp" else 1
+        student = list(self.trainer.student.parameters())
+        every, trained = (
+            4 * sum(p.numel() for p in student if p.requires_grad or whole)
+            for whole in (True, False)
+        )
+        parts = {"parameters": every, "gradients": trained, "optimizer": 2 * trained}
+        parts["teacher"] = max(self.held - every - 2 * trained, 0)
+        return {name: size / share for name, size in parts.items()}
 
     def step(self, images: int, micro: int) -> float:
         """Runs one step; its seconds."""
@@ -174,8 +180,11 @@ class StepTrial:
             waiting = _highest(self._lines(SMALL, 3)) - _highest(self._lines(SMALL, 2))
             peak += (parts - 2) * micro * waiting / SMALL
         if self.ranks > 1 and self.cfg.strategy == "fsdp":
-            return peak - self.held * (1 - 1 / self.ranks) + 8 * self.unit
-        return peak + 4 * self.trained * (self.ranks > 1)
+            student = self.trainer.student
+            units = [*blocks(student), *(part for part in student.children() if not blocks(part))]
+            unit = max(map(count_parameters, units))
+            return peak - self.held * (1 - 1 / self.ranks) + 8 * unit
+        return peak + self.parts()["gradients"] * (self.ranks > 1)
 
     def images_a_second(self, micro: int, seconds: float) -> float:
         """Of steps in up to so many seconds, with up to `micro` images at once."""
