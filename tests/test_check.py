@@ -148,6 +148,7 @@ def test_a_loader_at_a_third_of_the_step_is_named(sound, capsys, monkeypatch):
     assert "the step takes 60.0" in warned(result, "data.workers=")
     waits = re.search(r"waits for images (\d+)%", result["warnings"][0]["why"])
     assert 66 < int(waits[1]) < 100
+    monkeypatch.setattr(check.StepTrial, "images_a_second", lambda *_: 1.0)
     fast = checked([*sound, "data.train=python:tests.test_check:Slow"], capsys)[1]
     assert fast["warnings"] == []
 
