@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = config_parser(__doc__, check=True).parse_args(argv)
     cfg = load_config(arguments.config, arguments.overrides)
     if arguments.check:
-        return check_run(arguments.config, cfg, train_step)
+        return check_run(arguments.config, cfg, train_step, build_centering)
     device = distributed.choose_device(cfg.device)
     with run_of_its_own(), distributed.process_group(device, cfg.hang_timeout):
         train(cfg, device)

@@ -50,7 +50,9 @@ LOST_HOURS = 1.0  # of work to a kill (ours)
 TIMED_SECONDS = 10.0  # for the loader, and for the step
 
 
-def check_run(config: str | None, cfg: TrainConfig, train_step: Callable) -> None:
+def check_run(
+    config: str | None, cfg: TrainConfig, train_step: Callable, build_centering: Callable
+) -> None:
     """Prints the table and the JSON; exits with status 2 where the run would fail.
 
     Under a launcher only rank 0 does anything.
@@ -58,6 +60,7 @@ def check_run(config: str | None, cfg: TrainConfig, train_step: Callable) -> Non
     Args:
         config: the name of the configuration, for the result.
         train_step: of train.py.
+        build_centering: of losses/centering.py.
 
     Raises:
         UserError, OSError: for mistakes that the run itself refuses at its start.
@@ -81,7 +84,7 @@ def check_run(config: str | None, cfg: TrainConfig, train_step: Callable) -> Non
         student = build_student(replace(cfg, init=None), "ibot" in stage.schedules)
     seconds, there = None, memory_there(device)
     if 20 * count_parameters(student) < 0.9 * there:  # weights, gradients, moments, teacher
-        trial = StepTrial(stage, train_step, device, initial, ranks)
+        trial = StepTrial(stage, (train_step, build_centering), device, initial, ranks)
         _memory(report, trial, there, micro)
         seconds = _speed(report, trial, micro)
     else:

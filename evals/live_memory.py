@@ -28,7 +28,6 @@ from engine.step import OptimizationStep
 from engine.trainer import Trainer
 from engine.validation import size_pair
 from evals.flops import synchronize
-from losses.centering import build_centering
 from models.ssl_model import count_parameters
 
 GIB = 2**30
@@ -53,16 +52,14 @@ class LiveBytes(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
-                self._add(tensor.untyped_storage())
+                storage = tensor.untyped_storage()
+                address, size = storage._cdata, storage.nbytes()
+                if address not in self.known:
+                    self.known.add(address)
+                    self.now += size
+                    weakref.finalize(storage, self._drop, address, size).atexit = False
         self.line.append(self.now)
         return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, storage.nbytes()
-        if address not in self.known:
-            self.known.add(address)
-            self.now += size
-            weakref.finalize(storage, self._drop, address, size).atexit = False
 
     def _drop(self, address: int, size: int) -> None:
         self.known.discard(address)
@@ -77,7 +74,7 @@ class StepTrial:
     """Student, teacher and optimizer of a stage, for steps on random pixels; nothing is kept.
 
     Args:
-        train_step: of train.py, with its arguments.
+        method: `train_step` of train.py and `build_centering` of losses/centering.py.
         initial: weights of `init`, or None.
         ranks: processes that share the batch.
     """
@@ -85,7 +82,7 @@ class StepTrial:
     def __init__(
         self,
         stage: Stage,
-        train_step: Callable,
+        method: tuple[Callable, Callable],
         device: torch.device,
         initial: nn.Module | None,
         ranks: int,
@@ -94,7 +91,7 @@ class StepTrial:
         loss = replace(self.asked_loss, koleo=replace(self.asked_loss.koleo, group=SMALL))
         self.cfg = replace(stage.cfg, compile=False, loss=loss)  # compiled steps take less
         self.stage, self.device = replace(stage, cfg=self.cfg), device
-        self.train_step, self.ranks, self.live = train_step, ranks, LiveBytes()
+        (self.train_step, build_centering), self.ranks, self.live = method, ranks, LiveBytes()
         self.lines: dict[tuple[int, int], list[tuple[str, list[int]]]] = {}
         self.seconds_an_image, terms = 0.0, stage.schedules
         with self.live:
@@ -111,10 +108,8 @@ class StepTrial:
         """Bytes of a process, all gradients counted; `teacher` with Gram teacher and anchor."""
         share = self.ranks if self.cfg.strategy == "fsdp" else 1
         student = list(self.trainer.student.parameters())
-        every, trained = (
-            4 * sum(p.numel() for p in student if p.requires_grad or whole)
-            for whole in (True, False)
-        )
+        every = 4 * sum(p.numel() for p in student)
+        trained = 4 * sum(p.numel() for p in student if p.requires_grad)
         parts = {"parameters": every, "gradients": trained, "optimizer": 2 * trained}
         parts["teacher"] = max(self.held - every - 2 * trained, 0)
         return {name: size / share for name, size in parts.items()}

@@ -209,12 +209,15 @@ SMALL_CROPS = ["crops.global_size=98", "crops.local_size=42", "crops.local_count
 CONFIGURATIONS = {
     "quickstart, batch 128": ["quickstart.yaml", "batch_size=128"],
     "DINOv2 ViT-S/14, batch 8": ["dinov2_vits14.yaml", "batch_size=8", *SMALL_CROPS],
-    "DINO ViT-S/16, batch 4": ["dino_vits16.yaml", "batch_size=4"],
-    "the first, 4 micro batches": [
+    "DINO ViT-S/16, batch 8": [
+        *("dino_vits16.yaml", "batch_size=8", "crops.global_size=112", "crops.local_size=48")
+    ],
+    "DINOv2 ViT-S/14, 4 micro batches of 4": [
         *("dinov2_vits14.yaml", "batch_size=16", "micro_batch_size=4", *SMALL_CROPS)
     ],
-    "DINOv2 ViT-B/14, batch 4, blocks": [
-        *("dinov2_vits14.yaml", "batch_size=4", "model.arch=vit_base", "checkpointing=blocks")
+    "DINOv2 ViT-B/14, batch 8, blocks": [
+        *("dinov2_vits14.yaml", "batch_size=8", "model.arch=vit_base", "checkpointing=blocks"),
+        *SMALL_CROPS,
     ],
 }
 
