@@ -140,7 +140,11 @@ def _computed_memory(
     report: Report, stage: Stage, student: nn.Module, there: float, ranks: int, device: str
 ) -> None:
     """Of a network that is too large to be tried in this process."""
-    _, (row,) = memory_table(stage.cfg, stage.schedules, student, [ranks], device)
+    try:
+        _, (row,) = memory_table(stage.cfg, stage.schedules, student, [ranks], device)
+    except UserError as error:
+        report.row("memory", str(error))
+        return
     needed = GIB * row["total" if stage.cfg.checkpointing == "none" else "total_checkpointed"]
     text = f"{needed / GIB:.1f} GiB needed (computed, no step was run), {there / GIB:.1f} there"
     report.row("memory", text, memory_gib=needed / GIB, memory_there_gib=there / GIB)
