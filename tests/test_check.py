@@ -215,9 +215,9 @@ CONFIGURATIONS = {
     "DINOv2 ViT-S/14, 4 micro batches of 4": [
         *("dinov2_vits14.yaml", "batch_size=16", "micro_batch_size=4", *SMALL_CROPS)
     ],
-    "DINOv2 ViT-B/14, batch 8, blocks": [
+    "half a ViT-B/14, batch 8, blocks": [
         *("dinov2_vits14.yaml", "batch_size=8", "model.arch=vit_base", "checkpointing=blocks"),
-        *SMALL_CROPS,
+        *(*SMALL_CROPS, "model.depth=6", "loss.dino.prototypes=4096"),
     ],
 }
 
