@@ -34,6 +34,7 @@ from engine.start import build_student, load_init, plan_run
 from engine.step import OptimizationStep
 from engine.trainer import Trainer
 from engine.views import stage_loader
+from evals.check import check_run
 from evals.inloop import teacher_outputs
 from losses.anchor import anchor_loss
 from losses.centering import Centering, build_centering
@@ -47,8 +48,10 @@ from models.ssl_model import SSLModel, SSLOutput, count_parameters
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = config_parser(__doc__).parse_args(argv)
+    arguments = config_parser(__doc__, check=True).parse_args(argv)
     cfg = load_config(arguments.config, arguments.overrides)
+    if arguments.check:
+        return check_run(arguments.config, cfg, train_step, build_centering)
     device = distributed.choose_device(cfg.device)
     with run_of_its_own(), distributed.process_group(device, cfg.hang_timeout):
         train(cfg, device)

@@ -124,8 +124,10 @@ def path_argument(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def config_parser(description: str, schema: type = TrainConfig) -> argparse.ArgumentParser:
-    """`--config NAME key=value ...`, and `--keys` of the configuration `schema`."""
+def config_parser(
+    description: str, schema: type = TrainConfig, check: bool = False
+) -> argparse.ArgumentParser:
+    """`--config NAME key=value ...`, `--keys` of the configuration `schema`, and `--check`."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = ConfigParser(description=description, formatter_class=layout)
     parser.schema = schema
@@ -136,6 +138,9 @@ def config_parser(description: str, schema: type = TrainConfig) -> argparse.Argu
     parser.add_argument("--keys", nargs="?", const="", metavar="SECTION", help=lookup)
     page = "with --keys: print docs/configuration.md"
     parser.add_argument("--markdown", action="store_true", help=page)
+    if check:
+        words = "look for what would go wrong: data, memory, speed, disk; trains and writes nothing"
+        parser.add_argument("--check", action="store_true", help=words)
     return parser
 
 
