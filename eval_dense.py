@@ -54,7 +54,7 @@ HELP = {
     "localization": "CorLoc, IoU and pointing game of attention, LOST and TokenCut",
 }
 POSITIVE = (
-    *("batch_size", "layers", "window", "steps", "k", "lr", "thresholds"),
+    *("batch_size", "layers", "window", "steps", "k", "lr", "thresholds", "queries"),
     *("context", "radius", "top", "temperature", "span", "minutes"),
 )
 
@@ -118,6 +118,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             add("--minutes", type=float, help=limit)
     add = tasks.choices["segmentation"].add_argument
     add("--head", choices=("linear", "knn", "mask"), default="linear")
+    queries = "of --head mask, matched to classes; by default one for each class"
+    add("--queries", type=int, help=queries)
     add("--k", type=int, default=30, help="patches that vote, of --head knn")
     add("--ignore-index", type=int, default=255, help="class to leave out, besides 255")
     add = tasks.choices["depth"].add_argument
@@ -172,8 +174,8 @@ def check_head(arguments: argparse.Namespace) -> argparse.Namespace:
     if arguments.multi_scale and (head != "linear" or by_blocks(arguments)):
         raise UserError("--multi-scale goes with --head linear of masks and depth only")
     if not by_blocks(arguments):
-        for name in ("minutes", "width"):
-            if getattr(arguments, name) is not None:
+        for name in ("minutes", "width", "queries"):
+            if getattr(arguments, name, None) is not None:
                 raise UserError(f"--{name} goes with --head mask, dpt and detection only")
         return check_layers(arguments)
     if arguments.window is not None:

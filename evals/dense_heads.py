@@ -40,7 +40,6 @@ RECIPES = {
     ("detection", "linear"): BOXES,
 }
 MAPS = {"segmentation": 4, "depth": 4, "detection": 1}  # that these heads take
-QUERIES = 50  # of a mask head, or as many as there are classes
 CACHE = 4 * 2**30  # bytes of maps that are kept
 PICTURES = 4  # of --val that --output shows
 
@@ -72,8 +71,9 @@ def fit(
     steps = flags.steps or recipe.steps(len(patches.indices))
     settings = head_settings(backbone, windowed, patches.dim, flags, maps)
     settings.options = options_of(patches.summaries)
-    if flags.width is not None:
-        settings.options["width"] = flags.width
+    for name in ("width", "queries"):
+        if getattr(flags, name, None) is not None:
+            settings.options[name] = getattr(flags, name)
     settings.training |= {"steps": steps, "lr": recipe.lrs[0]}
     trained = TrainedHead(backbone, settings.build(flags.seed).to(device), settings)
     options = {"folder": flags.output, "minutes": flags.minutes or math.inf, "seed": flags.seed}
@@ -134,7 +134,7 @@ def mask_options(summaries: Sequence[int]) -> dict[str, Any]:
     classes = max(summaries) + 1
     if classes < 1:
         raise UserError("no pixel of the training masks has a class")
-    return {"classes": classes, "queries": max(QUERIES, classes)}
+    return {"classes": classes}
 
 
 def mask_head_segmentation(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import UserError
 from evals.mask_loss import mask_loss
 from models.layers import Attention, LayerScale, Mlp
 from models.positions import RotaryPositions, Rotation
@@ -68,7 +69,8 @@ class MaskHead(nn.Module):
     Args:
         dims: channels of each map.
         classes: K, besides "no object".
-        queries: Q; more than the classes that one image holds.
+        queries: Q; more than the classes that one image holds. None: one for each class, which then
+            needs no matching and learns in fewer steps.
         depth, width: of the decoder's blocks; width is a multiple of 64.
         points: pixels of a mask that enter the loss; Mask2Former takes 12,544.
     """
@@ -79,13 +81,16 @@ class MaskHead(nn.Module):
         patch_size: int,
         *,
         classes: int,
-        queries: int = 50,
+        queries: int | None = None,
         depth: int = 3,
         width: int = 256,
         points: int = 2048,
     ):
         super().__init__()
-        self.classes, self.points = classes, points
+        self.classes, self.points, self.by_class = classes, points, queries is None
+        queries = classes if queries is None else queries
+        if queries < classes:
+            raise UserError(f"--queries is {queries}, and the masks have {classes} classes")
         self.laterals = nn.ModuleList(Lateral(dim, width) for dim in dims)
         self.queries = nn.Parameter(torch.randn(queries, width))
         self.positions = RotaryPositions(64)
@@ -160,4 +165,5 @@ class MaskHead(nn.Module):
         size: Sequence[int],
     ) -> Tensor:
         """The targets are masks (H, W) of class numbers; negative ones and 255 do not count."""
-        return sum(mask_loss(*scores, targets, self.points) for scores in self(maps))
+        options = {"points": self.points, "by_class": self.by_class}
+        return sum(mask_loss(*scores, targets, **options) for scores in self(maps))

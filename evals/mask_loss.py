@@ -23,6 +23,7 @@ def mask_loss(
     targets: Sequence[Tensor],
     points: int,
     draw: Callable[..., Tensor] = torch.rand,
+    by_class: bool = False,
 ) -> Tensor:
     """The mean over the batch's masks.
 
@@ -32,6 +33,8 @@ def mask_loss(
         targets: class numbers (H, W); negative ones and 255 belong to no mask.
         points: of a mask that enter the loss.
         draw: shape -> uniform numbers in [0, 1); points (x, y) as shares of width and height.
+        by_class: query k takes class k (MaskFormer's fixed matching), else each class the query
+            that costs least.
     """
     empty = classes.shape[-1] - 1
     truth = torch.full(classes.shape[:2], empty, device=classes.device)
@@ -42,13 +45,15 @@ def mask_loss(
         if not len(present):
             continue
         of_classes = (target == present[:, None, None]).float()
-        places = draw((1, points, 2), device=classes.device)
-        costs = match_costs(classes[b], masks[b], present, of_classes, places)
-        rows, columns = assign(costs.T.cpu().numpy())  # masks are fewer than queries
-        queries = torch.as_tensor(columns, device=classes.device)
-        truth[b, queries] = present[rows]
+        queries = present
+        if not by_class:
+            places = draw((1, points, 2), device=classes.device)
+            costs = match_costs(classes[b], masks[b], present, of_classes, places)
+            _, columns = assign(costs.T.cpu().numpy())  # masks are fewer than queries
+            queries = torch.as_tensor(columns, device=classes.device)
+        truth[b, queries] = present
         chosen_masks.append(masks[b, queries])
-        chosen_truth.append(of_classes[rows])
+        chosen_truth.append(of_classes)
     weight = torch.ones(empty + 1, device=classes.device)
     weight[empty] = NO_OBJECT
     total = CLASS * F.cross_entropy(classes.mT, truth, weight)

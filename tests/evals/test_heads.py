@@ -154,6 +154,25 @@ def test_the_mask_loss_equals_that_of_transformers_at_the_same_points(monkeypatc
     assert found.item() == pytest.approx(total.item(), rel=1e-5)
 
 
+def test_a_query_for_each_class_is_the_matching_that_costs_least_where_queries_know_theirs():
+    torch.manual_seed(0)
+    target = torch.randint(0, 4, (20, 20))
+    masks = 8.0 * F.one_hot(target, 5).permute(2, 0, 1)[None] - 4
+    scores = 5.0 * torch.eye(5, 6)[None]
+    drawn = torch.rand(1, 64, 2)
+
+    def fixed(shape, device=None):
+        return drawn.repeat(1, math.ceil(shape[1] / 64), 1)[:, : shape[1]].expand(shape)
+
+    matched, by_class = (
+        losses.mask_loss(scores, masks, [target], 64, fixed, by_class=by_class)
+        for by_class in (False, True)
+    )
+    assert matched == by_class
+    swapped = losses.mask_loss(scores[:, [1, 0, 2, 3, 4]], masks, [target], 64, fixed, True)
+    assert swapped > by_class + 0.5
+
+
 def present(target: torch.Tensor) -> torch.Tensor:
     return target[target != 255].unique()
 
@@ -220,6 +239,7 @@ def test_dpt_finds_planes_that_are_linear_in_a_feature():
 
 KINDS = {
     "mask": ["segmentation", "--head", "mask"],
+    "matched masks": ["segmentation", "--head", "mask", "--queries", "12"],
     "dpt": ["depth", "--head", "dpt"],
     "linear masks": ["segmentation", "--layers", "2"],
     "linear depth": ["depth", "--lr", "1e-2"],
