@@ -60,7 +60,11 @@ def crop_fineness(multi_crop: "MultiCrop", table: Tensor) -> Fineness:
         table: (crops, NUMBERS), see data/augment.py.
     """
 
+    largest = max(max(spec.size) for spec, _ in multi_crop.cuts)
+
     def fineness(height: int, width: int) -> float:
+        if min(height, width) < 2 * largest:  # no crop of it is twice as fine
+            return 1.0
         least = []
         for spec, rows in multi_crop.cuts:
             u = table[rows]
