@@ -35,6 +35,7 @@ class ImageData(Dataset):
         left_out: images that a probe cannot use, see `known_images` of data/sources/specs.py.
         window: centre and width of the values that become 0 to 1, or None.
         origin: what a spec says of its images, but for where they lie.
+        captioned: (n,) bool, which images have captions, or None where none has.
     """
 
     title: str
@@ -44,6 +45,7 @@ class ImageData(Dataset):
     left_out: int = 0
     window: tuple[float, float] | None = None
     origin: str = ""
+    captioned: np.ndarray | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -59,6 +61,10 @@ class ImageData(Dataset):
     def annotations(self, index: int) -> dict:
         """Boxes, masks, depth or keypoints, of the kinds of data that have them."""
         raise NoAnnotations(f"{self.name(index)} has no annotations beyond its class; `scenes` has")
+
+    def captions(self, index: int) -> list[str]:
+        """What is said of the image; empty where nothing is."""
+        return []
 
     def files_below(self) -> list[bytes]:
         """Names of all images relative to where they lie, of the kinds of data that have them."""
@@ -85,6 +91,7 @@ class Chosen(ImageData):
         self.data, self.rows = data, np.asarray(rows, dtype=np.int64)
         self.labels = None if data.labels is None else data.labels[self.rows]
         self.classes, self.passed_over = data.classes, data.passed_over
+        self.captioned = None if data.captioned is None else data.captioned[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -97,6 +104,13 @@ class Chosen(ImageData):
 
     def annotations(self, index: int) -> dict:
         return self.data.annotations(int(self.rows[index]))
+
+    def captions(self, index: int) -> list[str]:
+        return self.data.captions(int(self.rows[index]))
+
+    def files_below(self) -> list[bytes]:
+        names = self.data.files_below()
+        return [names[row] for row in self.rows] if names else []
 
 
 def first_annotations(data: ImageData) -> dict:

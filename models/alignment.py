@@ -128,7 +128,7 @@ class TextModel(nn.Module):
         """(K, E): of each class the normalised mean over its names in all templates (CLIP)."""
         vectors = []
         for synonyms in names:
-            texts = [template.format(name) for template in templates for name in synonyms]
+            texts = [template.replace("{}", name) for template in templates for name in synonyms]
             vectors.append(F.normalize(self.encode_texts(texts, half).mean(dim=0), dim=-1))
         return torch.stack(vectors)
 
