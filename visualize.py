@@ -10,6 +10,8 @@ r"""Pictures as PNG: patch tokens, attention, similarity, maps of images, traini
     python visualize.py masks --config configs/quickstart.yaml --images scenes --output masks.png
     python visualize.py curves --runs runs/quickstart --output curves.png
     python visualize.py predictions --head runs/masks --images scenes --output predictions.png
+    python visualize.py text --model runs/align_quickstart --images scenes \
+        --query "a striped disc" "a ringed star" --output text.png
 
 pca draws the first three principal components of the patch tokens as red, green and blue. Each
 image has its own colours. With --joint a colour means the same in all images. With --basis FILE it
@@ -19,6 +21,8 @@ attention draws softmax(q k) of CLS for each head and their mean; registers have
 similarity draws the cosine between the patch at each point and all others.
 embedding places whole images by their CLS features.
 predictions draws masks, depth or boxes of a head that `eval_dense.py --output DIR` kept.
+text draws the cosine of all patches with each query, of a run of align.py; the maps of an image
+share one range of colours.
 Images keep their aspect, and more pixels give more tokens: --size 448 for photographs,
 --size 4096 --window 512 for scans.
 """
@@ -49,8 +53,9 @@ from evals.maps import to_picture
 from evals.patches import patch_tokens
 from evals.photographs import load_images, read_photographs
 from evals.predictions import draw_predictions
-from evals.token_maps import draw_attention, draw_components, draw_similarity
+from evals.token_maps import draw_attention, draw_components, draw_queries, draw_similarity
 from evals.views import Views, draw_views, hide_in_crops, make_views
+from models.alignment import load_text_model
 from models.weights.load import load_backbone
 
 THUMBNAIL = 128  # pixels
@@ -103,6 +108,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--points", action="store_true", help=f"no thumbnails, as with more than {MANY} images")
     add("--batch-size", type=int, default=64, help="images a forward pass")
 
+    task = tasks.add_parser("text", help="similarity of all patches to words")
+    add_model(task)
+    add_window(task)
+    add = task.add_argument
+    add("--query", nargs="+", required=True, metavar="WORDS", help="texts, quoted")
+
     task = tasks.add_parser("predictions", help="masks, depth or boxes of a kept head")
     kept = "folder that eval_dense.py --output wrote"
     task.add_argument("--head", required=True, type=path_argument, metavar="DIR", help=kept)
@@ -147,10 +158,12 @@ def add_images(task: argparse.ArgumentParser, count: int = 8) -> None:
 # What a model computes.
 
 
-def open_model(arguments: argparse.Namespace) -> tuple[nn.Module, torch.device, int]:
+def open_model(
+    arguments: argparse.Namespace, load: Callable[[str], nn.Module] = load_backbone
+) -> tuple[nn.Module, torch.device, int]:
     """The backbone, its device, and the short side that images are brought to."""
     device = choose_device(arguments.device)
-    backbone = load_backbone(arguments.model).to(device)
+    backbone = load(arguments.model).to(device)
     size = min(backbone.preprocessing.size) if arguments.size is None else arguments.size
     if size < backbone.patch_size:
         raise UserError(f"--size is {size}; the model's patches are {backbone.patch_size} pixels")
@@ -184,6 +197,15 @@ def similarity(arguments: argparse.Namespace) -> dict:
     found = draw_similarity(arguments.output, photographs, tokens_of, **options)
     result = {"model": arguments.model, "images": found.pop("images"), "size": size}
     return result | {"points": arguments.points} | found
+
+
+def text(arguments: argparse.Namespace) -> dict:
+    model, device, size = open_model(arguments, load_text_model)
+    photographs = read_photographs(arguments.images, arguments.count, model, size)
+    queries, window = arguments.query, arguments.window
+    found = draw_queries(arguments.output, photographs, model, queries, window)
+    result = {"model": arguments.model, "images": found.pop("images"), "size": size}
+    return result | {"query": queries} | found
 
 
 @torch.inference_mode()
@@ -278,7 +300,7 @@ def curves(arguments: argparse.Namespace) -> dict:
 
 TASKS = {
     task.__name__: task
-    for task in (pca, attention, similarity, embedding, predictions, crops, masks, curves)
+    for task in (pca, attention, similarity, text, embedding, predictions, crops, masks, curves)
 }
 
 if __name__ == "__main__":

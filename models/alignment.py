@@ -91,13 +91,14 @@ class TextModel(nn.Module):
     """A frozen backbone and its alignment: vectors of images, patches and texts, normalised.
 
     Attributes:
-        preprocessing: of the backbone.
+        preprocessing, patch_size, in_channels: of the backbone.
     """
 
     def __init__(self, backbone: nn.Module, alignment: Alignment, tokenizer: Tokenizer):
         super().__init__()
         self.backbone, self.alignment, self.tokenizer = backbone, alignment, tokenizer
         self.preprocessing, self.patch_size = backbone.preprocessing, backbone.patch_size
+        self.in_channels = backbone.in_channels
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Features:
