@@ -190,6 +190,7 @@ def new_alignment(
         backbone,
         seen.registers.shape[1],
         head_blocks=cfg.align.head_blocks,
+        drop_path=cfg.align.drop_path,
         embed_dim=cfg.align.embed_dim,
         text=cfg.align.text,
         tokenizer=tokenizer,

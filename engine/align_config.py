@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from engine.config import (
     Count,
@@ -17,6 +17,7 @@ from engine.config import (
     TrainConfig,
     TuneConfig,
 )
+from engine.keys import within
 from engine.optim import build_schedules
 from engine.settings import changed_keys, free, section
 from errors import UserError
@@ -33,6 +34,8 @@ class AlignConfig:
     # Transformer blocks on the backbone's tokens; 2 in dino.txt. 0: none, and features are computed
     # once, before the first step.
     head_blocks: CountOrZero = 0
+    # Stochastic depth of those blocks; 0.3 in dino.txt.
+    drop_path: Annotated[float, within("[0, 1)"), "probability"] = 0.3
     # Numbers of a vector; null: twice the backbone's width, without a linear map (dino.txt).
     embed_dim: Count | None = None
     text: Literal["tiny", "base", "paper"] = "tiny"  # Text transformer of 3, 40 or 538 M weights.

@@ -14,7 +14,7 @@ from models.features import Features
 from models.text import TEXT_SIZES, TextTransformer, Tokenizer
 from models.vision_head import VisionHead
 from models.weights.files import read_json, read_weights, write_json, write_tensors
-from models.weights.load import find_weights, load_backbone
+from models.weights.load import find_weights, is_local, load_backbone
 from models.weights.own import save_teacher
 
 LARGEST_SCALE = math.log(100)  # of the learned log factor (CLIP, dino.txt)
@@ -72,6 +72,7 @@ def build_alignment(
     registers: int,
     *,
     head_blocks: int,
+    drop_path: float,
     embed_dim: int | None,
     text: str,
     tokenizer: Tokenizer,
@@ -81,7 +82,7 @@ def build_alignment(
     width = backbone.embed_dim
     heads = getattr(backbone, "num_heads", None) or max(1, width // 64)
     vision = dict(width=width, embed_dim=embed_dim or 2 * width, blocks=head_blocks)
-    vision |= dict(num_heads=heads, registers=registers)
+    vision |= dict(num_heads=heads, registers=registers, drop_path=drop_path)
     sizes = dict(vocabulary=tokenizer.vocabulary, context=tokenizer.context, **TEXT_SIZES[text])
     sizes["embed_dim"] = vision["embed_dim"]
     return Alignment(vision, sizes, tokenizer.name, bias)
@@ -157,11 +158,11 @@ def load_text_model(spec: str | Path) -> TextModel:
         FileNotFoundError: if there is no such folder.
         UserError: if it has no text, or the files do not fit.
     """
-    folder = find_weights(str(spec)) if not (Path(spec) / CONFIG).is_file() else Path(spec)
+    folder = Path(spec)
     if not (folder / CONFIG).is_file():
-        raise UserError(
-            f"{spec} has no {CONFIG}: it is no model with text; align.py makes one of it"
-        )
+        folder = find_weights(str(spec)) if is_local(str(spec)) else Path()
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{spec} is a model without texts; align.py makes one that has them")
     config = read_json(folder / CONFIG)
     backbone = load_backbone(config.pop("backbone", folder))
     try:

@@ -24,11 +24,9 @@ juliane_krug jon_phillips jarno_vasamaa peterm mateya mimooh dan_gerhards yves_g
 enrique_meza_c dave_pena jean_victor_balin jean-victor_balin frederic_moser sergio_luiz_araujo
 romus susan_park aj_ashton omic.ch fudriot_omic.ch anthony_liekens frouke jonadab matt_todd
 roman_bertle zazou kurt_cagle mauro_olivo andrew_fitzsimon christoph_brill k_yager
-jakob_chaosinfait ralf_ark.in-berlin.de ryan_lerch lumen_design_studio machovka simanek""".split()
-RECIPE = """
-batch_size=128 total_steps=600 log_every=20 align.embed_dim=512 schedule.lr.peak=1e-3
-checkpoint.every=600
-""".split()
+jakob_chaosinfait ralf_ark.in-berlin.de ryan_lerch lumen_design_studio machovka simanek"""
+RECIPE = """batch_size=128 total_steps=600 log_every=20 align.embed_dim=512 schedule.lr.peak=1e-3
+checkpoint.every=600"""
 
 
 def words_of(name: str) -> str:
@@ -38,7 +36,7 @@ def words_of(name: str) -> str:
         parts.pop()
     for first in range(1, len(parts)):  # the longest end that begins an author's name
         end = "_".join(parts[first:])
-        if len(end) > 2 and any(author.startswith(end) for author in AUTHORS):
+        if len(end) > 2 and any(author.startswith(end) for author in AUTHORS.split()):
             parts = parts[:first]
             break
     words = re.sub(r"[^a-z]+", " ", " ".join(parts)).split()
@@ -112,7 +110,7 @@ def main() -> None:
         for arm, extra in (("", []), ("shuffled ", ["align.shuffle=true"])):
             run = str(FOLDER / f"{arm.strip() or 'seed'}{seed}")
             keys = [f"align.backbone={weights}", f"align.features={features}", f"seed={seed}"]
-            keys += [f"data.train=list:{table}", f"output_dir={run}", *RECIPE, *extra]
+            keys += [f"data.train=list:{table}", f"output_dir={run}", *RECIPE.split(), *extra]
             measure(f"{arm}run {seed}", "align.py", *keys)
             data = ("--data", f"list:{clipart}/val.csv", *SIZE)
             measure(f"{arm}classify {seed}", "eval_text.py", "classify", "--model", run, *data)
