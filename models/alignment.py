@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import UserError
+from files import expand, split_query
 from models.features import Features
 from models.text import TEXT_SIZES, TextTransformer, Tokenizer
 from models.vision_head import VisionHead
+from models.weights.dinotxt import convert_dinotxt, is_dinotxt
 from models.weights.files import read_json, read_weights, write_json, write_tensors
 from models.weights.load import find_weights, is_local, load_backbone
 from models.weights.own import save_teacher
@@ -154,10 +156,15 @@ def save_alignment(
 def load_text_model(spec: str | Path) -> TextModel:
     """A run of align.py, or a folder that it wrote: backbone, vision head and text, on the CPU.
 
+    Or FILE?backbone=MODEL: a released dino.txt file on the backbone that it was made for.
+
     Raises:
-        FileNotFoundError: if there is no such folder.
+        FileNotFoundError: if there is no such folder or file.
         UserError: if it has no text, or the files do not fit.
     """
+    file, query = split_query(str(spec))
+    if query.startswith("backbone="):
+        return _load_dinotxt(expand(file), query.removeprefix("backbone="))
     folder = Path(spec)
     if not (folder / CONFIG).is_file():
         folder = find_weights(str(spec)) if is_local(str(spec)) else Path()
@@ -165,10 +172,27 @@ def load_text_model(spec: str | Path) -> TextModel:
         raise UserError(f"{spec} is a model without texts; align.py makes one that has them")
     config = read_json(folder / CONFIG)
     backbone = load_backbone(config.pop("backbone", folder))
+    tensors, where = read_weights(folder / WEIGHTS), f"{folder / CONFIG} and {WEIGHTS}"
+    return _assemble(backbone, config, tensors, where)
+
+
+def _load_dinotxt(file: Path, spec: str) -> TextModel:
+    tensors = read_weights(file)
+    if not is_dinotxt(tensors):
+        raise UserError(f"{file} holds no text transformer under the names of dino.txt")
+    backbone = load_backbone(spec)
+    registers = getattr(backbone, "num_registers", 0)
+    return _assemble(backbone, *convert_dinotxt(tensors, registers), f"{file} and {spec}")
+
+
+def _assemble(backbone: nn.Module, config: dict, tensors: dict, where: str) -> TextModel:
     try:
         alignment = Alignment(**config)
-        alignment.load_state_dict(read_weights(folder / WEIGHTS))
+        alignment.load_state_dict(tensors)
+        tokenizer = Tokenizer(config["tokenizer"], config["text"]["context"])
+        if alignment.vision_head.config["width"] != backbone.embed_dim:
+            raise KeyError(f"a backbone of {backbone.embed_dim} numbers a token")
     except (KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder / CONFIG} and {WEIGHTS} do not fit: {reason}") from error
-    return TextModel(backbone, alignment, Tokenizer(config["tokenizer"], config["text"]["context"]))
+        raise UserError(f"{where} do not fit: {reason}") from error
+    return TextModel(backbone, alignment, tokenizer)
