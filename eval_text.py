@@ -32,9 +32,11 @@ from data.sources.tables import read_csv
 from engine import distributed
 from engine.cli import evaluation_parser, path_argument, run_script
 from engine.logger import notice, say_passed_over
+from engine.pairs import read_tokens
 from errors import UserError
-from evals.alignment import image_vectors, say_cut
+from evals.alignment import describe_tokens, image_vectors, say_cut
 from evals.frozen import FrozenModel, check_least, progress_bar, run_evaluation
+from evals.knn import FeatureRows
 from evals.patches import confusion, mean_iou, upsample
 from evals.reading import read_batches
 from evals.zero_shot import (
@@ -69,6 +71,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parents = [evaluation_parser("")]
         task = tasks.add_parser(name, help=text, parents=parents, add_help=False, **looks)
         task.add_argument("--data", required=True, help="DATA with labels, captions or masks")
+        if name != "segment":
+            cached = "folder of `extract.py --features cls mean` of --data, in place of images"
+            task.add_argument("--features", metavar="DIR", help=cached)
         if name != "retrieve":
             add = task.add_argument
             add("--classes", type=path_argument, metavar="FILE.csv", help="names of the labels")
@@ -92,10 +97,24 @@ def prompts(arguments: argparse.Namespace, model: FrozenModel, labels: list[str]
     return model.backbone.encode_classes(names, templates, half)
 
 
+def vectors_of(arguments: argparse.Namespace, model: FrozenModel, data: ImageData) -> FeatureRows:
+    """Of the images, or of features in files; on rank 0."""
+    if arguments.features is None:
+        return model.features(partial(image_vectors, model.backbone), model.items(data), "images")
+    if model.backbone.alignment.vision_head.blocks:
+        raise UserError("--features is for models with align.head_blocks=0, which see no more")
+    chosen, tokens = read_tokens(arguments.features, data, model.backbone.backbone.embed_dim)
+    labels = (
+        torch.full((len(chosen),), -1) if chosen.labels is None else torch.tensor(chosen.labels)
+    )
+    vectors = describe_tokens(model.backbone, tokens.to(model.device)).cpu()
+    return FeatureRows(vectors, labels, torch.from_numpy(chosen.rows))
+
+
 def classify(arguments: argparse.Namespace, model: FrozenModel) -> dict:
     data = open_with_labels(arguments.data, model.channels)
     say_passed_over(data)
-    found = model.features(partial(image_vectors, model.backbone), model.items(data), "images")
+    found = vectors_of(arguments, model, data)
     if not distributed.is_main():
         return {}
     labels = labels_of(data)
@@ -109,7 +128,7 @@ def classify(arguments: argparse.Namespace, model: FrozenModel) -> dict:
 def retrieve(arguments: argparse.Namespace, model: FrozenModel) -> dict:
     data = with_captions(open_data(arguments.data, model.channels), arguments.data)
     say_passed_over(data)
-    found = model.features(partial(image_vectors, model.backbone), model.items(data), "images")
+    found = vectors_of(arguments, model, data)
     if not distributed.is_main():
         return {}
     captions = [data.captions(index) for index in found.images.tolist()]

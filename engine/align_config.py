@@ -38,7 +38,7 @@ class AlignConfig:
     drop_path: Annotated[float, within("[0, 1)"), "probability"] = 0.3
     # Numbers of a vector; null: twice the backbone's width, without a linear map (dino.txt).
     embed_dim: Count | None = None
-    text: Literal["tiny", "base", "paper"] = "tiny"  # Text transformer of 3, 40 or 538 M weights.
+    text: Literal["tiny", "base", "paper"] = "tiny"  # Text transformer of 1, 40 or 538 M weights.
     tokenizer: Literal["bytes", "clip"] = "bytes"  # clip: byte pairs of open_clip_torch.
     context: Count = 77  # Most tokens of a caption, its start and end included; the rest is cut.
     loss: Literal["info_nce", "sigmoid"] = "info_nce"  # info_nce: CLIP, dino.txt. sigmoid: SigLIP.

@@ -78,6 +78,6 @@ def read_tokens(folder: str, images: ImageData, width: int) -> tuple[Chosen, Ten
     order = [rows[names[index]] for index in found]
     tokens = torch.from_numpy(np.stack([part[order] for part in parts], axis=1)).float()
     if tokens.shape[-1] != width:
-        given = f"features of {tokens.shape[-1]} numbers; those of align.backbone have {width}"
-        raise UserError(f"align.features: {folder} has {given}")
+        given = f"features of {tokens.shape[-1]} numbers; those of the backbone have {width}"
+        raise UserError(f"{folder} has {given}")
     return Chosen(images, found), tokens
