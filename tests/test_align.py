@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,6 +204,14 @@ def test_the_text_transformer_of_the_paper_has_its_size():
     with torch.device("meta"):
         model = TextTransformer(vocabulary=49408, context=77, embed_dim=2048, **sizes)
     assert sum(parameter.numel() for parameter in model.parameters()) == 538_131_200
+
+
+def test_the_page_has_the_keys_that_the_program_prints(capsys):
+    with pytest.raises(SystemExit):
+        align.main(["--keys", "align", "--markdown"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    page = (Path(__file__).parents[1] / "docs/text.md").read_text()
+    assert "\n".join(rows) in page
 
 
 def test_the_defaults_are_those_of_dino_txt():
