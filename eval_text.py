@@ -23,10 +23,11 @@ import argparse
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from data.annotated import Annotated
 from data.captions import with_captions
-from data.images import ImageData
+from data.images import ImageData, class_names
 from data.sources.specs import open_data, open_with_labels
 from data.sources.tables import read_csv
 from engine import distributed
@@ -40,7 +41,6 @@ from evals.knn import FeatureRows
 from evals.patches import confusion, mean_iou, upsample
 from evals.reading import read_batches
 from evals.zero_shot import (
-    labels_of,
     read_names,
     read_templates,
     recall,
@@ -90,7 +90,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def prompts(arguments: argparse.Namespace, model: FrozenModel, labels: list[str], half: str):
+def prompts(
+    arguments: argparse.Namespace, model: FrozenModel, labels: list[str], half: str
+) -> Tensor:
     """(K, E): a vector for each label."""
     names = read_names(arguments.classes, labels)
     templates = read_templates(arguments.templates)
@@ -117,7 +119,7 @@ def classify(arguments: argparse.Namespace, model: FrozenModel) -> dict:
     found = vectors_of(arguments, model, data)
     if not distributed.is_main():
         return {}
-    labels = labels_of(data)
+    labels = class_names(data)
     classes = prompts(arguments, model, labels, "both").cpu()
     known = found.labels >= 0
     scores = top_accuracy(found.features[known], found.labels[known], classes)

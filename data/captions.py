@@ -2,10 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
-from torch import Tensor
 
 from data.images import Chosen, ImageData
 from errors import UserError
@@ -76,13 +74,3 @@ def some_captions(data: ImageData) -> list[str]:
     """All captions of up to LOOKED_AT images, evenly spread."""
     places = np.unique(np.linspace(0, len(data) - 1, min(len(data), LOOKED_AT)).astype(int))
     return [text for index in places for text in data.captions(int(index))]
-
-
-@dataclass
-class CaptionedBatch:
-    """One rank's pairs of a step."""
-
-    vision: Tensor  # images (b, C, H, W) normalised, or their tokens (b, T, D)
-    texts: list[str]
-    images: list[int]  # indices into the data
-    bad: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)

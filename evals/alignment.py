@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from data.images import ImageData
+from data.images import ImageData, class_names
 from data.loader import EvalDataset
 from data.sources.specs import open_labelled
 from engine import distributed
@@ -22,7 +21,7 @@ from evals.frozen import progress_bar
 from evals.knn import FeatureRows, extract_features
 from evals.photographs import read_photographs
 from evals.token_maps import draw_queries
-from evals.zero_shot import TEMPLATES, labels_of, pooled_tokens, read_names, top_accuracy
+from evals.zero_shot import TEMPLATES, pooled_tokens, read_names, top_accuracy
 from models.alignment import Alignment, TextModel, save_alignment
 from models.text import Tokenizer
 
@@ -72,7 +71,7 @@ def alignment_outputs(
 
     def report() -> Callable[[Alignment, Path], None]:
         source = cfg.probe.val if val is not None else cfg.data.train
-        names = labels_of(val)[:3] if val is not None else images.captions(0)[:3]
+        names = class_names(val)[:3] if val is not None else images.captions(0)[:3]
         size = min(backbone.preprocessing.size)
 
         def draw(alignment: Alignment, path: Path) -> None:
@@ -91,7 +90,7 @@ def alignment_outputs(
             items = EvalDataset(val, **preparation(backbone.preprocessing, None, None))
             vectors, labels, _ = extract_features(describe, items, device)
         if distributed.is_main():
-            classes = model.encode_classes(read_names(None, labels_of(train)), list(TEMPLATES))
+            classes = model.encode_classes(read_names(None, class_names(train)), list(TEMPLATES))
             known = labels >= 0
             value = top_accuracy(vectors.cpu()[known], labels[known], classes.cpu())["top1"]
         return {"probe/zero_shot": distributed.from_main(value)}
@@ -111,7 +110,7 @@ def describe_tokens(model: TextModel, tokens: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1)
 
 
-def say_cut(tokenizer: Tokenizer, texts: list[str]) -> Any:
+def say_cut(tokenizer: Tokenizer, texts: list[str]) -> str | None:
     """A sentence on captions that are longer than the context, or None."""
     cut = sum(map(tokenizer.is_cut, texts))
     if not cut:

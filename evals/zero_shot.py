@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.images import ImageData, class_names
 from data.sources.tables import open_text, read_csv
 from errors import UserError
 from evals.patches import strided_starts, upsample
@@ -58,10 +57,6 @@ def read_names(path: Path | None, labels: list[str]) -> list[list[str]]:
     if not given.keys() & set(labels):
         raise UserError(f"{path} names none of the classes {', '.join(labels[:5])} ...")
     return [given.get(label, own) for label, own in zip(labels, words, strict=True)]
-
-
-def labels_of(data: ImageData) -> list[str]:
-    return class_names(data) if data.labels is not None else []
 
 
 def top_accuracy(images: Tensor, labels: Tensor, classes: Tensor) -> dict[str, float]:

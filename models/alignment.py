@@ -153,6 +153,15 @@ def save_alignment(
     write_tensors(folder / WEIGHTS, alignment.state_dict())
 
 
+def text_files(spec: str) -> list[Path]:
+    """text.json and text.safetensors beside the weights of a MODEL; [] where there are none."""
+    if not is_local(split_query(spec)[0]):
+        return []
+    path = find_weights(split_query(spec)[0])
+    files = [(path if path.is_dir() else path.parent) / name for name in (CONFIG, WEIGHTS)]
+    return files if all(file.is_file() for file in files) else []
+
+
 def load_text_model(spec: str | Path) -> TextModel:
     """A run of align.py, or a folder that it wrote: backbone, vision head and text, on the CPU.
 
@@ -165,12 +174,10 @@ def load_text_model(spec: str | Path) -> TextModel:
     file, query = split_query(str(spec))
     if query.startswith("backbone="):
         return _load_dinotxt(expand(file), query.removeprefix("backbone="))
-    folder = Path(spec)
-    if not (folder / CONFIG).is_file():
-        folder = find_weights(str(spec)) if is_local(str(spec)) else Path()
-    if not (folder / CONFIG).is_file():
+    files = text_files(str(spec))
+    if not files:
         raise UserError(f"{spec} is a model without texts; align.py makes one that has them")
-    config = read_json(folder / CONFIG)
+    folder, config = files[0].parent, read_json(files[0])
     backbone = load_backbone(config.pop("backbone", folder))
     tensors, where = read_weights(folder / WEIGHTS), f"{folder / CONFIG} and {WEIGHTS}"
     return _assemble(backbone, config, tensors, where)

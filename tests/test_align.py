@@ -11,8 +11,10 @@ from PIL import Image
 
 import align
 import eval_text
+import export
 import extract
 import visualize
+from data.scenes.scenes import Scenes
 from engine.align_config import AlignTrainConfig
 from engine.config import load_config
 from errors import UserError
@@ -165,6 +167,10 @@ def test_every_evaluation_and_picture_of_texts_runs(tmp_path, capsys, undrawn):
     rest = ["--window", "24", "--templates", str(tmp_path / "t.txt")]
     eval_text.main(["segment", *data, *rest])
     assert 0 <= json.loads(capsys.readouterr().out)["miou"] <= 1
+    export.main(["--model", str(run), "--format", "own", "--output", str(tmp_path / "own")])
+    eval_text.main(["classify", "--model", str(tmp_path / "own"), *data[2:]])
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["top1"] == found["top1"]
     images = ["--images", "scenes?size=2", "--query", "a disc", "a star"]
     picture = ["--output", str(tmp_path / "q.png"), "--device", "cpu"]
     visualize.main(["text", "--model", str(run), *images, *picture])
@@ -174,6 +180,18 @@ def test_every_evaluation_and_picture_of_texts_runs(tmp_path, capsys, undrawn):
     (tmp_path / "t.txt").write_text("no place\n")
     with pytest.raises(UserError, match="has no {}"):
         eval_text.main(["classify", *data, *rest[2:]])
+
+
+def test_scenes_say_their_objects_and_keep_their_pixels():
+    scenes = Scenes(size=4)
+    before = [scenes.image(index) for index in range(4)]
+    for index in range(4):
+        name = scenes.classes[scenes.labels[index]]
+        captions = scenes.captions(index)
+        assert captions[0] == f"a {name}" and all(name in caption for caption in captions)
+        objects = len(scenes.annotations(index)["box_labels"])
+        assert captions[3].count(" and a ") == objects - 1
+        assert torch.equal(scenes.image(index), before[index])
 
 
 def test_padding_and_later_tokens_do_not_change_a_text():
