@@ -108,11 +108,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--points", action="store_true", help=f"no thumbnails, as with more than {MANY} images")
     add("--batch-size", type=int, default=64, help="images a forward pass")
 
-    task = tasks.add_parser("text", help="similarity of all patches to words")
-    add_model(task)
-    add_window(task)
-    add = task.add_argument
-    add("--query", nargs="+", required=True, metavar="WORDS", help="texts, quoted")
+    add_query(tasks.add_parser("text", help="similarity of all patches to words"))
 
     task = tasks.add_parser("predictions", help="masks, depth or boxes of a kept head")
     kept = "folder that eval_dense.py --output wrote"
@@ -147,6 +143,12 @@ def add_model(task: argparse.ArgumentParser, count: int = 8, required: bool = Tr
 def add_window(task: argparse.ArgumentParser) -> None:
     known = "side of the squares that the model gets, for a large --size"
     task.add_argument("--window", type=int, metavar="PIXELS", help=known)
+
+
+def add_query(task: argparse.ArgumentParser) -> None:
+    add_model(task)
+    add_window(task)
+    task.add_argument("--query", nargs="+", required=True, metavar="WORDS", help="quoted texts")
 
 
 def add_images(task: argparse.ArgumentParser, count: int = 8) -> None:
