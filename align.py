@@ -17,7 +17,6 @@ Started again with the same output_dir, a run goes on where it stopped. eval_tex
 text and load_backbone read output_dir.
 """
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -27,7 +26,7 @@ from data.captions import drawn_captions, some_captions, with_captions
 from data.images import Chosen, ImageData
 from data.loader import Batch
 from data.sources.specs import open_data
-from engine import distributed
+from engine import distributed, parallel
 from engine.align_config import AlignTrainConfig, alignment_schedules
 from engine.cli import config_parser, run_script
 from engine.config import load_config
@@ -86,8 +85,15 @@ def align(cfg: AlignTrainConfig, device: torch.device) -> None:
 def align_stage(trainer: Trainer, stage: Stage, backbone: nn.Module, tokenizer: Tokenizer) -> None:
     """The steps of one stage; a run without `stages` has one."""
     cfg, run, device = stage.cfg, trainer.run, trainer.device
+    images, tokens = open_tokens(cfg, run, backbone, device)
+    if tokens is not None and run.start_step == stage.first == 0:
+        for model in (parallel.unwrap(trainer.student), trainer.teacher):
+            model.vision_head.standardise(tokens.to(device))
     first_step, update = trainer.enter(stage)
-    images, loader = open_loader(trainer, stage, backbone, first_step)
+    if tokens is None:
+        loader = crop_loader(stage, images, first_step, backbone, device)
+    else:
+        loader = token_loader(stage, images, tokens, first_step)
     share = cfg.batch_size // distributed.world_size()
     for step, batch in run.steps(loader, first_step):
         distributed.seed_step(cfg.seed, step)
@@ -203,20 +209,21 @@ def open_pairs(cfg: AlignTrainConfig) -> ImageData:
     return with_captions(open_data(cfg.data.train, cfg.data.channels), cfg.data.train)
 
 
-def open_loader(
-    trainer: Trainer, stage: Stage, backbone: nn.Module, first_step: int
-) -> tuple[ImageData, Iterator[Batch]]:
-    """The pairs of a stage, and this rank's batches of them from `first_step` on."""
-    cfg, images, device = stage.cfg, open_pairs(stage.cfg), trainer.device
+def open_tokens(
+    cfg: AlignTrainConfig, run: Run, backbone: nn.Module, device: torch.device
+) -> tuple[ImageData, Tensor | None]:
+    """The pairs of a stage, and CLS and mean patch (n, 2, D) of each where the head needs no more.
+
+    Images that cannot be read are left out and counted.
+    """
+    images = open_pairs(cfg)
     if cfg.align.head_blocks:
-        return images, crop_loader(stage, images, first_step, backbone, device)
+        return images, None
     if cfg.align.features:
-        images, tokens = read_tokens(cfg.align.features, images, backbone.embed_dim)
-    else:
-        rows, unreadable = cached_tokens(cfg, backbone, images, device)
-        trainer.run.bad_images.add(list(unreadable.items()))
-        images, tokens = Chosen(images, rows.images), rows.features
-    return images, token_loader(stage, images, tokens, first_step)
+        return read_tokens(cfg.align.features, images, backbone.embed_dim)
+    rows, unreadable = cached_tokens(cfg, backbone, images, device)
+    run.bad_images.add(list(unreadable.items()))
+    return Chosen(images, rows.images), rows.features
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from models.vit import Block
 class VisionHead(nn.Module):
     """Transformer blocks on [CLS; registers; patches], then [CLS; mean of patches] (2412.16334).
 
-    Without blocks, tokens are those of the backbone. A linear map of each token comes where the
-    vectors of texts have another width. Its first half meets CLS, its second half the patches.
+    Without blocks, tokens are those of the backbone less their mean over the training images, over
+    their spread (ours: half of the cosine of two images' CLS is that mean, and a linear map takes
+    hundreds of steps to remove it). A linear map of each token comes where the vectors of texts
+    have another width. The first half of a vector is of CLS, the second of the patches.
     `config` holds the arguments.
 
     Args:
@@ -44,6 +46,9 @@ class VisionHead(nn.Module):
         if embed_dim != 2 * width:
             self.projection = nn.Linear(width, embed_dim // 2)
         self.skipped = 1 + registers if blocks else 1  # tokens before the patches
+        if not blocks:
+            self.register_buffer("mean", torch.zeros(2, width))  # of CLS, of patches
+            self.register_buffer("rate", torch.ones(2))
         for module in self.modules():
             init_module(module)
         if embed_dim != 2 * width:
@@ -54,6 +59,12 @@ class VisionHead(nn.Module):
         registers = [features.registers] if len(self.blocks) else []
         return torch.cat([features.cls[:, None], *registers, features.patches], dim=1)
 
+    @torch.no_grad()
+    def standardise(self, tokens: Tensor) -> None:
+        """Takes mean and spread from CLS and mean patch (n, 2, D) of the training images."""
+        self.mean.copy_(tokens.mean(dim=0))
+        self.rate.copy_(1 / (tokens - tokens.mean(dim=0)).std(dim=(0, 2)).clamp(min=1e-6))
+
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1 + R + N, D) -> vectors of images (B, E), of patches (B, N, E / 2); not normalised.
 
@@ -61,6 +72,10 @@ class VisionHead(nn.Module):
         """
         for block in self.blocks:
             tokens = block(tokens)
+        if not len(self.blocks):
+            parts = tokens.split([1, tokens.shape[1] - 1], dim=1)
+            statistics = zip(parts, self.mean, self.rate, strict=True)
+            tokens = torch.cat([(part - mean) * rate for part, mean, rate in statistics], dim=1)
         tokens = self.projection(self.norm(tokens))
         cls, patches = tokens[:, 0], tokens[:, self.skipped :]
         return torch.cat([cls, patches.mean(dim=1)], dim=-1), patches
