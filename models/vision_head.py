@@ -13,9 +13,9 @@ class VisionHead(nn.Module):
     """Transformer blocks on [CLS; registers; patches], then [CLS; mean of patches] (2412.16334).
 
     Without blocks, tokens are those of the backbone less their mean over the training images, over
-    their spread (ours: half of the cosine of two images' CLS is that mean, and a linear map takes
-    hundreds of steps to remove it). A linear map of each token comes where the vectors of texts
-    have another width. The first half of a vector is of CLS, the second of the patches.
+    their spread (ours: on clip art, two images' CLS of DINOv2's ViT-S have a cosine of 0.56, most
+    of it from that mean). A linear map of each token comes where the vectors of texts have another
+    width. The first half of a vector is of CLS, the second of the patches.
     `config` holds the arguments.
 
     Args:

@@ -32,8 +32,8 @@ enrique_meza_c dave_pena jean_victor_balin jean-victor_balin frederic_moser serg
 romus susan_park aj_ashton omic.ch fudriot_omic.ch anthony_liekens frouke jonadab matt_todd
 roman_bertle zazou kurt_cagle mauro_olivo andrew_fitzsimon christoph_brill k_yager
 jakob_chaosinfait ralf_ark.in-berlin.de ryan_lerch lumen_design_studio machovka simanek"""
-RECIPE = """batch_size=64 total_steps=300 log_every=20 align.embed_dim=512 schedule.lr.peak=1e-3
-checkpoint.every=300"""
+RECIPE = """batch_size=64 total_steps=250 log_every=10 align.embed_dim=512 schedule.lr.peak=2e-3
+checkpoint.every=125"""
 
 
 def words_of(name: str) -> str:
