@@ -77,14 +77,14 @@ def call(*command: str) -> dict:
 
 
 def write_val_captions(clipart: Path) -> Path:
-    """Names of the pictures of val.csv as captions, for retrieval."""
+    """val_captions.csv: label, and what the name says, of each picture of val.csv."""
     table = FOLDER / "val_captions.csv"
     with (clipart / "val.csv").open() as file, table.open("w", newline="") as out:
         writer = csv.writer(out)
-        writer.writerow(["file", "caption"])
+        writer.writerow(["file", "label", "caption"])
         for row in csv.DictReader(file):
             words = words_of(Path(row["file"]).stem)
-            writer.writerow([(clipart / row["file"]).resolve(), words])
+            writer.writerow([(clipart / row["file"]).resolve(), row["label"], words])
     return table
 
 
@@ -109,7 +109,7 @@ def main() -> None:
     table, names = write_captions(clipart), write_val_captions(clipart)
     kinds = ("--features", "cls", "mean", *SIZE)
     features = {"train": str(FOLDER / "features"), "val": str(FOLDER / "val_features")}
-    for part, data in (("train", f"list:{table}"), ("val", f"list:{clipart}/val.csv")):
+    for part, data in (("train", f"list:{table}"), ("val", f"list:{names}")):
         source = ("--model", weights, "--data", data, "--output", features[part])
         measure(f"features {part}", "extract.py", *source, *kinds)
     results["knn"] = knn(clipart, features["train"], features["val"])
@@ -122,8 +122,8 @@ def main() -> None:
             keys += [f"data.train=list:{table}", f"output_dir={run}", f"seed={seed}"]
             measure(f"{arm}run {seed}", "align.py", *keys, *RECIPE.split(), *extra)
             given = ("--model", run, "--features", features["val"])
-            for task, data in (("classify", clipart / "val.csv"), ("retrieve", names)):
-                flags = (task, *given, "--data", f"list:{data}")
+            for task in ("classify", "retrieve"):
+                flags = (task, *given, "--data", f"list:{names}")
                 measure(f"{arm}{task} {seed}", "eval_text.py", *flags)
     file.write_text(json.dumps(results, indent=1))
     print(json.dumps({name: values for name, values in results.items() if "run" not in name}))
