@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from engine.checkpoint import save_folder
 from engine.cli import path_argument, print_result, run_script
 from errors import UserError
 from files import read_yaml_file, split_query
+from models.alignment import text_files
 from models.features import Preprocessing
 from models.weights.load import find_weights, is_local, load_backbone
 from models.weights.save import FORMATS, write_backbone
@@ -106,6 +108,9 @@ def main(argv: list[str] | None = None) -> None:
             result.update(write_onnx(backbone, unfinished, *options))
         else:
             notes.extend(write_backbone(backbone, backbone.preprocessing, unfinished, format))
+        if format in ("hf", "own"):  # eval_text.py reads such a folder
+            for file in text_files(spec):
+                shutil.copy(file, unfinished)
         (unfinished / "README.md").write_text(model_card(spec, format, backbone, notes))
 
     save_folder(folder, write)

@@ -11,6 +11,8 @@ r"""Pictures as PNG: patch tokens, attention, similarity, maps, training views, 
     python visualize.py curves --runs runs/quickstart --output curves.png
     python visualize.py report --runs runs/quickstart --output report.html
     python visualize.py predictions --head runs/masks --images scenes --output predictions.png
+    python visualize.py text --model runs/align_quickstart --images scenes \
+        --query "a striped disc" "a ringed star" --output text.png
 
 pca draws the first three principal components of the patch tokens as red, green and blue. Each
 image has its own colours. With --joint a colour means the same in all images. With --basis FILE it
@@ -22,6 +24,8 @@ embedding places whole images by their CLS features.
 report writes a page for a browser, on one run or on several: curves, probes, pictures, settings.
 predictions draws masks, depth or boxes of a head that `eval_dense.py --output DIR` kept. With
 --window it goes by overlapping windows; --geotiff FILE.tif writes the map of a `tile:` image.
+text draws the cosine of all patches with each query, of a run of align.py; the maps of an image
+share one range of colours.
 Images keep their aspect, and more pixels give more tokens: --size 448 for photographs,
 --size 4096 --window 512 for scans.
 """
@@ -56,8 +60,9 @@ from evals.photographs import load_images, read_photographs
 from evals.predictions import draw_predictions
 from evals.report import write_report
 from evals.stitch import stitch, write_geotiff
-from evals.token_maps import draw_attention, draw_components, draw_similarity
+from evals.token_maps import draw_attention, draw_components, draw_queries, draw_similarity
 from evals.views import Views, draw_views, hide_in_crops, make_views
+from models.alignment import load_text_model
 from models.weights.load import load_backbone
 
 THUMBNAIL = 128  # pixels
@@ -112,6 +117,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--points", action="store_true", help=f"no thumbnails, as with more than {MANY} images")
     add("--batch-size", type=int, default=64, help="images a forward pass")
 
+    add_query(tasks.add_parser("text", help="similarity of all patches to words"))
+
     task = tasks.add_parser("predictions", help="masks, depth or boxes of a kept head")
     kept = "folder that eval_dense.py --output wrote"
     task.add_argument("--head", required=True, type=path_argument, metavar="DIR", help=kept)
@@ -155,6 +162,12 @@ def add_window(task: argparse.ArgumentParser) -> None:
     task.add_argument("--window", type=int, metavar="PIXELS", help=known)
 
 
+def add_query(task: argparse.ArgumentParser) -> None:
+    add_model(task)
+    add_window(task)
+    task.add_argument("--query", nargs="+", required=True, metavar="WORDS", help="quoted texts")
+
+
 def add_images(task: argparse.ArgumentParser, count: int = 8) -> None:
     known = "image files, folders or DATA specs"
     task.add_argument("--images", nargs="+", required=True, metavar="PATH", help=known)
@@ -164,10 +177,12 @@ def add_images(task: argparse.ArgumentParser, count: int = 8) -> None:
 # What a model computes.
 
 
-def open_model(arguments: argparse.Namespace) -> tuple[nn.Module, torch.device, int]:
+def open_model(
+    arguments: argparse.Namespace, load: Callable[[str], nn.Module] = load_backbone
+) -> tuple[nn.Module, torch.device, int]:
     """The backbone, its device, and the short side that images are brought to."""
     device = choose_device(arguments.device)
-    backbone = load_backbone(arguments.model).to(device)
+    backbone = load(arguments.model).to(device)
     size = min(backbone.preprocessing.size) if arguments.size is None else arguments.size
     if size < backbone.patch_size:
         raise UserError(f"--size is {size}; the model's patches are {backbone.patch_size} pixels")
@@ -201,6 +216,15 @@ def similarity(arguments: argparse.Namespace) -> dict:
     found = draw_similarity(arguments.output, photographs, tokens_of, **options)
     result = {"model": arguments.model, "images": found.pop("images"), "size": size}
     return result | {"points": arguments.points} | found
+
+
+def text(arguments: argparse.Namespace) -> dict:
+    model, device, size = open_model(arguments, load_text_model)
+    photographs = read_photographs(arguments.images, arguments.count, model, size)
+    queries, window = arguments.query, arguments.window
+    found = draw_queries(arguments.output, photographs, model, queries, window)
+    result = {"model": arguments.model, "images": found.pop("images"), "size": size}
+    return result | {"query": queries} | found
 
 
 @torch.inference_mode()
@@ -325,10 +349,8 @@ def report(arguments: argparse.Namespace) -> dict:
     return {"runs": [str(path) for path in arguments.runs]}
 
 
-TASKS = {
-    task.__name__: task
-    for task in (pca, attention, similarity, embedding, predictions, crops, masks, curves, report)
-}
+DRAWN = pca, attention, similarity, text, embedding, predictions, crops, masks, curves, report
+TASKS = {task.__name__: task for task in DRAWN}
 
 if __name__ == "__main__":
     run_script(main)

@@ -38,6 +38,7 @@ class ImageData(Dataset):
         span: lowest and highest value of each band, or of all, that become 0 and 1; None: what the
             type of the files says, or `window`.
         origin: what a spec says of its images, but for where they lie.
+        captioned: (n,) bool, which images have captions, or None where none has.
     """
 
     title: str
@@ -48,6 +49,7 @@ class ImageData(Dataset):
     window: tuple[float, float] | None = None
     span: tuple[tuple[float, float], ...] | None = None
     origin: str = ""
+    captioned: np.ndarray | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -75,6 +77,10 @@ class ImageData(Dataset):
     def fill_nodata(self, mean: Sequence[float]) -> None:
         """Pixels without data are to become `mean`, in [0, 1], where the data has such."""
 
+    def captions(self, index: int) -> list[str]:
+        """What is said of the image; empty where nothing is."""
+        return []
+
     def files_below(self) -> list[bytes]:
         """Names of all images relative to where they lie, of the kinds of data that have them."""
         return []
@@ -100,6 +106,7 @@ class Chosen(ImageData):
         self.data, self.rows = data, np.asarray(rows, dtype=np.int64)
         self.labels = None if data.labels is None else data.labels[self.rows]
         self.classes, self.passed_over = data.classes, data.passed_over
+        self.captioned = None if data.captioned is None else data.captioned[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -118,6 +125,13 @@ class Chosen(ImageData):
 
     def fill_nodata(self, mean: Sequence[float]) -> None:
         self.data.fill_nodata(mean)
+
+    def captions(self, index: int) -> list[str]:
+        return self.data.captions(int(self.rows[index]))
+
+    def files_below(self) -> list[bytes]:
+        names = self.data.files_below()
+        return [names[row] for row in self.rows] if names else []
 
 
 def first_annotations(data: ImageData) -> dict:

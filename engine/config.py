@@ -311,7 +311,8 @@ class HealthConfig:
 class GuardConfig:
     """What to do when the teacher becomes worse than it was at step 0 (engine/guard.py)."""
 
-    probe: Literal["knn", "linear", "miou"] = free("knn")  # What counts, here and for best/.
+    # What counts, here and for best/; zero_shot: of align.py.
+    probe: Literal["knn", "linear", "miou", "zero_shot"] = free("knn")
     tolerance: Factor = free(0.02)  # Allowed fall below step 0; 0.02: two points; more if noisy.
     # stop: the run fails, best/ holds the best. Null: warn where there are `init` and a probe.
     action: Literal["warn", "stop"] | None = free(None)

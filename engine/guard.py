@@ -87,6 +87,6 @@ class Guard:
 def build_guard(cfg: TrainConfig) -> Guard:
     """The guard of the section `guard`; without an action, it warns in a run with an `init`."""
     # Whether there are masks, for "miou", shows at step 0 only.
-    measured = {"knn": cfg.probe.knn, "linear": cfg.probe.linear, "miou": False}
-    default = "warn" if cfg.init and cfg.probe.every > 0 and measured[cfg.guard.probe] else None
+    measured = {"knn": cfg.probe.knn, "linear": cfg.probe.linear}.get(cfg.guard.probe, False)
+    default = "warn" if cfg.init and cfg.probe.every > 0 and measured else None
     return Guard(cfg.guard.probe, cfg.guard.tolerance, cfg.guard.action or default)

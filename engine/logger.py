@@ -185,7 +185,8 @@ class Logger:
         self.last_step, self.last_time, self.waited = step, time.perf_counter(), 0.0
 
     def _show(self, step: int, record: dict, now: float) -> None:
-        names = [name for name in ("loss", "probe/knn", "images_per_second") if name in record]
+        shown = ("loss", "probe/knn", "probe/zero_shot", "images_per_second")
+        names = [name for name in shown if name in record]
         shown = {name: f"{record[name]:.4g}" for name in names}
         if not self.bar.disable:
             self.bar.set_postfix(shown, refresh=False)

@@ -198,7 +198,7 @@ def choices_without_effect(student: nn.Module, settings: "OptimConfig") -> list[
     """Keys that are set and choose parameters by name, of which none trains."""
     trained = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
     backbone = [name.removeprefix("backbone.") for name in trained if name.startswith("backbone.")]
-    depth = len(getattr(student.backbone, "blocks", []))
+    depth = len(parallel.blocks(student))
     found = {
         "layer_decay": any(layer_multiplier(name, depth, 0.5) != 1 for name in backbone),
         "patch_embed_lr": any("patch_embed" in name for name in backbone),

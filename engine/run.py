@@ -120,10 +120,10 @@ class TeacherOutputs:
     report: Callable[[], Callable[[nn.Module, Path, int], None]]
     # Measures the teacher, on all ranks together; None: nothing is measured.
     probe: Callable[[], dict[str, float]] | None
-    # Measures the patches of any backbone, without labels.
-    locality: Callable[[nn.Module], float]
     # Draws the records of some runs, by their names, into a PNG.
     curves: Callable[[Path, dict[str, list[dict]]], None]
+    # Measures the patches of any backbone, without labels; None: no Gram teacher asks for it.
+    locality: Callable[[nn.Module], float] | None = None
 
 
 class Run:

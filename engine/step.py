@@ -172,7 +172,7 @@ class OptimizationStep:
         # Of the terms that were computed; dino_local belongs to dino.
         terms = [name for name in now if name.removesuffix("_local") in self.totals]
         values |= {f"weight/{name}": now[name] for name in terms}
-        rates = {name: now[name] for name in RATES}
+        rates = {name: now[name] for name in RATES if name in now}
         return values | rates | {"grad_norm": self.totals["grad_norm"]}
 
     def _report_skipped(self, step: int) -> None:

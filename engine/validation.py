@@ -47,7 +47,7 @@ def broken_rules(cfg: "TrainConfig") -> Iterator[str]:
     if probe.every and not (probe.train and probe.val):
         yield "probe.every is set; probe.train and probe.val must be DATA specs with labels"
     wanted = "patches" if guard.probe == "miou" else guard.probe
-    if guard.action and not (probe.every and getattr(probe, wanted)):
+    if guard.action and not (probe.every and getattr(probe, wanted, True)):
         remedy = f"set probe.every and probe.{wanted}, or guard.action=null"
         yield f"guard.action is {guard.action}, but {guard.probe} is not measured; {remedy}"
 

@@ -30,6 +30,9 @@ PATIENCE = 24 * 3600.0  # seconds that ranks wait for rank 0, which trains the h
 class FrozenModel:
     """The backbone of --model on its --device, and how images are prepared and loaded for it.
 
+    Args:
+        load: MODEL -> a module that returns `Features`, with its `preprocessing`.
+
     Attributes:
         channels: of the images that the backbone takes.
         prepare: arguments of `EvalDataset` after the data.
@@ -37,9 +40,11 @@ class FrozenModel:
         loading: options of `read_batches`.
     """
 
-    def __init__(self, arguments: argparse.Namespace):
+    def __init__(
+        self, arguments: argparse.Namespace, load: Callable[[str], nn.Module] = load_backbone
+    ):
         self.device = choose_device(arguments.device)
-        self.backbone = load_backbone(arguments.model).to(self.device)
+        self.backbone = load(arguments.model).to(self.device)
         in_bf16(self.backbone, arguments.precision, self.device)
         self.channels = self.backbone.in_channels
         self.prepare = preparation(self.backbone.preprocessing, arguments.resize, arguments.size)

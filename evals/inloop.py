@@ -75,7 +75,7 @@ def teacher_outputs(
     values = {"scale": float(scale), "window": images.window, "span": images.span}
     preprocessing = Preprocessing(size, max(size), mean, std, **values)
     export = partial(save_model, preprocessing=preprocessing)
-    return TeacherOutputs(export, report, None if train is None else probe, locality, draw_curves)
+    return TeacherOutputs(export, report, None if train is None else probe, draw_curves, locality)
 
 
 @torch.compiler.set_stance("eager_on_recompile")  # images of other sizes compile nothing anew

@@ -7,6 +7,7 @@ Photographs come one at a time (evals/photographs.py), so that only pictures and
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from evals.maps import (
     prefix_attention,
     save_basis,
 )
+from evals.patches import patch_tokens
 from evals.photographs import Photograph, patch_at
 
 Tokens = Callable[[Tensor], tuple[Tensor, tuple[int, int]]]
@@ -183,3 +185,34 @@ def parse_point(text: str) -> tuple[float, float]:
             f"--points has {text!r}; give X,Y in pixels of the original image, such as 120,80"
         ) from error
     return x, y
+
+
+def draw_queries(
+    path: Path,
+    photographs: Iterable[Photograph],
+    model: Any,
+    queries: Sequence[str],
+    window: int | None = None,
+) -> dict:
+    """Cosine of all patches with texts, one map a text; the colours of an image share one range.
+
+    Args:
+        model: a `TextModel`; its own half of a text's vector meets the patches.
+
+    Returns:
+        {"images", "cosine": [least, largest]}.
+    """
+    vectors, groups, values = model.encode_texts(list(queries), "patches").cpu(), [], []
+    device = next(model.parameters()).device
+    for photograph in photographs:
+        patches, grid = patch_tokens(model, photograph.image, device, window)
+        cosines = cosine_maps(vectors, patches)
+        values += [cosines.min(), cosines.max()]
+        together = heat_picture(cosines.view(-1, grid[1]))  # all maps, one below the other
+        heats = together.reshape(len(queries), *grid, 3)
+        height = len(photograph.picture)
+        heats = [enlarge(heat, height, smooth=False) for heat in heats]
+        groups.append([photograph.picture, *heats])
+    draw_groups(path, groups, ["image", *queries])
+    span = [round(float(value), 4) for value in (min(values), max(values))]
+    return {"images": len(groups), "cosine": span}

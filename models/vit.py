@@ -45,7 +45,8 @@ class Block(nn.Module):
         dim, eps, scale = options["embed_dim"], options["norm_eps"], options["layerscale"]
         biases = {name: options[name] for name in ("qkv_bias", "mask_k_bias", "proj_bias")}
         self.norm1 = nn.LayerNorm(dim, eps)
-        self.attn = layers.Attention(dim, options["num_heads"], **biases)
+        causal = options.get("causal", False)  # of text
+        self.attn = layers.Attention(dim, options["num_heads"], **biases, causal=causal)
         self.ls1 = nn.Identity() if scale is None else layers.LayerScale(dim, scale)
         self.norm2 = nn.LayerNorm(dim, eps)
         self.mlp = layers.make_ffn(options["ffn"], dim, options["ffn_ratio"], options["ffn_bias"])

@@ -18,7 +18,10 @@ FILES = [
 ]
 # What the files of a room may import besides the standard library, the room itself and LIBRARY.
 ALLOWED = {
-    "models": {"torch", "timm", "safetensors", "huggingface_hub"},
+    "models": {
+        *("torch", "timm", "safetensors", "huggingface_hub"),
+        "open_clip",  # where its tokenizer is asked for
+    },
     "losses": {"torch"},
     "data": {
         *("torch", "torchvision", "numpy", "PIL", "yaml", "engine.distributed"),
@@ -31,7 +34,7 @@ ALLOWED = {
     "evals": {
         *("torch", "numpy", "PIL", "matplotlib", "tqdm", "models", "data", "engine"),
         *("torchvision", "safetensors"),
-        *("sklearn", "torchmetrics"),  # where asked for
+        *("sklearn", "torchmetrics", "open_clip"),  # where asked for
     },
 }
 STEPS_ARE_TAKEN_FROM = {"distill": {"train"}, "bench": {"train", "distill"}}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.images import ImageData
 from data.pictures import fit_channels
+from data.scenes.captions import say_scene
 from data.scenes.renderer import (
     KINDS,
     Background,
@@ -84,6 +85,7 @@ class Scenes(ImageData):
         self._world = 2 * seed + list(SIZES).index(split)
         draws = uniforms(self._world, LABEL, np.arange(size), 1)[:, 0]
         self.labels = (draws * len(KINDS)).astype(np.int64)
+        self.captioned = np.ones(size, dtype=bool)
 
     def __len__(self) -> int:
         return self.size
@@ -91,6 +93,10 @@ class Scenes(ImageData):
     def image(self, i: int) -> Tensor:
         """(C, H, W) uint8: the scene, which is also the first frame of its clip."""
         return self._to_tensor(self._render(*self._scene(i)).image, i)
+
+    def captions(self, i: int) -> list[str]:
+        """Objects, colours and places in words, the main object first."""
+        return say_scene(self._scene(i)[0])
 
     def annotations(self, i: int) -> dict[str, np.ndarray]:
         """What is where in `image(i)`.

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from data.captions import clean_caption, say_captions
 from data.guided import Marks, read_coco
 from data.images import SPLITS, ImageData, number_classes
 from data.pictures import EXTENSIONS, UnreadableImage, Window, image_size, read_image
@@ -28,6 +29,7 @@ class FileImages(ImageData):
         reading: keywords of `read_image`.
         size: first so many.
         marks: boxes or masks of some of the files.
+        captions: of each file, or None.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class FileImages(ImageData):
         reading: dict,
         size: int | None = None,
         marks: Marks | None = None,
+        captions: list[list[str]] | None = None,
     ):
         self.root, self.reading, self.marks = root, reading, marks
         self.passed_over = []
@@ -47,8 +50,14 @@ class FileImages(ImageData):
             # Of all files: the first few must number their classes as all of them do.
             labels, self.classes = number_classes(names)
             self.labels = None if labels is None else labels[:size]
+        if captions is not None:
+            self.texts = captions[:size]
+            self.captioned = np.array([bool(texts) for texts in self.texts])
         if marks is not None:
             self._check_marks()
+
+    def captions(self, index: int) -> list[str]:
+        return [] if self.captioned is None else self.texts[index]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -171,11 +180,14 @@ def open_list(
     """The images that a .txt or .csv names, or the one image at that path."""
     file = expand(path)
     extension = file.suffix.lower()
-    names = None
+    names = captions = None
+    said = []
     if extension in EXTENSIONS:
         files = [file.name]
     elif extension == ".csv":
         rows = read_csv(file, ("file",))
+        if rows and "caption" in rows[0]:
+            rows, captions, said = _join_captions(rows, path)
         files = [expand_listed(row["file"]) for row in rows]
         names = [row.get("label", "").strip() or None for row in rows]
     elif extension == ".txt":
@@ -189,9 +201,20 @@ def open_list(
     root = file.parent
     reading = {"channels": channels, "window": window, "page": page}
     marked = _read_marks(root, marks, files)
-    data = FileImages(root, files, names, reading, size, marked)
-    data.passed_over += _unmatched_marks(marks, marked, files)
+    data = FileImages(root, files, names, reading, size, marked, captions)
+    data.passed_over += said + _unmatched_marks(marks, marked, files)
     return data
+
+
+def _join_captions(rows: list[dict], title: str) -> tuple[list[dict], list[list[str]], list[str]]:
+    """The first row of each file, the captions of all its rows, and what was passed over."""
+    passed, first, captions = Counter(), {}, {}
+    for row in rows:
+        first.setdefault(row["file"], row)
+        texts = captions.setdefault(row["file"], [])
+        if text := clean_caption(row["caption"], passed):
+            texts.append(text)
+    return list(first.values()), list(captions.values()), say_captions(passed, title)
 
 
 def _beside(root: Path, given: str) -> Path:

@@ -61,6 +61,12 @@ class Mixture(ImageData):
         if any(source.labels is not None for source in sources):
             names = [name for source in sources for name in _names(source)]
             self.labels, self.classes = number_classes(names)
+        if any(source.captioned is not None for source in sources):
+            none = [np.zeros(len(source), bool) for source in sources]
+            pairs = zip(sources, none, strict=True)
+            self.captioned = np.concatenate(
+                [blank if data.captioned is None else data.captioned for data, blank in pairs]
+            )
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -81,6 +87,10 @@ class Mixture(ImageData):
     def annotations(self, index: int) -> dict:
         source, number = self._place(index)
         return source.annotations(number)
+
+    def captions(self, index: int) -> list[str]:
+        source, number = self._place(index)
+        return source.captions(number)
 
     def step_indices(self, step: int, batch_size: int, seed: int, shift: int = 0) -> np.ndarray:
         """(batch_size,) image indices of a global batch.

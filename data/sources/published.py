@@ -3,6 +3,7 @@
 import inspect
 import io
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torchvision.datasets
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data.captions import clean_caption, say_captions
 from data.images import SPLITS, ImageData, choose_split
 from data.pictures import (
     UnreadableImage,
@@ -164,6 +166,7 @@ class HubImages(ImageData):
         dataset: with a column of images.
         reading: keywords of `read_image`.
         image, label: columns; None: the first of images, the first of class labels.
+        caption: column of a text, or a list of texts.
 
     Raises:
         UserError: if there is no such column.
@@ -177,6 +180,7 @@ class HubImages(ImageData):
         image: str | None = None,
         label: str | None = None,
         size: int | None = None,
+        caption: str | None = None,
     ):
         import datasets
 
@@ -184,7 +188,7 @@ class HubImages(ImageData):
         features = dataset.features
         self.column = image or _first_column(features, datasets.Image)
         label = label or _first_column(features, datasets.ClassLabel)
-        for name, key in ((self.column, "image"), (label, "label")):
+        for name, key in ((self.column, "image"), (label, "label"), (caption, "caption")):
             if (name is None and key == "image") or (name is not None and name not in features):
                 raise UserError(
                     f"{title} has no column {name or 'of images'}; "
@@ -195,8 +199,21 @@ class HubImages(ImageData):
             ids = [-1 if k is None else k for k in self.dataset[label]]
             self.labels = np.array(ids, dtype=np.int64)
             self.classes = getattr(features[label], "names", None)
+        if caption is not None:
+            self._take_captions(caption)
         if isinstance(features[self.column], datasets.Image):
             self.dataset = self.dataset.cast_column(self.column, datasets.Image(decode=False))
+
+    def _take_captions(self, column: str) -> None:
+        passed, self.texts = Counter(), []
+        for value in self.dataset[column]:
+            values = value if isinstance(value, list) else [value]
+            self.texts.append([text for text in (clean_caption(v, passed) for v in values) if text])
+        self.captioned = np.array([bool(texts) for texts in self.texts])
+        self.passed_over = say_captions(passed, self.title)
+
+    def captions(self, index: int) -> list[str]:
+        return [] if self.captioned is None else self.texts[index]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -224,6 +241,7 @@ def open_hub(
     config: str | None = None,
     image: str | None = None,
     label: str | None = None,
+    caption: str | None = None,
     window: Window | None = None,
     page: int | None = None,
 ) -> HubImages:
@@ -249,4 +267,5 @@ def open_hub(
     elif split is not None:
         raise UserError(f"{title} has no splits; leave split={split} out")
     reading = {"channels": channels, "window": window, "page": page}
-    return HubImages(found, f"{title}/{split}" if split else title, reading, image, label, size)
+    title = f"{title}/{split}" if split else title
+    return HubImages(found, title, reading, image, label, size, caption)

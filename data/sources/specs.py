@@ -5,10 +5,13 @@ A spec is `kind[:path][?key=value&...]`; the kind may be left out for a folder o
     folder:DIR                  all images below DIR; class = first sub-folder, or labels=FILE.csv
                                 (columns file, label); split=NAME takes the sub-folder of that name;
                                 marks=FILE.csv or a COCO .json: boxes, masks (data/guided.py)
-    list:FILE.txt, FILE.csv     paths, or columns file and label, relative to the list; marks=
-    tar:DIR/{0000..0127}.tar    WebDataset shards; class from the .cls or .json beside an image
+    list:FILE.txt, FILE.csv     paths, or columns file and label, relative to the list; marks=; a
+                                column caption, of which a file may have several rows
+    tar:DIR/{0000..0127}.tar    WebDataset shards; class from the .cls or .json beside an image,
+                                caption from the .txt
     npz:FILE.npz                MedMNIST's layout, split=
     hf:ORG/NAME or hf:DIR       Hugging Face hub (package datasets); split= config= image= label=
+                                caption=
     python:MODULE:CALLABLE      one's own Dataset; all further keys go to the callable, as text
     fashion_mnist:DIR, ...      any torchvision.datasets class in snake case, split=, download=1
     tile:DIR/*.tif              windows of large images: size= (pixels) stride= bands= scale=

@@ -64,6 +64,6 @@ def _row(path: Path, line: int, names: list[str], values: list[str]) -> dict[str
             f"{len(names)} ({', '.join(names)}); a field with a comma stands in quotation marks"
         )
     row = dict(zip(names, values, strict=True))
-    if not row.get("file"):
+    if "file" in row and not row["file"]:
         raise UserError(f"{str(path)!r}, line {line}: the column file is empty")
     return row | {LINE: str(line)}

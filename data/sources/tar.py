@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from data.captions import clean_caption
 from data.images import ImageData, number_classes
 from data.pictures import EXTENSIONS, UnreadableImage, Window, error_text, read_open_file
 from engine import distributed
@@ -33,12 +34,15 @@ from files import expand
 BLOCK = 512  # bytes; members begin at multiples of it
 LABEL_KEYS = ("label", "cls", "class")  # of a .json member
 PACKED = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}
-Entry = tuple[str, int, int, str | None]  # member, offset, size or DAMAGED, class name
+# Member, offset, size or DAMAGED, class name, offset and size of the caption.
+Entry = tuple[str, int, int, str | None, tuple[int, int]]
+NO_CAPTION = (0, 0)
 DAMAGED = -1
 
 
 class TarImages(ImageData):
-    """Images in uncompressed tar files; a .cls or .json member beside an image names its class.
+    """Images in uncompressed tar files; a .cls or .json member beside an image names its class, a
+    .txt member is its caption.
 
     All ranks make one together, of the same shards.
 
@@ -56,7 +60,7 @@ class TarImages(ImageData):
         self.shards, self.reading = shards, reading
         stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, shards)]
         index = _index(tuple(shards), tuple(stamps))
-        shard, members, places, labels, self.classes, self.passed_over = index
+        shard, members, places, texts, labels, self.classes, self.passed_over = index
         if (places[:, 1] == DAMAGED).all():
             more = f" and {len(shards) - 1} more" if len(shards) > 1 else ""
             extensions = " ".join(sorted(EXTENSIONS))
@@ -68,6 +72,12 @@ class TarImages(ImageData):
             )
         self.shard, self.members, self.places = shard[:size], members[:size], places[:size]
         self.labels = None if labels is None else labels[:size]
+        self.texts, captioned = texts[:size], texts[:size, 1] > 0
+        self.captioned = captioned if captioned.any() else None
+
+    def captions(self, index: int) -> list[str]:
+        text = _read(self.shards[self.shard[index]], *self.texts[index].tolist())
+        return [caption] if (caption := clean_caption(text, Counter())) else []
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -137,8 +147,8 @@ def _read(shard: Path, offset: int, size: int) -> bytes:
 
 @lru_cache(maxsize=8)
 def _index(shards: tuple[Path, ...], stamps: tuple) -> tuple:
-    """(shard, member, (offset, size), label) of all images, an array each, the classes, and what
-    was passed over.
+    """(shard, member, (offset, size), that of the caption, label) of all images, an array each, the
+    classes, and what was passed over.
 
     Kept, because a run opens its data more than once; `stamps` change with the files. Arrays, not
     lists: workers share their pages.
@@ -161,8 +171,8 @@ def _part(shards: tuple[Path, ...], first: int, every: int) -> tuple | OSError:
     """The images in shards first, first + every, ...
 
     Returns:
-        shard, member, (offset, size), an array each, a list of class names, and counts of what was
-        passed over. Or the error that prevents it, for the other ranks to see.
+        shard, member, (offset, size), that of the caption, an array each, a list of class names,
+        and counts of what was passed over. Or the error that prevents it, for the others to see.
     """
     try:
         passed = Counter()
@@ -175,6 +185,7 @@ def _part(shards: tuple[Path, ...], first: int, every: int) -> tuple | OSError:
         np.array([entry[0] for entry in entries], dtype=np.int32),
         np.array([os.fsencode(entry[1]) for entry in entries], dtype=bytes),
         np.array([entry[2:4] for entry in entries], dtype=np.int64).reshape(-1, 2),
+        np.array([entry[5] for entry in entries], dtype=np.int64).reshape(-1, 2),
         [entry[4] for entry in entries],
         passed,
     )
@@ -188,9 +199,10 @@ def _entries(shard: Path, passed: Counter) -> Iterator[Entry]:
         fields = {extension: (offset, size) for _, _, extension, _, offset, size in group}
         for _, _, extension, name, offset, size in group:
             if size == DAMAGED:
-                yield name, offset, size, None
+                yield name, offset, size, None, NO_CAPTION
             elif extension in EXTENSIONS:
-                yield name, offset, size, _class_name(shard, fields)
+                caption = _caption_place(shard, fields, passed)
+                yield name, offset, size, _class_name(shard, fields), caption
                 break
         else:
             _count_passed([extension for _, _, extension, _, _, _ in group], passed)
@@ -202,7 +214,7 @@ def _count_passed(extensions: list[str], passed: Counter) -> None:
         last = os.path.splitext("x" + extension)[1]
         if last != extension and last in EXTENSIONS:
             passed["dot", last] += 1
-        elif extension in (".cls", ".json"):
+        elif extension in (".cls", ".json", ".txt"):
             passed["label", extension] += 1
         elif extension:
             passed["extension", extension] += 1
@@ -215,6 +227,7 @@ def _sentences(passed: Counter, first: str) -> list[str]:
         "extension": "end in {}, which is no known extension",
         "link": "are {} links, which are not followed",
         "lost": "are hard links to {} not in the shard",
+        "caption": "are captions that are {}",
     }
     return [
         f"tar:{first}: {count} members {endings[kind].format(what)}"
@@ -243,6 +256,17 @@ def _class_name(shard: Path, fields: dict[str, tuple[int, int]]) -> str | None:
             if values.get(key) is not None:
                 return str(values[key])
     return None
+
+
+def _caption_place(shard: Path, fields: dict, passed: Counter) -> tuple[int, int]:
+    """Where the .txt stands; NO_CAPTION if there is none, or it holds none, which is counted."""
+    if ".txt" not in fields:
+        return NO_CAPTION
+    reasons = Counter()
+    if clean_caption(_read(shard, *fields[".txt"]), reasons):
+        return fields[".txt"]
+    passed.update({("caption", reason): count for reason, count in reasons.items() if count})
+    return NO_CAPTION
 
 
 def _members(shard: Path, passed: Counter) -> Iterator[tuple[str, int, int]]:

@@ -8,6 +8,7 @@ import pytest
 
 import distill
 import train
+from engine.align_config import AlignTrainConfig
 from engine.config import Schedule, TrainConfig, load_config
 from engine.distill_config import DistillTrainConfig
 from engine.keys import sections, type_in_words
@@ -20,9 +21,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_configuration_loads_and_opens_with_a_command(path):
-    cfg = load_config(
-        path.name, [], DistillTrainConfig if path.name.startswith("distill_") else TrainConfig
-    )
+    kinds = {"distill": DistillTrainConfig, "align": AlignTrainConfig}
+    cfg = load_config(path.name, [], kinds.get(path.name.partition("_")[0], TrainConfig))
     assert cfg.output_dir.startswith("runs/")
     header = path.read_text().split("\n\n")[0]
     assert (
