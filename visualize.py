@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +120,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     add_query(tasks.add_parser("text", help="similarity of all patches to words"))
 
+    add_kept(tasks)
+
+    for name, task in tasks.choices.items():
+        metavar = f"FILE{SUFFIXES.get(name, '.png')}"
+        task.add_argument("--output", type=path_argument, required=True, metavar=metavar)
+    return parser.parse_args(argv)
+
+
+def add_kept(tasks: Any) -> None:
+    """The tasks that need no --model: kept heads, configurations, runs."""
     task = tasks.add_parser("predictions", help="masks, depth or boxes of a kept head")
     kept = "folder that eval_dense.py --output wrote"
     task.add_argument("--head", required=True, type=path_argument, metavar="DIR", help=kept)
@@ -137,11 +148,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     task = tasks.add_parser("curves", help="losses, probes and health over the steps of runs")
     add_runs(task)
     add_runs(tasks.add_parser("report", help="a page on one run, or on several side by side"))
-
-    for name, task in tasks.choices.items():
-        metavar = f"FILE{SUFFIXES.get(name, '.png')}"
-        task.add_argument("--output", type=path_argument, required=True, metavar=metavar)
-    return parser.parse_args(argv)
 
 
 def add_model(task: argparse.ArgumentParser, count: int = 8, required: bool = True) -> None:
