@@ -132,14 +132,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--canopy", action="store_true", help="heights of trees: also MAE, R2, block R2 and bias")
     add = tasks.choices["detection"].add_argument
     add("--head", choices=("fcos", "linear"), default="fcos")
-    add = tasks.choices["correspondence"].add_argument
+    add_matching(tasks.choices)
+    return check(parser.parse_args(argv))
+
+
+def add_matching(tasks: dict[str, argparse.ArgumentParser]) -> None:
+    add = tasks["correspondence"].add_argument
     add("--thresholds", type=float, nargs="+", default=[0.05, 0.1, 0.2])
-    add = tasks.choices["tracking"].add_argument
+    add = tasks["tracking"].add_argument
     add("--context", type=int, default=7, help="frames to take labels from, besides the first")
     add("--radius", type=float, help="in patches; by default 0.4 of the grid's short side")
     add("--top", type=int, default=5, help="patches that a label is taken from")
     add("--temperature", type=float, default=0.1, help="0.1 in DINO, 0.2 in DINOv3")
-    return check(parser.parse_args(argv))
 
 
 def check(arguments: argparse.Namespace) -> argparse.Namespace:
