@@ -61,7 +61,7 @@ def teacher_outputs(
     def report() -> Callable[[nn.Module, Path, int], None]:
         data = images if val is None else val
         shown = read_report_images(cfg, data, prepare(data), teacher.backbone, mean, std)
-        return partial(report_teacher, shown=shown)
+        return partial(report_teacher, shown=shown) if shown else lambda *_: None
 
     def probe() -> dict[str, float]:
         labelled = prepare(train), prepare(val)

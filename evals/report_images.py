@@ -48,14 +48,16 @@ class ReportImages:
 
 def read_report_images(
     cfg: TrainConfig, data: ImageData, prepared: Any, backbone: nn.Module, mean: Any, std: Any
-) -> ReportImages:
-    """The first readable images, and a gallery spread over the data.
+) -> ReportImages | None:
+    """The first readable images, and a gallery spread over the data; None where none is readable.
 
     Args:
         prepared: item i is (image i of `data` (C, H, W) normalised with mean and std, ...).
         backbone: its size bounds the gallery.
     """
     shown = first_readable(data, SHOWN)
+    if not shown:
+        return None
     inputs = torch.stack([prepared[index][0] for index in shown])
     patches = inputs[0, 0].numel() / backbone.patch_size**2
     work = 2 * patches * sum(weights.numel() for weights in backbone.parameters())
