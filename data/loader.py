@@ -168,7 +168,8 @@ class StepDataset(Dataset):
         if len(data) == 0:
             raise UserError("the data set holds no images")
         self.data, self.views = data, tuple(views)
-        data.fill_nodata(self.views[0].multi_crop.mean)
+        if self.views:  # align.py makes its own of each image
+            data.fill_nodata(self.views[0].multi_crop.mean)
         self.batch_size, self.seed, self.shift, self.on_device = batch_size, seed, shift, on_device
         self.share, self.scaled_jpeg = batch_size // world_size, scaled_jpeg
         self.block = range(rank * self.share, (rank + 1) * self.share)
