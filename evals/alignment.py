@@ -69,14 +69,14 @@ def alignment_outputs(
         spec = str(cfg.align.backbone)
         save_alignment(alignment, folder, backbone, spec, backbone.preprocessing)
 
-    def report() -> Callable[[Alignment, Path], None]:
+    def report() -> Callable[[Alignment, Path, int], None]:
         source = cfg.probe.val if val is not None else cfg.data.train
         names = class_names(val)[:3] if val is not None else images.captions(0)[:3]
         size = min(backbone.preprocessing.size)
 
-        def draw(alignment: Alignment, path: Path) -> None:
+        def draw(alignment: Alignment, folder: Path, step: int) -> None:
             photographs = read_photographs([source], 4, backbone, size)
-            draw_queries(path, photographs, whole(alignment), names)
+            draw_queries(folder / "report.png", photographs, whole(alignment), names)
 
         return draw
 
