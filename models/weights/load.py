@@ -64,7 +64,7 @@ def load_backbone(spec: str | Path) -> nn.Module:
     else:
         backbone = _read_path(find_weights(name), options)
     if channels is not None or inflate is not None:
-        adapt_channels(backbone, channels or backbone.in_channels, inflate)
+        adapt_channels(backbone, backbone.in_channels if channels is None else channels, inflate)
     return backbone.eval()
 
 
