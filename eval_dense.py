@@ -152,6 +152,10 @@ def check(arguments: argparse.Namespace) -> argparse.Namespace:
             "--resize is for a centre crop, and dense probes keep whole images; "
             "give the short side by --size"
         )
+    if arguments.scaled_jpeg:
+        raise UserError(
+            "--scaled-jpeg is for features of whole images; dense probes read all pixels"
+        )
     if arguments.size is not None and (len(arguments.size) > 2 or min(arguments.size) < 1):
         raise UserError("--size takes the short side, or height and width, in pixels")
     for name in POSITIVE:

@@ -37,7 +37,7 @@ class EvalDataset(Dataset):
         scaled_jpeg: bool = False,
     ):
         self.data, self.resize, self.size = data, resize, tuple(size)
-        self.fineness = (lambda *sides: 1 / self.scale(*sides)) if scaled_jpeg else None
+        self.scaled_jpeg = scaled_jpeg
         self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
         data.fill_nodata(self.mean)
 
@@ -45,7 +45,7 @@ class EvalDataset(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        with decoded_for(self.fineness):
+        with decoded_for(self.finer if self.scaled_jpeg else None):
             image, label = self.data[index]
         height, width = image.shape[-2:]
         h, w = self.size
@@ -65,3 +65,7 @@ class EvalDataset(Dataset):
         """Side in pixels of what an image is resized to, as a share of its own."""
         h, w = self.size
         return max(self.resize / min(height, width), h / height, w / width)
+
+    def finer(self, height: int, width: int) -> float:
+        """How many times finer an image is than what it is resized to."""
+        return 1 / self.scale(height, width)

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from data.images import Chosen, ImageData
-from data.loader import Batch, StepDataset, make_loader
+from data.loader import Batch, StepDataset
 from data.sources.tables import read_csv
 from engine import distributed
-from engine.launch import loader_workers
 from engine.stages import Stage
-from engine.views import crops_on_device, views_from
+from engine.views import loader_of, views_from
 from errors import UserError
 
 
@@ -23,28 +22,9 @@ def crop_loader(
 ) -> Iterator[Batch]:
     """This rank's batches from `first_step` on: one crop an image, by the keys of `crops`."""
     cfg, wanted = stage.cfg, backbone.preprocessing
-    (views,) = views_from(
-        replace(cfg.crops, global_count=1, local_count=0),
-        wanted.mean,
-        wanted.std,
-        backbone.patch_size,
-    )
-    return iter(
-        make_loader(
-            images,
-            [views],
-            batch_size=cfg.batch_size,
-            seed=cfg.seed,
-            start_step=first_step,
-            stop_step=stage.stop,
-            shift=stage.shift,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            workers=loader_workers(cfg.data.workers, device.type, distributed.world_size()),
-            device=device.type,
-            on_device=crops_on_device(cfg.data.augment_on, device),
-        )
-    )
+    crops = replace(cfg.crops, global_count=1, local_count=0)
+    views = views_from(crops, wanted.mean, wanted.std, backbone.patch_size)
+    return iter(loader_of(stage, images, views, first_step, device))
 
 
 def token_loader(

@@ -144,9 +144,18 @@ def stage_loader(
     mean, std = channel_statistics(cfg.data.channels, cfg.data.mean, cfg.data.std)
     ibot = cfg.loss.ibot if "ibot" in stage.schedules else None
     gram = cfg.loss.gram if "gram" in stage.schedules else None
+    views = views_from(cfg.crops, mean, std, patch_size, ibot, gram)
+    return loader_of(stage, images, views, first_step, device)
+
+
+def loader_of(
+    stage: Stage, images: ImageData, views: list[Views], first_step: int, device: torch.device
+) -> DataLoader:
+    """This rank's batches of a stage from `first_step` on, as its configuration says."""
+    cfg = stage.cfg
     return make_loader(
         images,
-        views_from(cfg.crops, mean, std, patch_size, ibot, gram),
+        views,
         batch_size=cfg.batch_size,
         seed=cfg.seed,
         start_step=first_step,

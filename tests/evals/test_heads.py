@@ -335,6 +335,7 @@ def test_what_does_not_fit_a_kept_head_is_told_in_a_sentence(tmp_path, capsys):
         (["segmentation", "--head", "mask", "--layers", "1", "2"], "takes 4"),
         (["segmentation", "--head", "mask", "--layers", "1", "2", "3", "9"], "blocks 0 to 3"),
         (["segmentation", "--minutes", "3"], "mask"),
+        (["segmentation", "--scaled-jpeg"], "whole images"),
         (["segmentation", "--width", "64"], "mask"),
         (["segmentation", "--head", "mask", "--width", "100"], "multiple of 64"),
         (["segmentation", "--layers", "1", "2"], "last blocks"),
